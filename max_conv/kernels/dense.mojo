@@ -1,0 +1,187 @@
+"""Convolution of NLC data with an SCF filter: vector lanes run over output channels.
+
+A tile of positions by two vectors of output channels stays in registers while taps and channels are summed. A step
+reads the filter's vectors straight from SCF and broadcasts one input value a row.
+"""
+
+from std.math import ceildiv
+from std.sys.info import simd_width_of, size_of
+
+from max.algorithm import sync_parallelize
+
+from .geometry import Geometry
+from .lanes import BLOCK, Memory, Operands, accumulator, load, store, workers
+from .window import Window
+
+comptime VECTORS = 2
+comptime SHORT_ROWS = 4
+"""Positions in the tile that ends a block: a tile of 14 would waste most of its rows on short signals."""
+comptime WINDOW_BYTES = 256 * 1024
+
+
+def tile_rows[acc: DType]() -> Int:
+    """Positions in a register tile: 28 of 32 AVX-512 or NEON registers hold sums, 12 of 16 in AVX2."""
+    return 6 if simd_width_of[acc]() * size_of[Scalar[acc]]() == 32 else 14
+
+
+@fieldwise_init
+struct Rows[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
+    """Input rows of one block, in the input itself or in a window."""
+
+    var data: Memory[Self.acc]
+    var output_step: Int
+    var tap_step: Int
+
+    @always_inline
+    def skip(self, outputs: Int) -> Self:
+        return Self(self.data.unsafe_offset(outputs * self.output_step), self.output_step, self.tap_step)
+
+
+@always_inline
+def tile[
+    dtype: DType, acc: DType, //, rows: Int, vectors: Int, partial: Bool
+](g: Geometry, x: Rows[acc], o: Operands[dtype], first: Int, valid: Int, lanes: Int):
+    """Computes `valid` of `rows` positions from `first` on, by `lanes` of `vectors * width` output channels."""
+    comptime width = simd_width_of[acc]()
+    comptime last = vectors - 1
+    var rest = lanes - last * width
+    var total = Array[SIMD[acc, width], rows * vectors](fill=SIMD[acc, width](0))
+    if o.has_bias:
+        comptime for j in range(vectors):
+            var b = load[acc, width, partial and j == last](o.bias.unsafe_offset(j * width), rest)
+            comptime for i in range(rows):
+                total[i * vectors + j] = b
+
+    var channels = g.group_channels()
+    var channel_block = min(channels, BLOCK)
+    var tap_block = BLOCK // channel_block
+    var end_tap = g.end_tap(first)
+    for tap in range(g.first_tap(first, rows), end_tap, tap_block):
+        for channel in range(0, channels, channel_block):
+            var sum = Array[SIMD[acc, width], rows * vectors](fill=SIMD[acc, width](0))
+            for k in range(tap, min(tap + tap_block, end_tap)):
+                var xk = x.data.unsafe_offset(k * x.tap_step)
+                var wk = o.w.unsafe_offset(k * channels * g.filters)
+                for c in range(channel, min(channel + channel_block, channels)):
+                    var b = Array[SIMD[acc, width], vectors](fill=SIMD[acc, width](0))
+                    comptime for j in range(vectors):
+                        b[j] = load[acc, width, partial and j == last](
+                            wk.unsafe_offset(c * g.filters + j * width), rest
+                        )
+                    comptime for i in range(rows):
+                        var a = SIMD[acc, width](xk[unsafe_offset=i * x.output_step + c])
+                        comptime for j in range(vectors):
+                            sum[i * vectors + j] = a.fma(b[j], sum[i * vectors + j])
+            comptime for i in range(rows * vectors):
+                total[i] += sum[i]
+
+    comptime for i in range(rows):
+        if i < valid:
+            comptime for j in range(vectors):
+                store[acc, width, partial and j == last](
+                    o.output.unsafe_offset(i * g.filters + j * width), total[i * vectors + j], rest
+                )
+
+
+@always_inline
+def column[
+    dtype: DType, acc: DType, //, vectors: Int, partial: Bool
+](g: Geometry, x: Rows[acc], o: Operands[dtype], first: Int, count: Int, lanes: Int):
+    """Computes `count` positions from `first` on, by `lanes` output channels."""
+    comptime rows = tile_rows[acc]()
+    var done = 0
+    while done < count:
+        var left = count - done
+        var to = o.at(0, 0, 0, done * g.filters)
+        if left > 2 * SHORT_ROWS:
+            tile[rows, vectors, partial](g, x.skip(done), to, first + done, min(left, rows), lanes)
+            done += rows
+        else:
+            tile[SHORT_ROWS, vectors, partial](g, x.skip(done), to, first + done, min(left, SHORT_ROWS), lanes)
+            done += SHORT_ROWS
+
+
+def block[
+    dtype: DType
+](
+    g: Geometry,
+    o: Operands[dtype],
+    n: Int,
+    group: Int,
+    first: Int,
+    count: Int,
+    first_filter: Int,
+    end_filter: Int,
+):
+    """Computes `count` positions from `first` on, of one group's filters `first_filter .. end_filter - 1`."""
+    comptime acc = accumulator[dtype]
+    comptime width = simd_width_of[acc]()
+    var channels = g.group_channels()
+    # Tiles may run past `count`: the rows that they read must exist all the same.
+    var window = Window.of(g, first, count + tile_rows[acc]())
+    var x = o.x.unsafe_offset(n * g.length * g.channels + group * channels)
+    var scratch = List[Scalar[acc]]()
+    var rows: Rows[acc]
+    if dtype == acc and window.inside(g):
+        var data = x.unsafe_offset(window.first * g.channels).unsafe_bitcast[Scalar[acc]]()
+        rows = Rows[acc](data, g.stride * g.channels, g.dilation * g.channels)
+    else:
+        scratch = List[Scalar[acc]](unsafe_uninit_length=window.rows * channels)
+        var copy = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+        window.fill(g, x, channels, copy)
+        rows = Rows[acc](copy, window.row_step(g) * channels, window.tap_step(g) * channels)
+
+    var position = (n * g.out_length + first) * g.filters
+    for f in range(first_filter, end_filter, VECTORS * width):
+        var filter = group * g.group_filters() + f
+        var to = o.at(0, filter, 1, position + filter)
+        var lanes = end_filter - f
+        if lanes >= VECTORS * width:
+            column[VECTORS, False](g, rows, to, first, count, lanes)
+        elif lanes > width:
+            column[VECTORS, True](g, rows, to, first, count, lanes)
+        else:
+            column[1, True](g, rows, to, first, count, lanes)
+    _ = scratch^
+
+
+def conv1d_dense[dtype: DType](g: Geometry, o: Operands[dtype]):
+    """Computes a convolution of NLC data with an SCF filter."""
+    comptime acc = accumulator[dtype]
+    comptime rows = tile_rows[acc]()
+    comptime panel = VECTORS * simd_width_of[acc]()
+    var threads = workers(g.batch * g.out_length * g.filters * g.kernel * g.group_channels())
+    # Long blocks reuse the filter from cache and copy fewer halo rows; short signals need enough blocks to go round.
+    var row_bytes = g.group_channels() * g.stride * rows * size_of[Scalar[acc]]()
+    var tiles = ceildiv(g.out_length, rows)
+    var block_tiles = min(max(1, WINDOW_BYTES // row_bytes), 8)
+    block_tiles = max(1, min(block_tiles, g.batch * g.groups * tiles // (4 * threads)))
+    var positions = block_tiles * rows
+    var blocks = ceildiv(g.out_length, positions)
+    var panels = ceildiv(g.group_filters(), panel)
+    var splits = min(panels, ceildiv(2 * threads, g.batch * g.groups * blocks))
+    var split = ceildiv(panels, splits) * panel
+    splits = ceildiv(g.group_filters(), split)
+    var tasks = g.batch * g.groups * blocks * splits
+    var chunks = 1 if threads == 1 else min(tasks, 8 * threads)
+
+    def chunk(t: Int) {imm}:
+        for task in range(t * tasks // chunks, (t + 1) * tasks // chunks):
+            var part = task % splits
+            var first = task // splits % blocks * positions
+            var group = task // (splits * blocks) % g.groups
+            block(
+                g,
+                o,
+                task // (splits * blocks * g.groups),
+                group,
+                first,
+                min(positions, g.out_length - first),
+                part * split,
+                min((part + 1) * split, g.group_filters()),
+            )
+
+    if chunks == 1:
+        chunk(0)
+    else:
+        sync_parallelize(chunk, chunks)

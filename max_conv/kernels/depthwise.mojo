@@ -1,0 +1,129 @@
+"""Depthwise convolution of NLC data with an SCF filter: one channel in, one channel out, lanes run over channels.
+
+There is no sum over channels, so a step loads one filter vector and multiplies it with one vector of each row.
+"""
+
+from std.math import ceildiv
+from std.sys.info import simd_width_of
+
+from max.algorithm import sync_parallelize
+
+from .geometry import Geometry
+from .lanes import Memory, Operands, accumulator, load, store, workers
+from .window import Window
+
+comptime ROWS = 8
+comptime SHORT_ROWS = 2
+comptime POSITIONS = 8 * ROWS
+comptime CHANNEL_VECTORS = 8
+
+
+@fieldwise_init
+struct Rows[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
+    """Input rows of one block, in the input itself or in a window."""
+
+    var data: Memory[Self.dtype]
+    var output_step: Int
+    var tap_step: Int
+
+    @always_inline
+    def skip(self, outputs: Int, channels: Int) -> Self:
+        return Self(
+            self.data.unsafe_offset(outputs * self.output_step + channels), self.output_step, self.tap_step
+        )
+
+
+@always_inline
+def tile[
+    dtype: DType, //, rows: Int, partial: Bool
+](g: Geometry, x: Rows[dtype], o: Operands[dtype], first: Int, valid: Int, lanes: Int):
+    """Computes `valid` of `rows` positions from `first` on, of one vector of channels."""
+    comptime acc = accumulator[dtype]
+    comptime width = simd_width_of[acc]()
+    var sum = Array[SIMD[acc, width], rows](fill=SIMD[acc, width](0))
+    if o.has_bias:
+        var b = load[acc, width, partial](o.bias, lanes)
+        comptime for i in range(rows):
+            sum[i] = b
+    for k in range(g.first_tap(first, rows), g.end_tap(first)):
+        var wk = load[acc, width, partial](o.w.unsafe_offset(k * g.filters), lanes)
+        var xk = x.data.unsafe_offset(k * x.tap_step)
+        comptime for i in range(rows):
+            sum[i] = load[acc, width, partial](xk.unsafe_offset(i * x.output_step), lanes).fma(wk, sum[i])
+    comptime for i in range(rows):
+        if i < valid:
+            store[acc, width, partial](o.output.unsafe_offset(i * g.filters), sum[i], lanes)
+
+
+@always_inline
+def column[
+    dtype: DType, //, partial: Bool
+](g: Geometry, x: Rows[dtype], o: Operands[dtype], first: Int, count: Int, lanes: Int):
+    """Computes `count` positions from `first` on, of one vector of channels."""
+    var done = 0
+    while done < count:
+        var left = count - done
+        var to = o.at(0, 0, 0, done * g.filters)
+        if left > SHORT_ROWS:
+            tile[ROWS, partial](g, x.skip(done, 0), to, first + done, min(left, ROWS), lanes)
+            done += ROWS
+        else:
+            tile[SHORT_ROWS, partial](g, x.skip(done, 0), to, first + done, left, lanes)
+            done += SHORT_ROWS
+
+
+def block[
+    dtype: DType
+](g: Geometry, o: Operands[dtype], n: Int, first: Int, count: Int, channel: Int, channels: Int):
+    """Computes `count` positions from `first` on, of `channels` channels from `channel` on."""
+    comptime width = simd_width_of[accumulator[dtype]]()
+    # Tiles may run past `count`: the rows that they read must exist all the same.
+    var window = Window.of(g, first, count + ROWS)
+    var x = o.x.unsafe_offset(n * g.length * g.channels + channel)
+    var scratch = List[Scalar[dtype]]()
+    var rows: Rows[dtype]
+    if window.inside(g):
+        rows = Rows(x.unsafe_offset(window.first * g.channels), g.stride * g.channels, g.dilation * g.channels)
+    else:
+        scratch = List[Scalar[dtype]](unsafe_uninit_length=window.rows * channels)
+        var copy = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+        window.fill(g, x, channels, copy)
+        rows = Rows(copy, window.row_step(g) * channels, window.tap_step(g) * channels)
+    var position = (n * g.out_length + first) * g.filters
+    for c in range(channel, channel + channels, width):
+        var to = o.at(0, c, 1, position + c)
+        var lanes = channel + channels - c
+        if lanes >= width:
+            column[False](g, rows.skip(0, c - channel), to, first, count, width)
+        else:
+            column[True](g, rows.skip(0, c - channel), to, first, count, lanes)
+    _ = scratch^
+
+
+def conv1d_depthwise[dtype: DType](g: Geometry, o: Operands[dtype]):
+    """Computes a depthwise convolution of NLC data with an SCF filter."""
+    comptime channels = CHANNEL_VECTORS * simd_width_of[accumulator[dtype]]()
+    var blocks = ceildiv(g.out_length, POSITIONS)
+    var columns = ceildiv(g.channels, channels)
+    var tasks = g.batch * blocks * columns
+    var threads = workers(g.batch * g.out_length * g.channels * g.kernel)
+    var chunks = 1 if threads == 1 else min(tasks, 8 * threads)
+
+    def chunk(t: Int) {imm}:
+        for task in range(t * tasks // chunks, (t + 1) * tasks // chunks):
+            var channel = task % columns * channels
+            var first = task // columns % blocks * POSITIONS
+            block(
+                g,
+                o,
+                task // (columns * blocks),
+                first,
+                min(POSITIONS, g.out_length - first),
+                channel,
+                min(channels, g.channels - channel),
+            )
+
+    if chunks == 1:
+        chunk(0)
+    else:
+        sync_parallelize(chunk, chunks)

@@ -1,0 +1,69 @@
+"""The run-time description of one convolution, and the halo around its input."""
+
+comptime ZEROS = 0
+comptime REFLECT = 1
+comptime REPLICATE = 2
+comptime CIRCULAR = 3
+
+
+@fieldwise_init
+struct Geometry(ImplicitlyCopyable, TrivialRegisterPassable):
+    """Sizes of one convolution. Groups slice channels and filters alike."""
+
+    var batch: Int
+    var length: Int
+    var out_length: Int
+    var channels: Int  # of the input, all groups
+    var filters: Int  # output channels, all groups
+    var groups: Int
+    var kernel: Int
+    var stride: Int
+    var dilation: Int
+    var pad_left: Int
+    var mode: Int
+
+    @always_inline
+    def group_channels(self) -> Int:
+        return self.channels // self.groups
+
+    @always_inline
+    def group_filters(self) -> Int:
+        return self.filters // self.groups
+
+    @always_inline
+    def source(self, p: Int) -> Int:
+        """Returns the input row that stands at padded position `p`, or -1 where it is zero.
+
+        Positions past both the input and its padding (lanes that are computed but never stored) are zero
+        as well, so that no caller can read outside the input.
+        """
+        var q = p
+        if self.mode == REFLECT:
+            if q < 0:
+                q = -q
+            if q >= self.length:
+                q = 2 * (self.length - 1) - q
+        elif self.mode == REPLICATE:
+            q = max(0, min(q, self.length - 1))
+        elif self.mode == CIRCULAR:
+            if q < 0:
+                q += self.length
+            elif q >= self.length:
+                q -= self.length
+        return q if q >= 0 and q < self.length else -1
+
+    @always_inline
+    def first_tap(self, first: Int, count: Int) -> Int:
+        """Returns the first tap that meets data in outputs `first .. first + count - 1`."""
+        if self.mode != ZEROS:
+            return 0
+        var last = (first + count - 1) * self.stride - self.pad_left
+        return min(self.kernel, max(0, (self.dilation - 1 - last) // self.dilation))
+
+    @always_inline
+    def end_tap(self, first: Int) -> Int:
+        """Returns one past the last tap that meets data in outputs from `first` on."""
+        if self.mode != ZEROS:
+            return self.kernel
+        var room = self.length - 1 - (first * self.stride - self.pad_left)
+        return max(0, min(self.kernel, room // self.dilation + 1))

@@ -1,0 +1,69 @@
+"""Convolution on a GPU: one thread for each output value, neighbouring threads on neighbouring values.
+
+Correct for every case and coalesced: threads that differ in the last axis read neighbouring filter values (NLC) or
+neighbouring input values (NCL) and share all else.
+"""
+
+from max.gpu import global_idx
+from std.math import ceildiv
+
+from max.gpu.host import DeviceContext
+
+from .geometry import Geometry
+from .lanes import BLOCK, Operands, accumulator
+from .lengthwise import FilterSteps
+
+comptime THREADS = 256
+
+
+def conv1d_gpu[
+    dtype: DType, nlc: Bool
+](g: Geometry, steps: FilterSteps, o: Operands[dtype], ctx: DeviceContext) raises:
+    """Computes a convolution of NLC or NCL data with a filter of any layout."""
+    comptime acc = accumulator[dtype]
+    var size = g.batch * g.filters * g.out_length
+    if size == 0:
+        return
+
+    @__parameter
+    def kernel(size: Int64):
+        var index = Int(global_idx.x)
+        if index >= Int(size):
+            return
+        var filter: Int
+        var position: Int
+        comptime if nlc:
+            filter = index % g.filters
+            position = index // g.filters % g.out_length
+        else:
+            position = index % g.out_length
+            filter = index // g.out_length % g.filters
+        var n = index // (g.filters * g.out_length)
+
+        var channels = g.group_channels()
+        var first_channel = filter // g.group_filters() * channels
+        var x = o.x.unsafe_offset(n * g.length * g.channels)
+        var w = o.w.unsafe_offset(filter * steps.filter)
+        var total = o.bias[unsafe_offset=filter].cast[acc]() if o.has_bias else Scalar[acc](0)
+        var sum = Scalar[acc](0)
+        var terms = 0
+        for k in range(g.kernel):
+            var row = g.source(position * g.stride - g.pad_left + k * g.dilation)
+            if row < 0:
+                continue
+            for c in range(channels):
+                var at: Int
+                comptime if nlc:
+                    at = row * g.channels + first_channel + c
+                else:
+                    at = (first_channel + c) * g.length + row
+                var a = x[unsafe_offset=at].cast[acc]()
+                sum = a.fma(w[unsafe_offset=k * steps.tap + c * steps.channel].cast[acc](), sum)
+                terms += 1
+                if terms == BLOCK:
+                    total += sum
+                    sum = 0
+                    terms = 0
+        o.output[unsafe_offset=index] = (total + sum).cast[dtype]()
+
+    ctx.enqueue_function[kernel](Int64(size), grid_dim=ceildiv(size, THREADS), block_dim=THREADS)

@@ -1,0 +1,70 @@
+"""Vectors of the accumulation type, read from and written to memory of the data's own type."""
+
+from std.math import ceildiv, iota
+from std.sys.info import simd_width_of
+from std.sys.intrinsics import masked_load, masked_store
+
+from max.algorithm import sync_parallelize
+from max.runtime.asyncrt import parallelism_level
+
+comptime Memory[dtype: DType] = Pointer[Scalar[dtype], MutUntrackedOrigin]
+
+comptime BLOCK = 128
+"""Terms in one running sum. Sums of blocks keep the rounding error near sqrt(terms) instead of growing with terms."""
+
+comptime SMALL = 1 << 16
+"""Multiplications below which waking a second thread costs more than it saves."""
+
+
+comptime accumulator[dtype: DType] = DType.float64 if dtype == DType.float64 else DType.float32
+"""Sixteen-bit types are summed in float32, the others in themselves."""
+
+
+@always_inline
+def load[dtype: DType, //, acc: DType, width: Int, partial: Bool](
+    p: Memory[dtype], lanes: Int
+) -> SIMD[acc, width]:
+    """Loads `width` values, or with `partial` the first `lanes` of them and zeros."""
+    comptime if partial:
+        var mask = iota[DType.int32, width]().lt(Int32(lanes))
+        return masked_load[width](p, mask, SIMD[dtype, width](0)).cast[acc]()
+    else:
+        return p.unsafe_load[width=width]().cast[acc]()
+
+
+@always_inline
+def store[dtype: DType, //, acc: DType, width: Int, partial: Bool](
+    p: Memory[dtype], value: SIMD[acc, width], lanes: Int
+):
+    """Stores `width` values, or with `partial` the first `lanes` of them."""
+    comptime if partial:
+        masked_store(value.cast[dtype](), p, iota[DType.int32, width]().lt(Int32(lanes)))
+    else:
+        p.unsafe_store(value.cast[dtype]())
+
+
+@fieldwise_init
+struct Operands[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
+    """What every kernel reads and writes. The bias is read only where `has_bias` says so."""
+
+    var x: Memory[Self.dtype]
+    var w: Memory[Self.dtype]
+    var bias: Memory[Self.dtype]
+    var has_bias: Bool
+    var output: Memory[Self.dtype]
+
+    @always_inline
+    def at(self, x: Int, filter: Int, filter_step: Int, output: Int) -> Self:
+        """Moves to one batch item and filter: `x` and `output` are offsets into the data."""
+        return Self(
+            self.x.unsafe_offset(x),
+            self.w.unsafe_offset(filter * filter_step),
+            self.bias.unsafe_offset(filter if self.has_bias else 0),
+            self.has_bias,
+            self.output.unsafe_offset(output),
+        )
+
+
+def workers(work: Int) -> Int:
+    """Returns how many threads `work` multiplications should be spread over."""
+    return 1 if work < SMALL else parallelism_level(None)

@@ -1,0 +1,292 @@
+"""Convolution with vector lanes along the length: NCL data, and layers with few output channels.
+
+A block of positions is first laid out channel by channel, in lines whose neighbours are neighbouring outputs: one
+line for each residue of the stride, so that every tap reads whole vectors whatever the stride. The filter is read
+one value at a time through strides, so every filter layout is native here.
+"""
+
+from std.math import ceildiv
+from std.sys.info import simd_width_of, size_of
+
+from max.algorithm import sync_parallelize
+
+from .geometry import Geometry
+from .lanes import BLOCK, Memory, Operands, accumulator, store, workers
+
+comptime WIDE = 6
+"""Vectors of positions in a tile of one filter."""
+comptime TILE = 3
+"""Vectors of positions in a tile of several filters."""
+comptime WINDOW_BYTES = 256 * 1024
+
+
+def tile_filters[acc: DType]() -> Int:
+    """Filters in a register tile: 24 of 32 registers hold sums, 12 of 16 in AVX2."""
+    return 4 if simd_width_of[acc]() * size_of[Scalar[acc]]() == 32 else 8
+
+
+@fieldwise_init
+struct FilterSteps(ImplicitlyCopyable, TrivialRegisterPassable):
+    """How far apart a filter's taps, channels and output channels stand: its layout."""
+
+    var tap: Int
+    var channel: Int
+    var filter: Int
+
+
+@fieldwise_init
+struct Lines(ImplicitlyCopyable, TrivialRegisterPassable):
+    """How the rows of a block are laid out for each channel: `count` lines of `length` values.
+
+    Entry i of line q is the input at `first + i * stride + shift(q)`. Lines are residues of the stride, or taps
+    (`gathered`) where that takes less room.
+    """
+
+    var first: Int
+    var count: Int
+    var length: Int
+    var gathered: Bool
+
+    @staticmethod
+    def of(g: Geometry, first_output: Int, positions: Int) -> Self:
+        var reach = (g.kernel - 1) * g.dilation
+        var length = positions + reach // g.stride
+        var gathered = g.stride * length > g.kernel * positions
+        return Self(
+            first_output * g.stride - g.pad_left,
+            g.kernel if gathered else g.stride,
+            positions if gathered else length,
+            gathered,
+        )
+
+    @always_inline
+    def shift(self, g: Geometry, line: Int) -> Int:
+        return line * g.dilation if self.gathered else line
+
+    @always_inline
+    def tap(self, g: Geometry, k: Int) -> Int:
+        """Returns where tap k of the block's first output stands."""
+        if self.gathered:
+            return k * self.length
+        var reach = k * g.dilation
+        return reach % g.stride * self.length + reach // g.stride
+
+    def fill[
+        dtype: DType, acc: DType, //, nlc: Bool
+    ](self, g: Geometry, x: Memory[dtype], target: Memory[acc]):
+        """Writes every line of every channel of one group, whose data starts at `x`."""
+        comptime width = simd_width_of[acc]()
+        var channels = g.group_channels()
+        var channel_size = self.count * self.length
+        for line in range(self.count):
+            var start = self.first + self.shift(g, line)
+            var to = target.unsafe_offset(line * self.length)
+            comptime if nlc:
+                for i in range(self.length):
+                    var source = g.source(start + i * g.stride)
+                    for c in range(channels):
+                        to[unsafe_offset=c * channel_size + i] = (
+                            x[unsafe_offset=source * g.channels + c].cast[acc]() if source >= 0 else 0
+                        )
+            else:
+                var inner = min(self.length, max(0, ceildiv(-start, g.stride)))
+                var outer = max(inner, min(self.length, (g.length - 1 - start) // g.stride + 1))
+                for c in range(channels):
+                    var row = x.unsafe_offset(c * g.length)
+                    var out = to.unsafe_offset(c * channel_size)
+                    for i in range(inner):
+                        var source = g.source(start + i * g.stride)
+                        out[unsafe_offset=i] = row[unsafe_offset=source].cast[acc]() if source >= 0 else 0
+                    var i = inner
+                    if g.stride == 1:
+                        while i + width <= outer:
+                            out.unsafe_offset(i).unsafe_store(
+                                row.unsafe_offset(start + i).unsafe_load[width=width]().cast[acc]()
+                            )
+                            i += width
+                    while i < outer:
+                        out[unsafe_offset=i] = row[unsafe_offset=start + i * g.stride].cast[acc]()
+                        i += 1
+                    for j in range(outer, self.length):
+                        var source = g.source(start + j * g.stride)
+                        out[unsafe_offset=j] = row[unsafe_offset=source].cast[acc]() if source >= 0 else 0
+
+
+@always_inline
+def tile[
+    dtype: DType, acc: DType, //, filters: Int, vectors: Int, nlc: Bool
+](
+    g: Geometry,
+    x: Memory[acc],
+    channel_size: Int,
+    taps: Pointer[Int, MutUntrackedOrigin],
+    steps: FilterSteps,
+    o: Operands[dtype],
+    valid: Int,
+):
+    """Computes `valid` of `vectors * width` positions by `filters` filters."""
+    comptime width = simd_width_of[acc]()
+    var total = Array[SIMD[acc, width], filters * vectors](fill=SIMD[acc, width](0))
+    if o.has_bias:
+        comptime for i in range(filters):
+            var b = SIMD[acc, width](o.bias[unsafe_offset=i].cast[acc]())
+            comptime for j in range(vectors):
+                total[i * vectors + j] = b
+
+    var channels = g.group_channels()
+    var tap_block = min(g.kernel, BLOCK)
+    var channel_block = BLOCK // tap_block
+    for channel in range(0, channels, channel_block):
+        for tap in range(0, g.kernel, tap_block):
+            var sum = Array[SIMD[acc, width], filters * vectors](fill=SIMD[acc, width](0))
+            for c in range(channel, min(channel + channel_block, channels)):
+                var xc = x.unsafe_offset(c * channel_size)
+                var wc = o.w.unsafe_offset(c * steps.channel)
+                for k in range(tap, min(tap + tap_block, g.kernel)):
+                    var xk = xc.unsafe_offset(taps[unsafe_offset=k])
+                    var wk = wc.unsafe_offset(k * steps.tap)
+                    var a = Array[SIMD[acc, width], vectors](fill=SIMD[acc, width](0))
+                    comptime for j in range(vectors):
+                        a[j] = xk.unsafe_offset(j * width).unsafe_load[width=width]()
+                    comptime for i in range(filters):
+                        var b = SIMD[acc, width](wk[unsafe_offset=i * steps.filter].cast[acc]())
+                        comptime for j in range(vectors):
+                            sum[i * vectors + j] = a[j].fma(b, sum[i * vectors + j])
+            comptime for i in range(filters * vectors):
+                total[i] += sum[i]
+
+    comptime for i in range(filters):
+        comptime for j in range(vectors):
+            comptime if nlc:
+                for lane in range(min(width, valid - j * width)):
+                    o.output[unsafe_offset=(j * width + lane) * g.filters + i] = total[i * vectors + j][lane].cast[dtype]()
+            else:
+                var to = o.output.unsafe_offset(i * g.out_length + j * width)
+                if (j + 1) * width <= valid:
+                    store[acc, width, False](to, total[i * vectors + j], width)
+                elif j * width < valid:
+                    store[acc, width, True](to, total[i * vectors + j], valid - j * width)
+
+
+@always_inline
+def band[
+    dtype: DType, acc: DType, //, filters: Int, vectors: Int, nlc: Bool
+](
+    g: Geometry,
+    x: Memory[acc],
+    channel_size: Int,
+    taps: Pointer[Int, MutUntrackedOrigin],
+    steps: FilterSteps,
+    o: Operands[dtype],
+    count: Int,
+):
+    """Computes `count` positions of `filters` filters."""
+    comptime width = simd_width_of[acc]()
+    var done = 0
+    while done < count:
+        var left = count - done
+        var to = o.at(0, 0, 0, done * (g.filters if nlc else 1))
+        var xt = x.unsafe_offset(done)
+        if left > width:
+            tile[filters, vectors, nlc](g, xt, channel_size, taps, steps, to, left)
+            done += vectors * width
+        else:
+            tile[filters, 1, nlc](g, xt, channel_size, taps, steps, to, left)
+            done += width
+
+
+def block[
+    dtype: DType, nlc: Bool
+](
+    g: Geometry,
+    steps: FilterSteps,
+    o: Operands[dtype],
+    n: Int,
+    group: Int,
+    first: Int,
+    count: Int,
+    positions: Int,
+    first_filter: Int,
+    end_filter: Int,
+):
+    """Computes `count` positions from `first` on, of one group's filters `first_filter .. end_filter - 1`."""
+    comptime acc = accumulator[dtype]
+    comptime filters = tile_filters[acc]()
+    var channels = g.group_channels()
+    var lines = Lines.of(g, first, positions)
+    var channel_size = lines.count * lines.length
+    var scratch = List[Scalar[acc]](unsafe_uninit_length=channels * channel_size)
+    var data = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    var offset = n * g.length * g.channels + group * channels * (1 if nlc else g.length)
+    lines.fill[nlc](g, o.x.unsafe_offset(offset), data)
+    var table = List[Int](capacity=g.kernel)
+    for k in range(g.kernel):
+        table.append(lines.tap(g, k))
+    var taps = table.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+
+    var f = first_filter
+    while f < end_filter:
+        var filter = group * g.group_filters() + f
+        var to = o.at(0, filter, steps.filter, place[nlc](g, n, filter, first))
+        if end_filter - f >= filters:
+            band[filters, TILE, nlc](g, data, channel_size, taps, steps, to, count)
+            f += filters
+        else:
+            band[1, WIDE, nlc](g, data, channel_size, taps, steps, to, count)
+            f += 1
+    _ = scratch^
+    _ = table^
+
+
+@always_inline
+def place[nlc: Bool](g: Geometry, n: Int, filter: Int, position: Int) -> Int:
+    """Returns where an output value stands."""
+    comptime if nlc:
+        return (n * g.out_length + position) * g.filters + filter
+    else:
+        return (n * g.filters + filter) * g.out_length + position
+
+
+def conv1d_lengthwise[
+    dtype: DType, nlc: Bool
+](g: Geometry, steps: FilterSteps, o: Operands[dtype]):
+    """Computes a convolution of NLC or NCL data with a filter of any layout."""
+    comptime acc = accumulator[dtype]
+    comptime lanes = WIDE * simd_width_of[acc]()
+    var threads = workers(g.batch * g.out_length * g.filters * g.kernel * g.group_channels())
+    var room = WINDOW_BYTES // (g.group_channels() * g.stride * size_of[Scalar[acc]]())
+    var columns = max(1, min(4, room // lanes))
+    columns = max(1, min(columns, g.batch * g.groups * ceildiv(g.out_length, lanes) // (4 * threads)))
+    var positions = columns * lanes
+    var blocks = ceildiv(g.out_length, positions)
+    var splits = 1
+    if g.batch * g.groups * blocks < 2 * threads:
+        splits = min(g.group_filters(), ceildiv(2 * threads, g.batch * g.groups * blocks))
+    var tile = tile_filters[acc]()
+    var split = ceildiv(ceildiv(g.group_filters(), splits), tile) * tile
+    splits = ceildiv(g.group_filters(), split)
+    var tasks = g.batch * blocks * g.groups * splits
+    var chunks = 1 if threads == 1 else min(tasks, 8 * threads)
+
+    def chunk(t: Int) {imm}:
+        for task in range(t * tasks // chunks, (t + 1) * tasks // chunks):
+            var part = task % splits
+            var group = task // splits % g.groups
+            var first = task // (splits * g.groups) % blocks * positions
+            block[dtype, nlc](
+                g,
+                steps,
+                o,
+                task // (splits * g.groups * blocks),
+                group,
+                first,
+                min(positions, g.out_length - first),
+                positions,
+                part * split,
+                min((part + 1) * split, g.group_filters()),
+            )
+
+    if chunks == 1:
+        chunk(0)
+    else:
+        sync_parallelize(chunk, chunks)

@@ -1,0 +1,107 @@
+"""Registers the operations that graphs call. Run-time sizes are checked here, before any memory is touched."""
+
+import extensibility
+from extensibility import InputTensor, OutputTensor
+from max.gpu.host import DeviceContext
+from max.gpu.host.info import is_cpu
+
+from .dense import conv1d_dense
+from .depthwise import conv1d_depthwise
+from .geometry import CIRCULAR, Geometry, REFLECT
+from .gpu import conv1d_gpu
+from .lanes import Memory, Operands
+from .lengthwise import FilterSteps, conv1d_lengthwise
+
+
+def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
+    """Raises where the run-time sizes do not make a convolution that this package computes."""
+    if g.kernel < 1 or g.stride < 1 or g.dilation < 1:
+        raise Error("conv1d: kernel_size, stride and dilation must be at least 1")
+    if g.groups < 1 or g.groups * filter_channels != g.channels or g.filters % g.groups != 0:
+        raise Error(
+            "conv1d: the groups must divide the channels, but x has ", g.channels, " channels, the filter takes ",
+            filter_channels, " and gives ", g.filters,
+        )
+    var reach = (g.kernel - 1) * g.dilation + 1
+    var padded = g.length + g.pad_left + pad_right
+    if padded < reach:
+        raise Error(
+            "conv1d: the filter reaches over ", reach, " positions, but the padded input has only ", padded,
+            "; pad more or pass a longer input",
+        )
+    if g.out_length != (padded - reach) // g.stride + 1:
+        raise Error("conv1d: the output has ", g.out_length, " positions, not ", (padded - reach) // g.stride + 1)
+    var pad = max(g.pad_left, pad_right)
+    if (g.mode == REFLECT and pad >= g.length) or (g.mode == CIRCULAR and pad > g.length):
+        raise Error(
+            "conv1d: padding of ", pad, " needs more than the input's ", g.length,
+            " positions with padding_mode reflect or circular; pad less or pass a longer input",
+        )
+
+
+@extensibility.register("max_conv.conv1d")
+struct Conv1d:
+    """A convolution of (N, L, C) or (N, C, L) data. `kernel` is chosen in Python, where sizes are known."""
+
+    @staticmethod
+    def execute[
+        target: StaticString, kernel: StaticString, layout: StaticString, filter_layout: StaticString
+    ](
+        output: OutputTensor[rank=3, ...],
+        x: InputTensor[dtype=output.dtype, rank=3, ...],
+        w: InputTensor[dtype=output.dtype, rank=3, ...],
+        bias: InputTensor[dtype=output.dtype, rank=1, ...],
+        stride: Scalar[DType.int64],
+        dilation: Scalar[DType.int64],
+        pad_left: Scalar[DType.int64],
+        pad_right: Scalar[DType.int64],
+        mode: Scalar[DType.int64],
+        ctx: DeviceContext,
+    ) raises:
+        comptime dtype = output.dtype
+        comptime nlc = layout == "NLC"
+        comptime length = 1 if nlc else 2
+        comptime channel = 3 - length
+        comptime tap_axis = filter_layout.find("S")
+        comptime channel_axis = filter_layout.find("C")
+        comptime filter_axis = filter_layout.find("F")
+        var g = Geometry(
+            batch=x.dim_size(0),
+            length=x.dim_size(length),
+            out_length=output.dim_size(length),
+            channels=x.dim_size(channel),
+            filters=w.dim_size(filter_axis),
+            groups=x.dim_size(channel) // max(1, w.dim_size(channel_axis)),
+            kernel=w.dim_size(tap_axis),
+            stride=Int(stride),
+            dilation=Int(dilation),
+            pad_left=Int(pad_left),
+            mode=Int(mode),
+        )
+        check(g, Int(pad_right), w.dim_size(channel_axis))
+        if g.batch == 0:
+            return
+        var o = Operands[dtype](
+            x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            bias.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            bias.dim_size(0) > 0,
+            output.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+        )
+        var inner = w.dim_size(2)
+        var outer = w.dim_size(1) * inner
+        var size = [outer, inner, 1]
+        var steps = FilterSteps(size[tap_axis], size[channel_axis], size[filter_axis])
+        comptime if not is_cpu[target]():
+            conv1d_gpu[dtype, nlc](g, steps, o, ctx)
+        elif kernel == "dense":
+            comptime assert nlc and filter_layout == "SCF"
+            conv1d_dense(g, o)
+        elif kernel == "depthwise":
+            comptime assert nlc and filter_layout == "SCF"
+            if g.groups != g.channels or g.filters != g.channels:
+                raise Error("conv1d: the depthwise kernel needs one channel in and one out a group")
+            conv1d_depthwise(g, o)
+        else:
+            comptime assert kernel == "lengthwise"
+            conv1d_lengthwise[dtype, nlc](g, steps, o)

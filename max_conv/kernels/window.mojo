@@ -1,0 +1,74 @@
+"""A small copy of the input rows that one block of outputs reads, with the halo written out.
+
+Only blocks that touch an edge, data that has to be converted or turned, are read through a window. Row r of the
+window is the input row at `first + r` when the taps overlap (`dense`), and the row of tap r // count, output
+r % count otherwise, so a large dilation or stride costs no memory.
+"""
+
+from std.sys.info import simd_width_of
+
+from .geometry import Geometry
+from .lanes import Memory
+
+
+@fieldwise_init
+struct Window(ImplicitlyCopyable, TrivialRegisterPassable):
+    """Which input rows a block of `count` outputs needs."""
+
+    var first: Int  # padded position of the first row
+    var count: Int
+    var rows: Int
+    var gathered: Bool
+
+    @always_inline
+    @staticmethod
+    def of(g: Geometry, first_output: Int, count: Int) -> Self:
+        var span = (count - 1) * g.stride + (g.kernel - 1) * g.dilation + 1
+        var gathered = span > g.kernel * count
+        return Self(
+            first_output * g.stride - g.pad_left,
+            count,
+            g.kernel * count if gathered else span,
+            gathered,
+        )
+
+    @always_inline
+    def row_step(self, g: Geometry) -> Int:
+        """Rows between neighbouring outputs."""
+        return 1 if self.gathered else g.stride
+
+    @always_inline
+    def tap_step(self, g: Geometry) -> Int:
+        """Rows between neighbouring taps."""
+        return self.count if self.gathered else g.dilation
+
+    @always_inline
+    def source(self, g: Geometry, r: Int) -> Int:
+        """Returns the input row behind window row `r`, or -1 where it is zero."""
+        if self.gathered:
+            return g.source(self.first + (r % self.count) * g.stride + (r // self.count) * g.dilation)
+        return g.source(self.first + r)
+
+    @always_inline
+    def inside(self, g: Geometry) -> Bool:
+        """Tells whether every row lies in the input, so that no window is needed."""
+        return self.first >= 0 and self.first + (self.count - 1) * g.stride + (g.kernel - 1) * g.dilation < g.length
+
+    def fill[
+        dtype: DType, to: DType, //
+    ](self, g: Geometry, x: Memory[dtype], channels: Int, target: Memory[to]):
+        """Copies `channels` channels of every row, from NLC data that starts at `x`, into `target`."""
+        comptime width = simd_width_of[to]()
+        var whole = channels - channels % width
+        for r in range(self.rows):
+            var source = self.source(g, r)
+            var row = target.unsafe_offset(r * channels)
+            if source < 0:
+                for c in range(channels):
+                    row[unsafe_offset=c] = 0
+                continue
+            var data = x.unsafe_offset(source * g.channels)
+            for c in range(0, whole, width):
+                row.unsafe_offset(c).unsafe_store(data.unsafe_offset(c).unsafe_load[width=width]().cast[to]())
+            for c in range(whole, channels):
+                row[unsafe_offset=c] = data[unsafe_offset=c].cast[to]()

@@ -1,0 +1,204 @@
+"""`conv1d`: checks its arguments, works out the geometry, emits the operation into the current graph."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from max.dtype import DType
+from max.graph import DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, ops
+
+from .geometry import PADDING_MODES, Geometry, Padding, positive
+from .kernel_library import kernel_library
+from .layouts import FilterLayout, Layout, check_filter_layout, check_layout, permute
+
+DTYPES = (DType.float32, DType.float64, DType.float16, DType.bfloat16)
+
+
+def conv1d(
+    x: TensorValue,
+    filter: TensorValue,
+    bias: TensorValue | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    layout: Layout = "NLC",
+    filter_layout: FilterLayout = "SCF",
+) -> TensorValue:
+    """Convolves an NLC sequence with an SCF filter.
+
+    `L_out = (L + left + right - dilation * (K - 1) - 1) // stride + 1`
+
+    Args:
+        x: (N, L, C), or (N, C, L) with layout "NCL"; without the batch axis, too. Any dimension may be symbolic.
+        filter: (K, C / groups, F), or another order named by `filter_layout`: "FCS" is PyTorch's, "FSC" is MLX's.
+        bias: (F,) or None.
+        stride: Input positions from one output to the next.
+        padding: Positions added on both sides, (left, right), "same" (keeps the length, stride 1 only), "causal"
+            (all on the left, so that no output sees the future) or "valid" (none).
+        dilation: Input positions from one tap to the next.
+        groups: Output channel f sees only the channels of its group, f // (F / groups).
+        padding_mode: What stands in the padding: "zeros", "reflect", "replicate" or "circular".
+
+    Returns:
+        (N, L_out, F), or (N, F, L_out) with layout "NCL", in the dtype of `x`. Sixteen-bit types are summed in float32.
+
+    Raises:
+        TypeError, ValueError: Before anything is emitted, in one sentence. What only the run-time length can tell
+            (an input shorter than the filter) is raised by the kernel when the graph runs.
+
+    >>> from max.dtype import DType
+    >>> from max.graph import DeviceRef, Graph, TensorType
+    >>> x = TensorType(DType.float32, ["batch", "length", 80], DeviceRef.CPU())
+    >>> w = TensorType(DType.float32, [3, 80, 384], DeviceRef.CPU())
+    >>> with Graph("stem", input_types=[x, w]) as graph:
+    ...     y = conv1d(graph.inputs[0].tensor, graph.inputs[1].tensor, stride=2, padding=1)
+    >>> y.shape[2]
+    Dim(384)
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv1d.html
+    """
+    check_layout(layout)
+    check_filter_layout(filter_layout)
+    x = _value("x", x)
+    filter = _value("filter", filter)
+    bias = None if bias is None else _value("bias", bias)
+    if x.rank == 2:
+        x = ops.unsqueeze(x, 0)
+        y = conv1d(
+            x, filter, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            padding_mode=padding_mode, layout=layout, filter_layout=filter_layout,
+        )  # fmt: skip
+        return ops.squeeze(y, 0)
+
+    taps, group_channels, filters = _check_types(x, filter, bias, layout, filter_layout)
+    groups = positive("groups", groups)
+    geometry = Geometry.of(taps, stride, padding, dilation, padding_mode)
+    channels = x.shape[layout.index("C")]
+    _check_channels(x, channels, filter, group_channels, filters, groups, layout, filter_layout)
+    length = x.shape[layout.index("L")]
+    if isinstance(length, StaticDim):
+        geometry.check_length(int(length))
+
+    kernel = choose_kernel(layout, group_channels, filters // groups, groups)
+    if kernel in ("dense", "depthwise"):
+        filter = permute(filter, filter_layout, "SCF")
+        filter_layout = "SCF"
+    sizes = {"N": x.shape[0], "L": Dim(geometry.output_length(length)), "C": Dim(filters)}
+    shape = [sizes[axis] for axis in layout]
+    if bias is None:
+        bias = ops.constant([], x.dtype, device=x.device)
+    numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, PADDING_MODES.index(padding_mode))
+    cpu = DeviceRef.CPU()
+    scalars = [ops.constant(number, DType.int64, device=cpu) for number in numbers]
+    return emit(x, filter, bias, scalars, shape, kernel, layout, filter_layout)
+
+
+def choose_kernel(layout: Layout, group_channels: int, group_filters: int, groups: int) -> str:
+    """Returns the name of the CPU kernel for a layer: "dense", "depthwise" or "lengthwise"."""
+    if layout == "NCL":
+        return "lengthwise"
+    if group_channels == group_filters == 1 and groups >= 8:
+        return "depthwise"
+    # With fewer filters than half a vector, lanes along the length are better filled than lanes along the filters.
+    return "lengthwise" if group_filters < 8 else "dense"
+
+
+def emit(
+    x: TensorValue,
+    filter: TensorValue,
+    bias: TensorValue,
+    scalars: Sequence[TensorValue],
+    shape: Sequence[Any],
+    kernel: str,
+    layout: str,
+    filter_layout: str,
+) -> TensorValue:
+    """Emits the operation, unchecked.
+
+    Args:
+        bias: (F,), or (0,) for none.
+        scalars: stride, dilation, left, right and the number of the padding mode, int64, on the CPU.
+        shape: The output's.
+    """
+    graph = Graph.current
+    library = kernel_library()
+    if library not in graph.kernel_libraries_paths:
+        graph._import_kernels([library])
+    (y,) = ops.custom(
+        "max_conv.conv1d",
+        x.device,
+        [x, filter, bias, *scalars],
+        [TensorType(x.dtype, shape, x.device)],
+        parameters={"kernel": kernel, "layout": layout, "filter_layout": filter_layout},
+    )
+    return y.tensor
+
+
+def _value(name: str, value: Any) -> TensorValue:
+    try:
+        return TensorValue(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"conv1d: {name} must be a graph value, but is a {type(value).__name__}; "
+            "call max_conv.compile or a front end to run on arrays."
+        ) from None
+
+
+def _check_types(
+    x: TensorValue, filter: TensorValue, bias: TensorValue | None, layout: str, filter_layout: str
+) -> tuple[int, int, int]:
+    """Checks ranks, dtypes and devices; returns the filter's taps, channels a group, and filters."""
+    if x.rank != 3:
+        raise ValueError(f"conv1d: x must have 3 axes ({layout}) or 2 (no batch), but has shape {_shape(x)}.")
+    if filter.rank != 3:
+        raise ValueError(f"conv1d: the filter must have 3 axes ({filter_layout}), but has shape {_shape(filter)}.")
+    sizes = [filter.shape[filter_layout.index(axis)] for axis in "SCF"]
+    if not all(isinstance(size, StaticDim) for size in sizes):
+        raise ValueError(f"conv1d: the filter's shape must be known when the graph is built, but is {_shape(filter)}.")
+    taps, group_channels, filters = (int(size) for size in sizes)
+    if min(taps, group_channels, filters) < 1:
+        raise ValueError(f"conv1d: the filter must not be empty, but has shape {_shape(filter)}, layout {filter_layout}.")
+    if x.dtype not in DTYPES:
+        names = ", ".join(dtype.name for dtype in DTYPES)
+        raise TypeError(f"conv1d: x must be one of {names}, but is {x.dtype.name}; cast it first.")
+    for name, value in (("filter", filter), ("bias", bias)):
+        if value is None:
+            continue
+        if value.dtype != x.dtype:
+            raise TypeError(f"conv1d: x is {x.dtype.name} but the {name} is {value.dtype.name}; cast one to the other.")
+        if value.device != x.device:
+            raise ValueError(f"conv1d: x is on {x.device} but the {name} is on {value.device}; move one to the other.")
+    if bias is not None and (bias.rank != 1 or bias.shape[0] != filters):
+        raise ValueError(f"conv1d: the bias must have shape ({filters},), one value a filter, but has {_shape(bias)}.")
+    return taps, group_channels, filters
+
+
+def _check_channels(
+    x: TensorValue,
+    channels: Dim,
+    filter: TensorValue,
+    group_channels: int,
+    filters: int,
+    groups: int,
+    layout: str,
+    filter_layout: str,
+) -> None:
+    if filters % groups:
+        raise ValueError(
+            f"conv1d: groups={groups} must divide the {filters} filters (filter shape {_shape(filter)}, layout {filter_layout})."
+        )
+    if not isinstance(channels, StaticDim):
+        return
+    if int(channels) % groups:
+        raise ValueError(f"conv1d: groups={groups} must divide the {channels} channels of x (shape {_shape(x)}, layout {layout}).")
+    if int(channels) != group_channels * groups:
+        raise ValueError(
+            f"conv1d: the filter takes {int(channels) // groups} channels per group (x has {channels} channels, "
+            f"groups={groups}) but has {group_channels} (filter shape {_shape(filter)}, layout {filter_layout})."
+        )
+
+
+def _shape(value: TensorValue) -> str:
+    return f"({', '.join(str(dim) for dim in value.shape)})"

@@ -1,0 +1,61 @@
+"""A convolution to compare with: NumPy, float64, no speed."""
+
+from typing import Any
+
+import numpy as np
+
+from .geometry import Geometry, Padding
+from .layouts import FilterLayout, Layout, permute
+
+
+def conv1d_ref(
+    x: Any,
+    filter: Any,
+    bias: Any = None,
+    *,
+    stride: int = 1,
+    padding: Padding = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    layout: Layout = "NLC",
+    filter_layout: FilterLayout = "SCF",
+) -> np.ndarray:
+    """Convolves a sequence with a filter in float64, with the arguments of `max_conv.conv1d`.
+
+    `out[n, l, f] = bias[f] + sum over k, c of x[n, l * stride + k * dilation - left, c] * filter[k, c, f]`
+
+    Args:
+        x: (N, L, C) or, with layout "NCL", (N, C, L).
+        filter: (K, C / groups, F) or another order named by `filter_layout`.
+        bias: (F,) or None.
+        stride, padding, dilation, groups, padding_mode: As in `max_conv.conv1d`.
+
+    Returns:
+        (N, L_out, F) or (N, F, L_out), float64.
+
+    >>> conv1d_ref([[[1.0], [2.0], [4.0]]], [[[1.0]], [[10.0]]]).ravel().tolist()
+    [21.0, 42.0]
+    """
+    x = permute(np.asarray(x, np.float64), layout, "NLC")
+    w = permute(np.asarray(filter, np.float64), filter_layout, "SCF")
+    taps, group_channels, filters = w.shape
+    batch, length, _ = x.shape
+    geometry = Geometry.of(taps, stride, padding, dilation, padding_mode)
+    geometry.check_length(length)
+
+    # The padded line, with a row of zeros at the end for the halo to point at.
+    rows = [geometry.source(p, length) for p in range(-geometry.left, length + geometry.right)]
+    line = np.concatenate([x, np.zeros((batch, 1, x.shape[2]))], axis=1)[:, [length if r is None else r for r in rows]]
+
+    starts = np.arange(geometry.output_length(length)) * stride
+    out = np.zeros((batch, len(starts), filters))
+    group_filters = filters // groups
+    for g in range(groups):
+        channels = slice(g * group_channels, (g + 1) * group_channels)
+        to = slice(g * group_filters, (g + 1) * group_filters)
+        for k in range(taps):
+            out[:, :, to] += line[:, starts + k * dilation, channels] @ w[k, :, to]
+    if bias is not None:
+        out += np.asarray(bias, np.float64)
+    return permute(out, "NLC", layout)
