@@ -2,7 +2,7 @@
 
 from max import nn
 from max.dtype import DType
-from max.graph import DeviceRef, TensorValue, Weight
+from max.graph import DeviceRef, TensorType, TensorValue, Weight
 
 from .geometry import Geometry, Padding, positive
 from .layouts import FilterLayout, Layout
@@ -100,6 +100,11 @@ class Conv1D(nn.Module):
     def filter_layout(self) -> FilterLayout:
         """The filter's axis order."""
         return "FCS" if self.permute else "SCF"
+
+    def input_types(self) -> tuple[TensorType]:
+        """Returns the type of the input, with symbolic batch and length."""
+        sizes = {"N": "batch", "L": "length", "C": self.in_channels}
+        return (TensorType(self.dtype, [sizes[axis] for axis in self.layout], self.device or DeviceRef.CPU()),)
 
     def __call__(self, x: TensorValue) -> TensorValue:
         """Emits the convolution of `x` into the current graph.

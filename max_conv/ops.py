@@ -1,6 +1,6 @@
 """`conv1d`: checks its arguments, works out the geometry, emits the operation into the current graph."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from max.dtype import DType
@@ -122,18 +122,29 @@ def emit(
         scalars: stride, dilation, left, right and the number of the padding mode, int64, on the CPU.
         shape: The output's.
     """
-    graph = Graph.current
-    library = kernel_library()
-    if library not in graph.kernel_libraries_paths:
-        graph._import_kernels([library])
-    (y,) = ops.custom(
+    (y,) = custom_op(
         "max_conv.conv1d",
         x.device,
         [x, filter, bias, *scalars],
         [TensorType(x.dtype, shape, x.device)],
-        parameters={"kernel": kernel, "layout": layout, "filter_layout": filter_layout},
+        {"kernel": kernel, "layout": layout, "filter_layout": filter_layout},
     )
-    return y.tensor
+    return y
+
+
+def custom_op(
+    name: str,
+    device: DeviceRef,
+    operands: Sequence[TensorValue],
+    results: Sequence[TensorType],
+    parameters: Mapping[str, str] | None = None,
+) -> list[TensorValue]:
+    """Emits one of this package's kernels into the current graph, and tells the graph where they are."""
+    graph = Graph.current
+    library = kernel_library()
+    if library not in graph.kernel_libraries_paths:
+        graph._import_kernels([library])
+    return [value.tensor for value in ops.custom(name, device, operands, results, parameters)]
 
 
 def _value(name: str, value: Any) -> TensorValue:

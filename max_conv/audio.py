@@ -1,0 +1,55 @@
+"""Sound files in, arrays out."""
+
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+
+def read_audio(path: str | Path, rate: int) -> np.ndarray:
+    """Reads a WAV, FLAC, OGG or MP3 file of any rate and channel count, resampled to `rate`.
+
+    Args:
+        path: The file.
+        rate: Samples a second that the result has.
+
+    Returns:
+        float32, (channels, samples), full scale is 1. Channels are not mixed: take `.mean(axis=0)` for mono.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a sound file, holds no samples, or holds a sample that is not finite.
+        ImportError: If soundfile or soxr is not installed.
+
+    >>> import tempfile, soundfile
+    >>> with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+    ...     soundfile.write(file.name, np.zeros((8000, 2)), 8000)
+    ...     read_audio(file.name, 16000).shape
+    (2, 16000)
+    """
+    soundfile, soxr = _libraries()
+    if rate < 1:
+        raise ValueError(f"audio: the rate must be at least 1 sample a second, but is {rate}.")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"audio: {path} is not a file.")
+    try:
+        samples, own_rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"audio: {path} cannot be read as a sound file ({str(error).rstrip('.')}).") from None
+    if not len(samples):
+        raise ValueError(f"audio: {path} holds no samples.")
+    if not np.isfinite(samples).all():
+        first = int(np.argmin(np.isfinite(samples).all(axis=1)))
+        raise ValueError(f"audio: {path} holds a sample that is not a finite number, {first / own_rate:.3f} s from its start.")
+    if own_rate != rate:
+        samples = soxr.resample(samples, own_rate, rate)
+    return np.ascontiguousarray(samples.T)
+
+
+def _libraries() -> tuple[ModuleType, ModuleType]:
+    try:
+        import soundfile
+        import soxr
+    except ImportError as error:
+        raise ImportError(f"audio: reading sound needs {error.name}; run pip install 'max-conv[audio]'.") from None
+    return soundfile, soxr

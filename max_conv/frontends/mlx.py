@@ -1,0 +1,82 @@
+"""`mlx.nn.Conv1d`, on MAX."""
+
+from typing import Any
+
+import numpy as np
+from max.graph import DeviceRef
+
+from ..layouts import FilterLayout
+from .eager import EagerConv1D
+
+
+class Conv1d(EagerConv1D):
+    """Convolves an NLC sequence with an FSC filter, with the arguments of `mlx.nn.Conv1d`.
+
+    `L_out = (L + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1`
+
+    Args:
+        in_channels, out_channels: Channels of the input, C, and of the output, F.
+        kernel_size: Taps of the filter.
+        stride: Input positions from one output to the next.
+        padding: An int; also (left, right), "same", "valid" and "causal".
+        dilation: Input positions from one tap to the next.
+        groups: Groups of channels that are convolved separately.
+        bias: Whether a bias is added.
+        dtype: MAX's or NumPy's dtype, or its name; None is float32.
+        device: Where the layer runs; None is the CPU.
+        generator: Seeds the start values: the filter is U(-sqrt(k), sqrt(k)), k = groups / (C * kernel_size), the bias is 0.
+
+    Call:
+        x (N, L, C) or (L, C), an array or a graph value; returns (N, L_out, F) or (L_out, F).
+
+    >>> conv = Conv1d(16, 33, 3, stride=2, generator=0)
+    >>> conv
+    Conv1d(16, 33, kernel_size=3, stride=2, padding=0, dilation=1, groups=1, bias=True)
+    >>> conv(np.zeros((20, 50, 16), np.float32)).shape
+    (20, 24, 33)
+
+    Source: https://ml-explore.github.io/mlx/build/html/python/nn/_autosummary/mlx.nn.Conv1d.html
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: Any = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        dtype: Any = None,
+        device: DeviceRef | None = None,
+        generator: np.random.Generator | int | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            dtype,
+            device,
+            generator,
+            bias_bound=0.0,
+        )
+
+    @property
+    def filter_layout(self) -> FilterLayout:
+        """The filter's axis order."""
+        return "FSC"
+
+    def __repr__(self) -> str:
+        left, right = self.padding
+        return (
+            f"Conv1d({self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={left if left == right else self.padding}, dilation={self.dilation}, groups={self.num_groups}, "
+            f"bias={self.bias is not None})"
+        )

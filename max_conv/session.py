@@ -1,0 +1,305 @@
+"""Arrays in, arrays out: compiled models, saved and loaded."""
+
+import functools
+import inspect
+import json
+import os
+import platform
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from max import nn
+from max.driver import CPU, Accelerator, Buffer, Device, accelerator_count
+from max.dtype import DType
+from max.engine import InferenceSession, read
+from max.graph import DeviceRef, Graph, StaticDim, SymbolicDim, TensorType
+
+FORMAT = 1
+SOME_DTYPES_NUMPY_LACKS = (DType.bfloat16,)
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output: its name, dtype, and shape, where a string is a symbolic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return f"({', '.join(str(size) for size in self.shape)})"
+
+
+class Model:
+    """A compiled graph, called on arrays. Made by `compile` and `load`; safe to call from several threads.
+
+    Attributes:
+        inputs: Name, dtype and shape of every input.
+        outputs: The same of every output.
+    """
+
+    def __init__(self, compiled: Any, weights: Mapping[str, Any], inputs: Sequence[Port], outputs: Sequence[Port]):
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self._compiled = compiled
+        # MAX borrows the memory of weights: they have to live as long as the model.
+        self._weights = dict(weights)
+        devices = tuple(sorted({port.device for port in (*inputs, *outputs)} - {"cpu"}))
+        self._devices = {"cpu": CPU(), **{name: _device(name) for name in devices}}
+        self._model = _session(devices).init(compiled, weights_registry=self._weights)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model.
+
+        Args:
+            args, kwargs: The inputs, by position or by name: NumPy arrays, or anything with DLPack (torch and JAX
+                tensors, `max.driver.Buffer`). Contiguous arrays are read where they are, others are copied first.
+
+        Returns:
+            One array, or a tuple where the model has several outputs: NumPy arrays for NumPy inputs, otherwise
+            `max.driver.Buffer`, which speaks DLPack. bfloat16 always comes as a Buffer, since NumPy lacks it.
+
+        Raises:
+            TypeError, ValueError: Before anything runs: wrong count, names, dtypes or shapes of the inputs.
+        """
+        values = self._bind(args, kwargs)
+        buffers = [_buffer(value, port) for value, port in zip(values, self.inputs, strict=True)]
+        self._check_shapes(buffers)
+        buffers = [buffer.to(self._devices[port.device]) for buffer, port in zip(buffers, self.inputs, strict=True)]
+        try:
+            results = self._model.execute(*buffers)
+        except ValueError as error:
+            # The kernels' own sentences come wrapped in a page about the graph.
+            if sentence := re.search(r"^(conv1d|lstm): .*$", str(error), re.MULTILINE):
+                raise ValueError(sentence.group()) from None
+            raise
+        if all(isinstance(value, np.ndarray | np.generic) for value in values):
+            results = [r if r.dtype in SOME_DTYPES_NUMPY_LACKS else r.to_numpy() for r in results]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the compiled model with its weights to one file, which `load` reads without compiling.
+
+        The file is written beside `path` and renamed, so `path` is never half a model.
+        """
+        path = Path(path)
+        weights = [(name, _buffer(value, None)) for name, value in self._weights.items()]
+        meta = {
+            "format": FORMAT,
+            "max": version("max"),
+            "machine": platform.machine(),
+            "cpu": sorted(_cpu_features()),
+            "inputs": [asdict(port) for port in self.inputs],
+            "outputs": [asdict(port) for port in self.outputs],
+            "weights": [{"name": n, "dtype": w.dtype.name, "shape": list(w.shape)} for n, w in weights],
+        }
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            mef, whole = Path(folder) / "model.mef", Path(folder) / "whole"
+            self._compiled.export_mef(mef)
+            with zipfile.ZipFile(whole, "w") as file:
+                file.writestr("meta.json", json.dumps(meta, indent=1))
+                file.write(mef, "model.mef")
+                for number, (_, weight) in enumerate(weights):
+                    file.writestr(f"weights/{number}", _bytes_of(weight).tobytes())
+            whole.replace(path)
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{port.name}: {port.dtype}{port}" for port in self.inputs)
+        outputs = ", ".join(f"{port.dtype}{port}" for port in self.outputs)
+        return f"Model({inputs}) -> {outputs}"
+
+    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        names = [port.name for port in self.inputs]
+        if len(args) > len(names):
+            raise TypeError(f"model: takes {len(names)} inputs ({', '.join(names)}), but got {len(args)}.")
+        values = dict(zip(names, args, strict=False))
+        for name, value in kwargs.items():
+            if name not in names:
+                raise TypeError(f"model: has no input {name!r}; its inputs are {', '.join(names)}.")
+            if name in values:
+                raise TypeError(f"model: input {name!r} came twice, by position and by name.")
+            values[name] = value
+        if missing := [name for name in names if name not in values]:
+            raise TypeError(f"model: input {missing[0]!r} is missing; the inputs are {', '.join(names)}.")
+        return [values[name] for name in names]
+
+    def _check_shapes(self, buffers: Sequence[Buffer]) -> None:
+        sizes: dict[str, tuple[int, str]] = {}
+        for port, buffer in zip(self.inputs, buffers, strict=True):
+            shape = tuple(buffer.shape)
+            fits = len(shape) == len(port.shape)
+            for want, size in zip(port.shape, shape, strict=False):
+                if isinstance(want, str):
+                    known, where = sizes.setdefault(want, (size, port.name))
+                    if known != size:
+                        raise ValueError(
+                            f"model: dimension {want!r} is {known} in input {where!r} but {size} in input "
+                            f"{port.name!r}; pass the same."
+                        )
+                elif want != size:
+                    fits = False
+            if not fits:
+                raise ValueError(f"model: input {port.name!r} must have shape {port}, but has {shape}.")
+
+
+def compile(
+    model: nn.Module | Callable[..., Any] | Graph,
+    inputs: Mapping[str, TensorType] | Sequence[TensorType] | None = None,
+    *,
+    weights: Mapping[str, Any] | None = None,
+) -> Model:
+    """Compiles a layer, a builder function or a graph into a callable on arrays.
+
+    Args:
+        model: A `max.nn.Module`; a function from graph values to one or several; or a finished `Graph`.
+        inputs: The types of the inputs, by name or in order. A module with a method `input_types()`, as `Conv1D`
+            has, needs none: its batch and length are symbolic.
+        weights: Arrays by weight name. A module that has loaded its weights needs none. They are kept alive.
+
+    Returns:
+        A `Model`.
+
+    Raises:
+        TypeError, ValueError: Missing input types or weights, in one sentence.
+
+    >>> import numpy as np
+    >>> from max.dtype import DType
+    >>> from max_conv import Conv1D
+    >>> layer = Conv1D(3, 1, 1, DType.float32, padding=1)
+    >>> layer.load_state_dict({"weight": np.ones((3, 1, 1), np.float32)})
+    >>> compile(layer)(np.ones((1, 4, 1), np.float32)).ravel().tolist()
+    [2.0, 3.0, 3.0, 2.0]
+    """
+    graph, names, weights = _trace(model, inputs, weights)
+    ports = [_port(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
+    outputs = [_port(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
+    devices = tuple(sorted({port.device for port in (*ports, *outputs)} - {"cpu"}))
+    return Model(_session(devices).compile(graph), weights, ports, outputs)
+
+
+def load(path: str | os.PathLike) -> Model:
+    """Reads a model that `Model.save` wrote, without compiling it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a saved model, or was made for another MAX version, CPU or device.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            meta = json.loads(file.read("meta.json"))
+            if meta["format"] != FORMAT:
+                raise ValueError(f"load: {path} has format {meta['format']}, but this max_conv reads {FORMAT}; save it again.")
+            _check_machine(path, meta)
+            weights = {
+                entry["name"]: _from_bytes(file.read(f"weights/{number}"), entry)
+                for number, entry in enumerate(meta["weights"])
+            }
+            compiled = read(file.open("model.mef"))
+    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError, RuntimeError) as error:
+        raise ValueError(f"load: {path} is not a model that max_conv saved, or is damaged ({error}).") from None
+    ports = [[Port(**(entry | {"shape": tuple(entry["shape"])})) for entry in meta[key]] for key in ("inputs", "outputs")]
+    return Model(compiled, weights, *ports)
+
+
+def _check_machine(path: Any, meta: Mapping[str, Any]) -> None:
+    if meta["max"] != version("max"):
+        raise ValueError(f"load: {path} was compiled by MAX {meta['max']}, but this is {version('max')}; compile it again.")
+    if meta["machine"] != platform.machine():
+        raise ValueError(f"load: {path} was compiled for {meta['machine']}, but this is {platform.machine()}; compile it again.")
+    if missing := sorted(set(meta["cpu"]) - _cpu_features()):
+        raise ValueError(f"load: {path} was compiled for a CPU with {', '.join(missing)}, which this one lacks; compile it again.")
+
+
+def _trace(model: Any, inputs: Any, weights: Any) -> tuple[Graph, list[str], Mapping[str, Any]]:
+    """Returns the graph, the names of its inputs, and its weights."""
+    if isinstance(model, Graph):
+        if inputs is not None:
+            raise TypeError("compile: a Graph has its inputs already; pass input types with a layer or a function only.")
+        return model, [f"input{i}" for i in range(len(model.inputs))], weights or {}
+    if not callable(model):
+        raise TypeError(f"compile: takes a layer, a function or a Graph, but got a {type(model).__name__}.")
+    name = getattr(model, "__name__", type(model).__name__)
+    if inputs is None:
+        if not hasattr(model, "input_types"):
+            raise TypeError(f"compile: {name} needs the types of its inputs; pass inputs={{'x': TensorType(...)}}.")
+        inputs = model.input_types()
+    names = list(inputs) if isinstance(inputs, Mapping) else list(inspect.signature(model).parameters)[: len(inputs)]
+    types = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
+    if isinstance(model, nn.Module):
+        if weights is not None:
+            model.load_state_dict(weights)
+        try:
+            weights = model.state_dict(auto_initialize=False)
+        except ValueError:
+            raise ValueError(f"compile: the weights of {name} have no values; call load_state_dict or pass weights=.") from None
+    return Graph(name, model, input_types=types), names, weights or {}
+
+
+def _port(name: str, type_: TensorType) -> Port:
+    shape = [
+        int(dim) if isinstance(dim, StaticDim) else dim.name if isinstance(dim, SymbolicDim) else str(dim)
+        for dim in type_.shape
+    ]
+    return Port(name, type_.dtype.name, tuple(shape), _device_name(type_.device))
+
+
+def _device_name(device: DeviceRef) -> str:
+    return "cpu" if device.is_cpu() else f"gpu:{device.id}"
+
+
+def _device(name: str) -> Device:
+    number = int(name.removeprefix("gpu:"))
+    if number >= accelerator_count():
+        raise ValueError(f"model: needs {name}, but this machine has {accelerator_count()} accelerators; use the CPU.")
+    return Accelerator(number)
+
+
+@functools.cache
+def _session(devices: tuple[str, ...]) -> InferenceSession:
+    return InferenceSession(devices=[*(_device(name) for name in devices), CPU()])
+
+
+def _buffer(value: Any, port: Port | None) -> Buffer:
+    """Returns a view of an array, or of a contiguous copy of it, and checks its dtype."""
+    if isinstance(value, np.ndarray | np.generic):
+        buffer = Buffer.from_numpy(np.ascontiguousarray(value).reshape(np.shape(value)))
+    elif isinstance(value, Buffer):
+        buffer = value
+    elif hasattr(value, "__dlpack__"):
+        if hasattr(value, "detach"):
+            value = value.detach().contiguous()
+        buffer = Buffer.from_dlpack(value)
+    else:
+        what = f"input {port.name!r}" if port else "a weight"
+        raise TypeError(f"model: {what} must be an array (NumPy or DLPack), but is a {type(value).__name__}.")
+    if port and buffer.dtype.name != port.dtype:
+        raise TypeError(f"model: input {port.name!r} must be {port.dtype}, but is {buffer.dtype.name}; cast it first.")
+    return buffer
+
+
+def _bytes_of(buffer: Buffer) -> np.ndarray:
+    host = buffer.to(CPU())
+    return host.view(DType.uint8, [host.num_elements * host.dtype.size_in_bytes]).to_numpy()
+
+
+def _from_bytes(data: bytes, entry: Mapping[str, Any]) -> Buffer:
+    return Buffer.from_numpy(np.frombuffer(data, np.uint8)).view(DType[entry["dtype"]], entry["shape"])
+
+
+def _cpu_features() -> set[str]:
+    """Returns the CPU's instruction set extensions, the names that compiled code may depend on."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {platform.processor() or platform.machine()}
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    kinds = r"(avx|sse|ssse|fma|f16c|bmi|amx|aes|vaes|vpclmul|gfni|sha|adx|movbe|popcnt|abm|asimd|sve|bf16|i8mm|fphp)"
+    return {flag for flag in line.group(1).split() if re.match(kinds, flag)} if line else set()

@@ -1,0 +1,167 @@
+"""What the tests share: a case, a way to run many cases in one graph, and one checker.
+
+Compiling costs seconds a graph and about 0.2 s for each different signature, so a file runs all its cases at once.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from max.driver import CPU, Buffer
+from max.dtype import DType
+from max.engine import InferenceSession, Model
+from max.graph import DeviceRef, Graph, TensorType
+from max_conv import conv1d
+from max_conv.reference import conv1d_ref
+
+Array = np.ndarray | torch.Tensor
+"""NumPy has no bfloat16: such cases hold torch tensors."""
+
+HOST = DeviceRef.CPU()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One convolution, and what others say that it gives."""
+
+    id: str
+    x: Array
+    filter: Array
+    bias: Array | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    expected: Array | None = None
+    """The oracle's answer on the same data; its dtype says how exact it is."""
+    peer: Array | None = None
+    """torch's answer in the case's own dtype: ours may be at most 4 times as far off."""
+    symbolic: bool = False
+    """Whether the graph is built without knowing batch and length."""
+
+    @property
+    def operands(self) -> list[Array]:
+        return [self.x, self.filter] + ([] if self.bias is None else [self.bias])
+
+    def input_types(self) -> list[TensorType]:
+        types = [TensorType(dtype_of(a), list(a.shape), HOST) for a in self.operands]
+        if self.symbolic:
+            axes = self.kwargs.get("layout", "NLC")[-self.x.ndim :]
+            shape = [size if axis == "C" else f"{self.id}_{axis}" for axis, size in zip(axes, self.x.shape)]
+            types[0] = TensorType(types[0].dtype, shape, HOST)
+        return types
+
+
+def dtype_of(array: Array) -> DType:
+    return DType[dtype_name(array)]
+
+
+def dtype_name(array: Array) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def eps_of(array: Array) -> float:
+    return torch.finfo(getattr(torch, dtype_name(array))).eps
+
+
+def wide(array: Array) -> np.ndarray:
+    """Returns the values in float64."""
+    return array.detach().double().numpy() if isinstance(array, torch.Tensor) else np.asarray(array, np.float64)
+
+
+def normal(*shape: int, dtype: Any = np.float32, seed: int = 0) -> np.ndarray:
+    """Returns standard normal values, the same for the same shape and seed."""
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def compiled(graph: Graph, weights: Mapping[str, Any] | None = None) -> Model:
+    return InferenceSession(devices=[CPU()]).load(graph, weights_registry=weights)
+
+
+def execute(model: Model, arrays: Sequence[Array]) -> list[Array]:
+    """Runs a model on arrays; gives tensors where the first input is one, and NumPy arrays otherwise."""
+    contiguous = [a.detach().contiguous() if isinstance(a, torch.Tensor) else np.ascontiguousarray(a) for a in arrays]
+    results = model.execute(*[Buffer.from_dlpack(a) for a in contiguous])
+    return [torch.from_dlpack(r) if r.dtype == DType.bfloat16 else r.to_numpy() for r in results]
+
+
+def run(cases: Sequence[Case], times: int = 1) -> list[Array]:
+    """Runs all cases in one graph through the public `conv1d`, and checks that running again changes no bit."""
+    types = [case.input_types() for case in cases]
+    with Graph("cases", input_types=[t for case_types in types for t in case_types]) as graph:
+        values = iter(graph.inputs)
+        outputs = []
+        for case, case_types in zip(cases, types):
+            try:
+                outputs.append(conv1d(*[next(values).tensor for _ in case_types], **case.kwargs))
+            except Exception as error:
+                error.add_note(f"in case {case.id}")
+                raise
+        graph.output(*outputs)
+    model = compiled(graph)
+    first, *more = [execute(model, [a for case in cases for a in case.operands]) for _ in range(times)]
+    for again in more:
+        for case, one, other in zip(cases, first, again):
+            np.testing.assert_array_equal(wide(one), wide(other), err_msg=f"{case.id} differs from run to run")
+    return first
+
+
+def reference(case: Case) -> np.ndarray:
+    """Returns the float64 reference, also for an input without a batch axis."""
+    x, bias = wide(case.x), None if case.bias is None else wide(case.bias)
+    if x.ndim == 2:
+        return conv1d_ref(x[None], wide(case.filter), bias, **case.kwargs)[0]
+    return conv1d_ref(x, wide(case.filter), bias, **case.kwargs)
+
+
+def bound(case: Case, eps: float, reference: np.ndarray) -> np.ndarray:
+    """Returns how far off each value may be; sixteen-bit types are summed in float32, and only stored in their own."""
+    terms = case.filter.size if isinstance(case.filter, np.ndarray) else case.filter.numel()
+    terms //= max(1, case.filter.shape[case.kwargs.get("filter_layout", "SCF").index("F")])
+    x, w = (np.abs(wide(a)).max(initial=0) for a in (case.x, case.filter))
+    sum_eps = min(eps, torch.finfo(torch.float32).eps)
+    return 4 * sum_eps * np.sqrt(terms) * x * w + eps * np.abs(reference)
+
+
+def check(case: Case, got: Array) -> None:
+    """Checks shape, dtype, finiteness and every value of `got` against the float64 reference."""
+    want, eps = reference(case), eps_of(case.x)
+    assert tuple(got.shape) == want.shape, f"{case.id}: shape {tuple(got.shape)}, not {want.shape}"
+    assert dtype_name(got) == dtype_name(case.x), f"{case.id}: {got.dtype}"
+    values = wide(got)
+    assert np.isfinite(values).all(), f"{case.id}: {np.count_nonzero(~np.isfinite(values))} values are not finite"
+    assert_within(case.id, values, want, bound(case, eps, want))
+    if case.peer is not None:
+        ours, theirs = (np.abs(v - want).max(initial=0) for v in (values, wide(case.peer)))
+        # A few values can come out exact by luck: the best that is asked for is a correctly rounded largest value.
+        rounded = eps / 2 * np.abs(want).max(initial=0)
+        assert ours <= 4 * max(theirs, rounded), f"{case.id}: off by {ours:.2g}, torch {theirs:.2g}"
+
+
+def check_reference(case: Case) -> None:
+    """Checks the reference itself against the oracle's answer, as exactly as the oracle computes."""
+    assert case.expected is not None, f"{case.id} has no oracle"
+    want = wide(case.expected)
+    got = reference(case)
+    assert got.shape == want.shape, f"{case.id}: shape {got.shape}, not {want.shape}"
+    assert_within(case.id, got, want, bound(case, eps_of(case.expected), want))
+
+
+def assert_within(name: str, got: np.ndarray, want: np.ndarray, limit: np.ndarray) -> None:
+    excess = np.abs(got - want) - limit
+    if excess.size and excess.max() > 0:
+        at = np.unravel_index(excess.argmax(), excess.shape)
+        where = f"{name} at {tuple(map(int, at))}: {got[at]!r}, not {want[at]!r} within {limit[at]:.2g}"
+        raise AssertionError(f"{where} ({np.count_nonzero(excess > 0)} of {excess.size} values are off)")
+
+
+def is_one_sentence(message: str) -> bool:
+    """Tells whether an error reads `conv1d: ….`, on one line, with one full stop."""
+    return re.fullmatch(r"conv1d: [^\n]+[^.]\.", message) is not None and ". " not in message
+
+
+def ids(cases: Iterable[Case]) -> list[str]:
+    """Returns the cases' names; no two are the same."""
+    names = [case.id for case in cases]
+    assert len(set(names)) == len(names), sorted({n for n in names if names.count(n) > 1})
+    return names

@@ -1,0 +1,263 @@
+"""scripts/dev.py: what it can show without a network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dev
+
+FILE = Path(dev.__file__)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A repository without a virtual environment."""
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    monkeypatch.setattr(dev, "ROOT", tmp_path)
+    monkeypatch.setattr(dev, "VENV", tmp_path / ".venv")
+    return tmp_path
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The commands that were run, in order; `ran.status` answers them."""
+
+    class Ran(list):
+        status = 0
+
+    commands = Ran()
+
+    def run(command, cwd=None):
+        commands.append(([str(word) for word in command], cwd))
+        return commands.status
+
+    monkeypatch.setattr(dev, "run", run)
+    return commands
+
+
+@pytest.fixture
+def installed(root, monkeypatch):
+    """Pretends that installing works: makes the files that would be there."""
+    calls = []
+
+    def watch(command):
+        calls.append([str(word) for word in command])
+        if "venv" in command:
+            python = root / ".venv" / "bin" / "python"
+            python.parent.mkdir(parents=True, exist_ok=True)
+            python.symlink_to(sys.executable)
+            (root / ".venv" / "pyvenv.cfg").touch()
+        return 0
+
+    monkeypatch.setattr(dev, "watch", watch)
+    monkeypatch.setattr(dev.shutil, "which", lambda name: None)
+    return calls
+
+
+def program(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, FILE, *arguments],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env=os.environ | environment,
+    )
+
+
+def test_help():
+    answer = program("--help")
+    assert answer.returncode == 0
+    for command in dev.COMMANDS:
+        assert f"dev.py {command}" in answer.stdout
+    assert program().stdout == answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["tset"], "dev.py: there is no command 'tset'; the commands are demo, test, lint.\n"),
+        (["lint", "max_conv"], "dev.py: lint takes no arguments, but got max_conv.\n"),
+    ],
+)
+def test_wrong_arguments(arguments, sentence):
+    answer = program(*arguments)
+    assert (answer.returncode, answer.stdout, answer.stderr) == (1, "", sentence)
+
+
+def test_python_without_venv(root, tmp_path):
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "ensurepip.py").write_text("raise ImportError('as on Debian')\n")
+    script = root / "scripts" / "dev.py"
+    script.parent.mkdir()
+    script.write_text(FILE.read_text())
+    answer = subprocess.run(
+        [sys.executable, script, "demo"],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/nowhere", "PYTHONPATH": str(modules)},
+    )
+    assert answer.returncode == 1
+    assert "sudo apt install python3-venv" in answer.stderr and answer.stderr.count("\n") == 1
+    assert not (root / ".venv").exists()
+
+
+def test_an_older_python_gets_a_sentence(monkeypatch):
+    # Everything up to the check must be parsed and run by any Python 3, so the newer spellings stay out of this file.
+    source = FILE.read_text()
+    for new in (":=", "match ", "\nfrom __future__"):
+        assert new not in source
+    monkeypatch.setattr(sys, "version_info", (3, 8, 18))
+    with pytest.raises(SystemExit, match=r"^dev\.py: Python 3\.11 or newer is needed, but this is 3\.8\.$"):
+        exec(compile(source, str(FILE), "exec"), {"__name__": "dev"})
+
+
+def test_demo_passes_its_arguments_on(root, installed, ran):
+    assert dev.main(["demo", "my file.wav", "--json"]) == 0
+    assert ran == [([f"{root}/.venv/bin/max-conv", "run", "silero-vad", "my file.wav", "--json"], None)]
+    assert installed[-1][-2:] == ["--editable", f"{root}[all]"]
+
+
+def test_test_with_arguments_runs_only_pytest(root, installed, ran):
+    ran.status = 5
+    assert dev.main(["test", "-k", "same or valid"]) == 5
+    assert ran == [([f"{root}/.venv/bin/python", "-m", "pytest", "-k", "same or valid"], root)]
+    assert installed[-1][-2:] == ["--editable", f"{root}[test]"]
+
+
+def test_test_runs_everything_even_after_a_failure(root, installed, ran, capsys):
+    ran.status = 1
+    assert dev.main(["test"]) == 1
+    assert [command[2] for command, _ in ran] == ["ruff", "ruff", "mypy", "pytest"]
+    assert "pytest: FAILED (1)" in capsys.readouterr().out
+
+
+def test_here_installs_nothing(root, installed, ran):
+    assert dev.main(["--here", "test", "-x"]) == 0
+    assert ran == [([sys.executable, "-m", "pytest", "-x"], root)]
+    assert installed == []
+
+
+def test_installs_once(root, installed, ran):
+    for _ in range(3):
+        dev.main(["demo"])
+    assert len(installed) == 2  # the environment, the packages
+
+
+def test_what_test_installs_serves_demo_too(root, installed, ran):
+    dev.main(["test"])
+    dev.main(["demo"])
+    assert len(installed) == 2
+
+
+def test_installs_again_when_the_project_changes(root, installed, ran, monkeypatch):
+    dev.main(["demo"])
+    monkeypatch.setattr(dev, "unusable", lambda python: None)
+    (root / "pyproject.toml").write_text("[project]\nname = 'other'\n")
+    dev.main(["demo"])
+    assert len(installed) == 3
+
+
+def test_starts_over_after_an_interruption(root, installed, ran, monkeypatch, capsys):
+    whole = dev.watch
+
+    def interrupted(command):
+        if "install" in command:
+            raise KeyboardInterrupt
+        return whole(command)
+
+    monkeypatch.setattr(dev, "watch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dev.main(["demo"])
+    (root / ".venv" / "half").touch()
+    monkeypatch.setattr(dev, "watch", whole)
+    assert dev.main(["demo"]) == 0
+    assert "the last set-up was cut short; making .venv anew" in capsys.readouterr().out
+    assert not (root / ".venv" / "half").exists()
+
+
+def test_a_failed_installation_is_tried_again_and_harms_nothing(root, installed, ran, monkeypatch):
+    dev.main(["demo"])
+    monkeypatch.setattr(dev, "unusable", lambda python: None)
+    monkeypatch.setattr(dev, "watch", lambda command: 1)
+    with pytest.raises(SystemExit, match="the installation failed"):
+        dev.main(["test"])
+    assert dev.main(["demo"]) == 0
+
+
+def test_makes_the_environment_anew_where_its_python_is_gone(root, installed, ran, capsys):
+    dev.main(["demo"])
+    python = root / ".venv" / "bin" / "python"
+    python.unlink()
+    python.symlink_to("/nowhere/python3")
+    assert dev.main(["demo"]) == 0
+    assert "its Python does not run; making .venv anew" in capsys.readouterr().out
+    assert python.exists()
+
+
+def test_removes_nothing_but_environments(root, installed, ran):
+    (root / ".venv").mkdir()
+    (root / ".venv" / "diary.txt").touch()
+    with pytest.raises(SystemExit, match="is not a virtual environment; move it away"):
+        dev.main(["demo"])
+    assert (root / ".venv" / "diary.txt").exists()
+
+
+def test_uv_before_pip(root, installed, ran, monkeypatch):
+    monkeypatch.setattr(dev.shutil, "which", lambda name: f"/opt/{name}")
+    dev.main(["demo"])
+    assert [command[:2] for command in installed] == [["/opt/uv", "venv"], ["/opt/uv", "pip"]]
+    assert "--seed" in installed[0]  # max-conv needs pip
+
+
+def test_pip_where_uv_fails(root, installed, ran, monkeypatch):
+    whole = dev.watch
+    monkeypatch.setattr(dev.shutil, "which", lambda name: f"/opt/{name}")
+    monkeypatch.setattr(
+        dev, "watch", lambda command: whole(command) or int(command[0] == "/opt/uv" and "pip" in command)
+    )
+    assert dev.main(["demo"]) == 0
+    assert installed[-1][1:4] == ["-m", "pip", "install"]
+
+
+def test_uv_looks_where_pip_looks(monkeypatch):
+    monkeypatch.setenv("PIP_FIND_LINKS", "/a /b")
+    monkeypatch.delenv("UV_FIND_LINKS", raising=False)
+    assert dev.environment()["UV_FIND_LINKS"] == "/a,/b"
+    monkeypatch.setenv("UV_FIND_LINKS", "/c")
+    assert dev.environment()["UV_FIND_LINKS"] == "/c"
+
+
+@pytest.mark.parametrize(
+    ("line", "news"),
+    [
+        (
+            "  Downloading max_core-26.7.0-py3-none-manylinux_2_34_x86_64.whl (87.1 MB)",
+            "downloading max_core-26.7.0 (87 MB)",
+        ),
+        ("Using cached torch-2.13.0-cp312-cp312-linux_x86_64.whl (1.5 GB)", "using cached torch-2.13.0 (1536 MB)"),
+        ("Downloading max-mojo-libs (27.5MiB)", "downloading max-mojo-libs (28 MB)"),
+        ("  Downloading click-8.3.0-py3-none-any.whl (107 kB)", None),
+        ("Downloading idna-3.11-py3-none-any.whl (2.0 MB)", None),
+        ("Installing collected packages: a, b, c", "writing 3 packages"),
+        ("Installed 61 packages in 1.2s", "installed 61 packages in 1.2s"),
+        ("Collecting numpy>=1.26", None),
+    ],
+)
+def test_news(line, news):
+    assert dev.news(line) == news
+
+
+@pytest.mark.parametrize(("code", "status"), [("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)])
+def test_exit_status_passes_through(code, status):
+    assert dev.run([sys.executable, "-c", code]) == status
+
+
+def test_watch_shows_all_that_was_said_where_it_failed(capsys):
+    assert dev.watch([sys.executable, "-c", "print('why'); raise SystemExit(3)"]) == 3
+    assert "why" in capsys.readouterr().out
+    assert dev.watch([sys.executable, "-c", "print('quiet')"]) == 0
+    assert "quiet" not in capsys.readouterr().out

@@ -1,0 +1,160 @@
+"""PyTorch's own test data for Conv1d: OpInfo samples and error inputs, module tests, ModuleInfo inputs."""
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from max.graph import Graph, TensorType
+from max_conv import conv1d
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+from torch.testing._internal.common_nn import get_new_module_tests, module_tests
+
+from harness import HOST, Array, Case, check, check_reference, dtype_of, ids, is_one_sentence, run
+
+(OP,) = (op for op in op_db if op.name == "nn.functional.conv1d")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+OUT_OF_SCOPE = {
+    torch.int64: "MAX models compute in floating point; torch itself has integer convolution on the CPU only",
+    torch.complex32: "MAX has no complex dtype",
+    torch.complex64: "MAX has no complex dtype",
+    torch.complex128: "MAX has no complex dtype",
+}
+NCL = {"layout": "NCL", "filter_layout": "FCS"}
+
+
+def single(value: Any) -> Any:
+    """Unwraps torch's 1-tuples: `conv1d` takes ints, and a pair of paddings is (left, right)."""
+    return value[0] if isinstance(value, tuple | list) and len(value) == 1 else value
+
+
+def arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: single(value) for name, value in kwargs.items()} | NCL
+
+
+def op_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        torch.manual_seed(0)
+        for i, sample in enumerate(OP.sample_inputs("cpu", dtype)):
+            x, (w, bias), kwargs = sample.input, sample.args, sample.kwargs
+            exact = OP(x.double(), w.double(), None if bias is None else bias.double(), **kwargs)
+            yield Case(
+                f"op-{str(dtype)[6:]}-{i}", x, w, bias, arguments(kwargs), expected=exact, peer=OP(x, w, bias, **kwargs)
+            )
+
+
+def module_case(name: str, module: torch.nn.Module, x: torch.Tensor) -> Case:
+    """Makes a case of a torch layer, its weights and an input of the dtype that they have."""
+    with torch.no_grad():
+        peer = module(x)
+        exact = copy.deepcopy(module).double()(x.double())
+    kwargs = dict(stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups)
+    kwargs["padding_mode"] = module.padding_mode
+    return Case(name, x, module.weight, module.bias, arguments(kwargs), expected=exact, peer=peer)
+
+
+def new_module_rows() -> list[dict[str, Any]]:
+    rows = [*get_new_module_tests(), *module_tests]
+    return [row for row in rows if row.get("fullname", row.get("module_name", "")).startswith("Conv1d")]
+
+
+def module_cases() -> Iterator[Case]:
+    for row in new_module_rows():
+        name = row.get("fullname") or "_".join(filter(None, ["Conv1d", row.get("desc")]))
+        for dtype in (torch.float32, torch.float64):
+            torch.manual_seed(0)
+            make = row.get("constructor") or (lambda row=row: torch.nn.Conv1d(*row["constructor_args"]))
+            module = make().to(dtype)
+            assert type(module) is torch.nn.Conv1d, row
+            yield module_case(f"row-{name}-{str(dtype)[6:]}", module, torch.randn(row["input_size"], dtype=dtype))
+
+
+def module_info_cases() -> Iterator[Case]:
+    infos = [info for info in module_db if info.name in ("nn.Conv1d", "nn.LazyConv1d")]
+    for info in infos:
+        assert set(info.dtypes) <= set(DTYPES)
+        for dtype in info.dtypes:
+            options = dict(device="cpu", dtype=dtype, requires_grad=False, training=False)
+            torch.manual_seed(0)
+            for i, given in enumerate(info.module_inputs_func(info, **options)):
+                call = given.constructor_input
+                module = info.module_cls(*call.args, **call.kwargs).to(dtype)
+                (x,) = given.forward_input.args
+                module(x)  # a lazy layer learns its channels
+                yield module_case(f"info-{info.name}-{str(dtype)[6:]}-{i}", module, x)
+
+
+CASES = [*op_cases(), *module_cases(), *module_info_cases()]
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Array]:
+    return dict(zip(ids(CASES), run(CASES), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_case(case: Case, results: dict[str, Array]) -> None:
+    check_reference(case)
+    check(case, results[case.id])
+
+
+def test_nothing_is_left_out() -> None:
+    assert len([c for c in CASES if c.id.startswith("op-")]) == 10 * len(DTYPES)
+    assert len([c for c in CASES if c.id.startswith("row-")]) == 17 * 2
+    assert len([c for c in CASES if c.id.startswith("info-")]) == 8 * 2
+    assert {c.kwargs.get("padding_mode") for c in CASES} >= {"zeros", "reflect", "replicate", "circular"}
+    assert {c.kwargs.get("padding") for c in CASES} >= {"same", "valid"}
+    assert any(c.x.ndim == 2 for c in CASES)
+
+
+def test_every_dtype_is_in_or_out_of_scope() -> None:
+    listed = {*OP.dtypes, *OP.dtypesIfCUDA, *OP.dtypesIfROCM}
+    assert listed == {*DTYPES, *OUT_OF_SCOPE}
+    with graph_of(torch.ones(1, 3, 8, dtype=torch.int64), torch.ones(2, 3, 3, dtype=torch.int64)) as graph:
+        with pytest.raises(
+            TypeError, match="conv1d: x must be one of float32, float64, float16, bfloat16, but is int64"
+        ):
+            conv1d(*[value.tensor for value in graph.inputs], layout="NCL", filter_layout="FCS")
+
+
+# Each of torch's error inputs in its order: torch's words, ours, and what is changed where MAX cannot say the same.
+FLOAT32_BIAS = "MAX has no complex dtype: a float32 bias breaks the same rule"
+ERRORS: list[tuple[str, str, str | None]] = [
+    ("should be the same", "x must be one of", None),
+    ("should be the same", "x is float64 but the bias is float32", FLOAT32_BIAS),
+    ("non-positive stride is not supported", "stride must be at least 1, but is -1", None),
+    ("negative padding is not supported", "padding must not be negative, but is -1", None),
+    ("dilation should be greater than zero", "dilation must be at least 1, but is -1", None),
+    ("weight should have at least three dimensions", "the filter must have 3 axes (FCS)", None),
+    ("expected weight to be at least 3 at dimension 0", "groups=3 must divide the 2 filters", None),
+    ("expected weight to be at least 3 at dimension 0", "groups=3 must divide the 2 filters", None),
+    ("non-positive groups is not supported", "groups must be at least 1, but is -1", None),
+    ("non-positive groups is not supported", "groups must be at least 1, but is 0", None),
+]
+
+
+def graph_of(*tensors: torch.Tensor) -> Graph:
+    return Graph("errors", input_types=[TensorType(dtype_of(t), list(t.shape), HOST) for t in tensors])
+
+
+@pytest.mark.parametrize("number", range(len(ERRORS)))
+def test_error_input(number: int) -> None:
+    theirs, ours, changed = ERRORS[number]
+    inputs = list(OP.error_inputs("cpu"))
+    assert len(inputs) == len(ERRORS)
+    given = inputs[number]
+    assert given.error_regex == theirs
+    sample = given.sample_input
+    operands = [sample.input, *sample.args]
+    with pytest.raises(given.error_type, match=theirs):
+        OP(*operands, **sample.kwargs)
+    if changed:
+        assert operands[2].dtype.is_complex
+        operands[2] = operands[2].real.float()
+    with graph_of(*operands) as graph:
+        with pytest.raises((TypeError, ValueError), match=re.escape(ours)) as caught:
+            conv1d(*[value.tensor for value in graph.inputs], **arguments(sample.kwargs))
+    assert is_one_sentence(str(caught.value)), str(caught.value)
