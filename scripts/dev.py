@@ -264,6 +264,7 @@ def watch(command: list[str]) -> int:
     )
     said: list[str] = []
     told = [start]
+    doing = ["starting"]
 
     def tell(text: str) -> None:
         told[0] = time.monotonic()
@@ -275,6 +276,7 @@ def watch(command: list[str]) -> int:
             said.append(line)
             text = news(line)
             if text:
+                doing[0] = text
                 tell(text)
 
     listener = threading.Thread(target=listen, daemon=True)
@@ -282,11 +284,11 @@ def watch(command: list[str]) -> int:
     try:
         while listener.is_alive():
             listener.join(0.2)
-            last = said[-1].strip() if said else "starting"
             if CLEAR:
+                last = said[-1].strip() if said else doing[0]
                 print(f"{CLEAR}  {time.monotonic() - start:4.0f} s  {last[:60]}", end="", flush=True)
             elif time.monotonic() - told[0] > HEARTBEAT:
-                tell(f"still working: {last[:60]}")
+                tell(f"still working ({doing[0]})")
         print(CLEAR, end="", flush=True)
         if process.wait():
             print("".join(said), end="", flush=True)

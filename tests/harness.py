@@ -14,6 +14,7 @@ from max.driver import CPU, Buffer
 from max.dtype import DType
 from max.engine import InferenceSession, Model
 from max.graph import DeviceRef, Graph, TensorType
+
 from max_conv import conv1d
 from max_conv.reference import conv1d_ref
 
@@ -47,7 +48,8 @@ class Case:
         types = [TensorType(dtype_of(a), list(a.shape), HOST) for a in self.operands]
         if self.symbolic:
             axes = self.kwargs.get("layout", "NLC")[-self.x.ndim :]
-            shape = [size if axis == "C" else f"{self.id}_{axis}" for axis, size in zip(axes, self.x.shape)]
+            name = re.sub(r"\W", "_", self.id)
+            shape = [size if axis == "C" else f"{name}_{axis}" for axis, size in zip(axes, self.x.shape)]
             types[0] = TensorType(types[0].dtype, shape, HOST)
         return types
 
@@ -80,7 +82,7 @@ def compiled(graph: Graph, weights: Mapping[str, Any] | None = None) -> Model:
 
 def execute(model: Model, arrays: Sequence[Array]) -> list[Array]:
     """Runs a model on arrays; gives tensors where the first input is one, and NumPy arrays otherwise."""
-    contiguous = [a.detach().contiguous() if isinstance(a, torch.Tensor) else np.ascontiguousarray(a) for a in arrays]
+    contiguous = [a.detach().contiguous() if isinstance(a, torch.Tensor) else np.asarray(a, order="C") for a in arrays]
     results = model.execute(*[Buffer.from_dlpack(a) for a in contiguous])
     return [torch.from_dlpack(r) if r.dtype == DType.bfloat16 else r.to_numpy() for r in results]
 

@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 
 import dev
@@ -61,9 +62,12 @@ def test_readme_commands(words):
     elif words[0] == "max-conv":
         from max_conv.cli import main
 
-        command = main.commands[words[1]]
+        rest = iter(words[1:])
+        command = main
+        while isinstance(command, click.Group):
+            command = command.commands[next(rest)]
         known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        assert {word for word in words[2:] if word.startswith("--")} <= {*known, "--help"}
+        assert {word for word in rest if word.startswith("--")} <= {*known, "--help"}
     elif words[0] == "pixi":
         assert words[1] == "run" and words[2] in dev.COMMANDS
     else:

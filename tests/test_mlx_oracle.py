@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
 from harness import Array, Case, check, check_reference, ids, normal, run
 
 mx = pytest.importorskip("mlx.core", reason="MLX is installed by the test extra on Linux only")

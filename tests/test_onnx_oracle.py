@@ -6,8 +6,9 @@ import numpy as np
 import onnx
 import onnx.backend.test
 import pytest
-from harness import Array, Case, check, check_reference, ids, run
 from onnx import numpy_helper
+
+from harness import Array, Case, check, check_reference, ids, run
 
 FOLDER = Path(onnx.backend.test.__file__).parent / "data" / "pytorch-converted"
 MODELS = [

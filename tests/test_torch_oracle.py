@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from max.graph import Graph, TensorType
-from max_conv import conv1d
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 from torch.testing._internal.common_nn import get_new_module_tests, module_tests
 
 from harness import HOST, Array, Case, check, check_reference, dtype_of, ids, is_one_sentence, run
+from max_conv import conv1d
 
 (OP,) = (op for op in op_db if op.name == "nn.functional.conv1d")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

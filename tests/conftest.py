@@ -1,0 +1,12 @@
+"""Options of the test suite."""
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--configurations",
+        type=int,
+        default=20_000,
+        help="How many random layers the property tests compare with the reference (a long run: 1000000).",
+    )

@@ -1,0 +1,223 @@
+"""Every kernel against the reference on random layers, with NaN around each input, each answer three times.
+
+One compiled graph a dtype serves all layers: every dimension is symbolic and the geometry comes as run-time scalars.
+Lengths and channels are drawn around the sizes of tiles, blocks and vectors. `--configurations` sets the count.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from max.driver import CPU, Buffer
+from max.dtype import DType
+from max.engine import InferenceSession, Model
+from max.graph import DeviceRef, Graph, Module, TensorType
+
+from max_conv.geometry import PADDING_MODES
+from max_conv.kernel_library import kernel_library
+from max_conv.ops import emit
+from max_conv.reference import conv1d_ref
+
+GUARD = 1024
+"""NaN values before and after each input."""
+EDGES = sorted({max(0, n * m + d) for n in (4, 8, 14, 16, 48, 96, 112) for m in (1, 2, 3) for d in (-1, 0, 1)})
+CHANNELS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 48, 64, 65)
+BLOCKS = (127, 128, 129, 256, 257)
+"""Channels around the block of one running sum."""
+LARGEST = 200_000
+"""Multiplications in one layer: above the size from which kernels start a second thread."""
+
+SHARES = {DType.float32: 0.7, DType.float64: 0.1, DType.float16: 0.1, DType.bfloat16: 0.1}
+EPS = {DType.float32: 2.0**-24, DType.float64: 2.0**-53, DType.float16: 2.0**-24, DType.bfloat16: 2.0**-24}
+"""Unit roundoff of the sums. Results of sixteen bits are rounded once more."""
+ROUNDING = {DType.float32: 2.0**-24, DType.float64: 2.0**-53, DType.float16: 2.0**-11, DType.bfloat16: 2.0**-8}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One random layer: its sizes, its geometry, and the seed of its data."""
+
+    batch: int
+    length: int
+    group_channels: int
+    group_filters: int
+    groups: int
+    kernel_size: int
+    stride: int
+    dilation: int
+    padding: tuple[int, int]
+    padding_mode: str
+    bias: bool
+    seed: int
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Layer:
+    """Draws a layer whose padded input is at least as long as its filter."""
+    kernel_size = draw(st.one_of(st.integers(1, 9), st.sampled_from((11, 16, 31, 64))))
+    stride = draw(st.sampled_from((1, 1, 1, 2, 3, 4, 5, 7, 16)))
+    dilation = draw(st.sampled_from((1, 1, 2, 3, 5, 8, 25)))
+    kind = draw(st.integers(0, 3))
+    if kind == 0:  # depthwise
+        group_channels = group_filters = 1
+        groups = draw(st.one_of(st.sampled_from(CHANNELS), st.integers(1, 200)))
+    else:
+        groups = 1 if kind == 1 else draw(st.integers(1, 4))
+        group_channels = draw(st.sampled_from(CHANNELS + BLOCKS))
+        group_filters = draw(st.one_of(st.sampled_from(CHANNELS), st.integers(1, 40)))
+    reach = dilation * (kernel_size - 1) + 1
+    left, right = draw(st.integers(0, reach + 2)), draw(st.integers(0, reach + 2))
+    batch = draw(st.sampled_from((1, 1, 1, 2, 3)))
+    cost = batch * groups * group_channels * group_filters * kernel_size
+    longest = max(1, LARGEST // cost)
+    outputs = min(longest, draw(st.one_of(st.sampled_from(EDGES), st.integers(1, 40)))) or 1
+    spare = draw(st.integers(0, stride - 1))
+    length = max(1, (outputs - 1) * stride + reach + spare - left - right)
+    mode = draw(st.sampled_from(PADDING_MODES))
+    if mode in ("reflect", "circular"):
+        left, right = min(left, length - 1), min(right, length - 1)
+        length = max(length, reach - left - right)
+    seed = draw(st.integers(0, 2**32 - 1))
+    bias = draw(st.booleans())
+    return Layer(
+        batch,
+        length,
+        group_channels,
+        group_filters,
+        groups,
+        kernel_size,
+        stride,
+        dilation,
+        (left, right),
+        mode,
+        bias,
+        seed,
+    )
+
+
+@cache
+def models() -> dict[tuple[DType, bool], Model]:
+    """Compiles two graphs a dtype: every kernel that takes all layers, and the depthwise kernel."""
+    cpu = DeviceRef.CPU()
+    module = Module()
+    for dtype in SHARES:
+        types = [
+            TensorType(dtype, ["n", "l", "c"], cpu),
+            TensorType(dtype, ["n", "c", "l"], cpu),
+            TensorType(dtype, ["k", "cg", "f"], cpu),
+            TensorType(dtype, ["f", "cg", "k"], cpu),
+            TensorType(dtype, ["b"], cpu),
+            TensorType(DType.int8, ["lo"], cpu),
+            *[TensorType(DType.int64, [], cpu)] * 5,
+        ]
+        for depthwise in (False, True):
+            with Graph(f"{dtype.name}_{depthwise}", input_types=types, module=module) as graph:
+                nlc, ncl, scf, fcs, bias, out, *scalars = (value.tensor for value in graph.inputs)
+                n, lo, f = nlc.shape[0], out.shape[0], scf.shape[2]
+                if depthwise:
+                    graph.output(emit(nlc, scf, bias, scalars, [n, lo, f], "depthwise", "NLC", "SCF"))
+                else:
+                    graph.output(
+                        emit(nlc, scf, bias, scalars, [n, lo, f], "dense", "NLC", "SCF"),
+                        emit(nlc, scf, bias, scalars, [n, lo, f], "lengthwise", "NLC", "SCF"),
+                        emit(ncl, fcs, bias, scalars, [n, f, lo], "lengthwise", "NCL", "FCS"),
+                    )
+    loaded = InferenceSession(devices=[CPU()]).load_all(module, custom_extensions=[kernel_library()])
+    return {(dtype, depthwise): loaded[f"{dtype.name}_{depthwise}"] for dtype in SHARES for depthwise in (False, True)}
+
+
+def to_bits(values: np.ndarray, dtype: DType) -> np.ndarray:
+    """Returns values in the dtype's own bits; bfloat16 as uint16, rounded by truncation."""
+    if dtype == DType.bfloat16:
+        return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return np.ascontiguousarray(values, dtype.to_numpy())
+
+
+def from_bits(bits: np.ndarray, dtype: DType) -> np.ndarray:
+    if dtype == DType.bfloat16:
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return bits.astype(np.float64)
+
+
+def guarded(bits: np.ndarray, dtype: DType, offset: int) -> Buffer:
+    """Returns a buffer that lies between NaN values, at any alignment."""
+    nan = to_bits(np.array([np.nan]), dtype)
+    room = np.full(2 * GUARD + offset + bits.size, nan, bits.dtype)
+    inside = room[GUARD + offset : GUARD + offset + bits.size].reshape(bits.shape)
+    inside[...] = bits
+    return Buffer.from_numpy(inside).view(dtype, list(bits.shape))
+
+
+def answers(model: Model, inputs: list[Buffer], dtype: DType) -> list[np.ndarray]:
+    """Runs the model three times and returns its outputs, which must not change."""
+    carrier = DType.uint16 if dtype == DType.bfloat16 else dtype
+    runs = [[out.view(carrier, out.shape).to_numpy() for out in model.execute(*inputs)] for _ in range(3)]
+    for again in runs[1:]:
+        for first, other in zip(runs[0], again, strict=True):
+            assert first.tobytes() == other.tobytes(), "the same call gave two answers"
+    return [from_bits(out, dtype) for out in runs[0]]
+
+
+def compare(layer: Layer, dtype: DType) -> None:
+    """Runs every kernel that takes the layer and compares with the reference."""
+    random = np.random.default_rng(layer.seed)
+    channels = layer.groups * layer.group_channels
+    filters = layer.groups * layer.group_filters
+    x = to_bits(random.standard_normal((layer.batch, layer.length, channels)), dtype)
+    w = to_bits(random.standard_normal((layer.kernel_size, layer.group_channels, filters)), dtype)
+    bias = to_bits(random.standard_normal(filters if layer.bias else 0), dtype)
+    values = [from_bits(bits, dtype) for bits in (x, w, bias)]
+    want = conv1d_ref(
+        values[0],
+        values[1],
+        values[2] if layer.bias else None,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        padding_mode=layer.padding_mode,
+    )
+    terms = layer.kernel_size * layer.group_channels
+    scale = math.sqrt(terms) * np.abs(values[0]).max() * np.abs(values[1]).max()
+    bound = 4 * EPS[dtype] * scale + ROUNDING[dtype] * np.abs(want) + 2.0**-24 * (dtype == DType.float16)
+
+    numbers = (layer.stride, layer.dilation, *layer.padding, PADDING_MODES.index(layer.padding_mode))
+    offsets = random.integers(0, 64, 5)
+    arrays = (x, x.transpose(0, 2, 1).copy(), w, w.transpose(2, 1, 0).copy(), bias)
+    inputs = [guarded(bits, dtype, int(at)) for bits, at in zip(arrays, offsets, strict=True)]
+    inputs.append(Buffer.from_numpy(np.zeros(want.shape[1], np.int8)))
+    inputs += [Buffer.from_numpy(np.array(number, np.int64)) for number in numbers]
+    got = answers(models()[dtype, False], inputs, dtype)
+    got[2] = got[2].transpose(0, 2, 1)
+    if layer.group_channels == layer.group_filters == 1:
+        got += answers(models()[dtype, True], inputs, dtype)
+    for name, out in zip(("dense", "lengthwise NLC", "lengthwise NCL", "depthwise"), got, strict=False):
+        assert out.shape == want.shape, name
+        wrong = ~(np.abs(out - want) <= bound)  # NaN is wrong, too
+        assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.size} wrong, first at {np.argwhere(wrong)[0]}"
+
+
+@pytest.mark.parametrize("dtype", list(SHARES), ids=lambda dtype: dtype.name)
+def test_random_layers(dtype: DType, pytestconfig: pytest.Config) -> None:
+    count = math.ceil(pytestconfig.getoption("configurations") * SHARES[dtype])
+    ran = 0
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )
+    @given(layers())
+    def check(layer: Layer) -> None:
+        nonlocal ran
+        ran += 1
+        compare(layer, dtype)
+
+    check()
+    assert ran >= count

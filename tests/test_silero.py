@@ -1,0 +1,156 @@
+"""Silero VAD on a real conversation, against Silero's own ONNX file."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import max_conv
+from max_conv.assets import resolve
+from max_conv.audio import read_audio
+from max_conv.graphs import silero_vad
+from max_conv.speech import agreement, read_rttm, turns
+
+CONFIG = silero_vad.Config()
+ONNX = silero_vad.WEIGHTS.replace("silero_vad_16k.safetensors", "silero_vad_16k_op15.onnx")
+ONNX_NAMES = {
+    "stft.forward_basis_buffer": "stft_conv.weight",
+    **{f"encoder.{i}.reparam_conv.{kind}": f"conv{i + 1}.{kind}" for i in range(4) for kind in ("weight", "bias")},
+    **{
+        f"decoder.rnn.{kind}_{side}": f"lstm_cell.{kind}_{side}" for kind in ("weight", "bias") for side in ("ih", "hh")
+    },
+    **{f"decoder.decoder.2.{kind}": f"final_conv.{kind}" for kind in ("weight", "bias")},
+}
+
+
+@pytest.fixture(scope="module")
+def audio():
+    return read_audio(resolve(silero_vad.SAMPLE_AUDIO), CONFIG.rate).mean(axis=0)
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return load_file(resolve(silero_vad.WEIGHTS))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return compiled(silero_vad.load_weights())
+
+
+@pytest.fixture(scope="module")
+def probabilities(model, audio):
+    return silero_vad.detect(model, audio)
+
+
+def compiled(weights):
+    return max_conv.compile(silero_vad.build(CONFIG, weights), weights=weights)
+
+
+def onnx_tensors(network):
+    """The initializers of Silero's ONNX file, by the names of the checkpoint."""
+    return {ONNX_NAMES[tensor.name.removeprefix("model.")]: tensor for tensor in network.graph.initializer}
+
+
+def onnx_probabilities(network, audio):
+    """Runs Silero's ONNX file over whole chunks, as its own wrapper does: one by one, behind 64 samples of the last."""
+    session = onnxruntime.InferenceSession(network.SerializeToString())
+    state, context, answers = np.zeros((2, 1, 128), np.float32), np.zeros((1, 64), np.float32), []
+    for chunk in np.pad(audio, (0, -len(audio) % 512)).reshape(-1, 1, 512):
+        sound = np.concatenate([context, chunk], axis=1)
+        answer, state = session.run(None, {"input": sound, "state": state, "sr": np.array(16000)})
+        answers.append(answer[0, 0])
+        context = chunk[:, -64:]
+    return np.array(answers)
+
+
+@pytest.mark.parametrize("values", ["checkpoint", "onnx"])
+def test_every_chunk_agrees_with_onnx(audio, tensors, probabilities, values):
+    # The checkpoint and the ONNX file of one wheel differ in their values: each network is compared with both.
+    network = onnx.load(resolve(ONNX))
+    if values == "onnx":
+        own = {name: onnx.numpy_helper.to_array(tensor) for name, tensor in onnx_tensors(network).items()}
+        probabilities = silero_vad.detect(compiled(silero_vad.native_weights(own)), audio)
+    else:
+        for name, tensor in onnx_tensors(network).items():
+            tensor.CopyFrom(onnx.numpy_helper.from_array(tensors[name].reshape(tuple(tensor.dims)), tensor.name))
+    expected = onnx_probabilities(network, audio)
+    assert probabilities.shape == expected.shape == (938,)
+    assert np.abs(probabilities - expected).max() <= 1e-4
+
+
+def test_finds_the_labelled_speech(audio, probabilities):
+    duration = len(audio) / CONFIG.rate
+    found = turns(probabilities, hop=CONFIG.hop / CONFIG.rate, duration=duration)
+    assert [(turn.start, turn.end) for turn in found] == [(6.754, 7.23), (7.618, 21.598), (21.794, 30.0)]
+    agreed = agreement(found, read_rttm(resolve(silero_vad.SAMPLE_LABELS)), duration)
+    assert agreed.accuracy > 0.98 and agreed.precision > 0.98 and agreed.recall > 0.99
+
+
+@pytest.mark.parametrize("step", [1, 100])
+def test_live_chunks_are_the_whole_file(model, audio, probabilities, step):
+    chunks = np.pad(audio, (0, -len(audio) % CONFIG.hop)).reshape(1, -1, CONFIG.hop)
+    state, answers = silero_vad.initial_state(1), []
+    for first in range(0, chunks.shape[1], step):
+        answer, *state = model(chunks[:, first : first + step], *state)
+        answers.append(answer[0])
+    np.testing.assert_allclose(np.concatenate(answers), probabilities, rtol=0, atol=1e-6)
+
+
+def test_batch_is_each_signal(model, audio):
+    signals = np.stack([np.roll(audio, shift) for shift in (0, 1000, -77777)])
+    together = silero_vad.detect(model, signals)
+    for i, signal in enumerate(signals):
+        np.testing.assert_allclose(together[i], silero_vad.detect(model, signal), rtol=0, atol=1e-6)
+
+
+def test_takes_any_length(model):
+    assert [silero_vad.detect(model, np.zeros(n)).shape for n in (1, 512, 513)] == [(1,), (1,), (2,)]
+
+
+def test_graph_is_described(model):
+    shapes = [port.shape for port in model.inputs]
+    assert shapes == [("batch", "time", 512), ("batch", 64), ("batch", 128), ("batch", 128)]
+    assert {port.dtype for port in (*model.inputs, *model.outputs)} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    ("audio", "kind", "sentence"),
+    [
+        (
+            np.zeros((1, 1, 512)),
+            ValueError,
+            "audio must have shape (samples,) or (batch, samples), but has (1, 1, 512).",
+        ),
+        (np.zeros(0), ValueError, "audio must have shape (samples,) or (batch, samples), but has (0,)."),
+        (np.zeros(512, np.int16), TypeError, "audio must be floating point, -1 to 1, but is int16."),
+    ],
+)
+def test_wrong_audio(audio, kind, sentence):
+    with pytest.raises(kind) as caught:
+        silero_vad.detect(lambda *_: None, audio)
+    assert str(caught.value) == f"silero_vad: {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"conv2.bias": None}, "the weights lack conv2.bias; pass those of Silero's 16 kHz network."),
+        ({"lstm_cell.bias_hh": None}, "the weights lack lstm_cell.bias; pass"),
+        ({"conv5.bias": np.zeros((2, 2, 2, 2))}, "the weights hold the unknown conv5.bias; pass"),
+        ({"conv2.bias": np.zeros(3)}, "the weight conv2.bias must have shape (64,), but has (3,)."),
+    ],
+)
+def test_wrong_weights(tmp_path, tensors, change, sentence):
+    changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+    save_file(changed, tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError) as caught:
+        silero_vad.load_weights(tmp_path / "wrong.safetensors")
+    assert str(caught.value).startswith(f"silero_vad: {sentence}")
+
+
+def test_not_a_checkpoint(tmp_path):
+    (tmp_path / "text.safetensors").write_text("no weights")
+    with pytest.raises(ValueError, match=r"text\.safetensors cannot be read as a safetensors file"):
+        silero_vad.load_weights(tmp_path / "text.safetensors")
