@@ -8,6 +8,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, Graph
 
 from max_conv import Conv1D
+from max_conv.geometry import Padding
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Config:
     """
 
     stride: int = 1
-    padding: int | tuple[int, int] | str = 0
+    padding: Padding = 0
     dilation: int = 1
     groups: int = 1
     padding_mode: str = "zeros"

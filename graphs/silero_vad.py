@@ -20,7 +20,8 @@ from max_conv.assets import resolve
 from max_conv.layouts import permute
 from max_conv.recurrent import lstm
 
-# The wheel's ONNX and TorchScript files hold the same network with newer values: `native_weights` takes those, too.
+# The wheel's ONNX and TorchScript files hold the same network with other values than this checkpoint; under the
+# checkpoint's names, `native_weights` takes those as well.
 WEIGHTS = (
     "pypi://silero-vad==6.2.3/silero_vad/data/silero_vad_16k.safetensors"
     "#sha256=7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8"
@@ -185,13 +186,15 @@ def detect(model: Callable[..., Any], audio: Any, config: Config = Config()) -> 
 
     Raises:
         TypeError: If the audio holds integers.
-        ValueError: If the audio has more axes, or no samples.
+        ValueError: If the audio has more axes, no samples, or one that is not finite.
     """
     signals = np.asarray(audio)
     if not np.issubdtype(signals.dtype, np.floating):
         raise TypeError(f"silero_vad: audio must be floating point, -1 to 1, but is {signals.dtype}.")
     if signals.ndim not in (1, 2) or not signals.size:
         raise ValueError(f"silero_vad: audio must have shape (samples,) or (batch, samples), but has {signals.shape}.")
+    if not np.isfinite(signals).all():
+        raise ValueError("silero_vad: audio must be finite, but holds an infinity or a NaN.")
     lines = np.atleast_2d(signals).astype(np.float32, copy=False)
     batch, samples = lines.shape
     lines = np.pad(lines, ((0, 0), (0, -samples % config.hop)))
@@ -222,7 +225,10 @@ def _features(config: Config, sound: TensorValue, w: Callable[[str], TensorValue
 
 def _check(config: Config, weights: Weights) -> None:
     shapes = config.shapes()
-    for names, fault in ((shapes.keys() - weights.keys(), "lack"), (weights.keys() - shapes.keys(), "hold the unknown")):
+    for names, fault in (
+        (shapes.keys() - weights.keys(), "lack"),
+        (weights.keys() - shapes.keys(), "hold the unknown"),
+    ):
         if names:
             raise ValueError(
                 f"silero_vad: the weights {fault} {', '.join(sorted(names))}; pass those of Silero's 16 kHz network."

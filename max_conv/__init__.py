@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import frontends
-    from .session import Model, compile, load
     from .nn import Conv1D
     from .ops import conv1d
+    from .session import Model, compile, load
 
 __version__ = "0.1.0"
 __all__ = ["Conv1D", "Model", "compile", "conv1d", "frontends", "load"]

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -86,7 +87,10 @@ def _download(reference: str, requirement: str, folder: Path) -> Path:
     """Returns the wheel that pip downloads into `folder`."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    # MAX exports a PYTHONEXECUTABLE that Python's own view of the environment lacks: it would change the interpreter.
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, env=dict(os.environ)
+    )
     if done.returncode:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         last = lines[-1].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"

@@ -175,7 +175,9 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"checkpoint: {path} is not a PyTorch file of weights alone, or is damaged ({reason}).") from None
+        raise ValueError(
+            f"checkpoint: {path} is not a PyTorch file of weights alone, or is damaged ({reason})."
+        ) from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -240,7 +242,9 @@ def _safetensors() -> Any:
     try:
         import safetensors
     except ImportError:
-        raise ValueError("checkpoint: safetensors files need the package safetensors; pip install 'max-conv[safetensors]'.") from None
+        raise ValueError(
+            "checkpoint: safetensors files need the package safetensors; pip install 'max-conv[safetensors]'."
+        ) from None
     return safetensors
 
 

@@ -61,14 +61,14 @@ def step(what: str) -> Iterator[None]:
         console.print(f"{what}: {seconds:.1f} s", style="dim", highlight=False)
 
 
-def table(title: str, columns: dict[str, Any], rows: list[list[str]]) -> None:
+def table(title: str, columns: dict[str, str], rows: list[list[str]]) -> None:
     """Prints a table on stdout. `columns` tells how each one is justified."""
     from rich.console import Console
     from rich.table import Table
 
     grid = Table(title=title, title_justify="left")
     for column, justify in columns.items():
-        grid.add_column(column, justify=justify)
+        grid.add_column(column, justify=justify)  # type: ignore[arg-type]
     for row in rows:
         grid.add_row(*row)
     Console().print(grid)
@@ -92,10 +92,16 @@ def run() -> None:
 @click.argument("audio", type=click.Path(path_type=Path), required=False)
 @click.option("--labels", type=click.Path(path_type=Path), help="Speech turns by hand, an RTTM file, to compare with.")
 @click.option("--weights", help="A safetensors file or pypi://PACKAGE==VERSION/FILE; default: Silero's own.")
-@click.option("--model", "saved", type=click.Path(path_type=Path), help="A file that `max-conv compile silero-vad` wrote.")
+@click.option(
+    "--model", "saved", type=click.Path(path_type=Path), help="A file that `max-conv compile silero-vad` wrote."
+)
 @click.option("--threshold", default=0.5, show_default=True, help="Probability from which a chunk is speech.")
 @click.option(
-    "--picture", type=click.Path(path_type=Path), default="silero-vad.png", show_default=True, help="The picture to write."
+    "--picture",
+    type=click.Path(path_type=Path),
+    default="silero-vad.png",
+    show_default=True,
+    help="The picture to write.",
 )
 @JSON
 def run_silero_vad(
@@ -113,6 +119,7 @@ def run_silero_vad(
     """
     from .assets import resolve
     from .audio import read_audio
+    from .picture import draw_speech
     from .speech import agreement, read_rttm, turns
 
     silero = importlib.import_module("max_conv.graphs.silero_vad")
@@ -132,7 +139,7 @@ def run_silero_vad(
     found = turns(probabilities, hop=hop, duration=duration, threshold=threshold)
     agreed = agreement(found, known, duration) if known else None
     with step("drawing"):
-        _draw(picture, sound, rate, probabilities, hop, found, known)
+        draw_speech(picture, sound, rate, probabilities, hop, found, known, threshold=threshold)
 
     if as_json:
         click.echo(
@@ -150,7 +157,7 @@ def run_silero_vad(
         )
         return
     rows = [[str(i), f"{t.start:.2f}", f"{t.end:.2f}", f"{t.end - t.start:.2f}"] for i, t in enumerate(found, 1)]
-    columns = {"#": "right", "start [s]": "right", "end [s]": "right", "length [s]": "right"}
+    columns = dict.fromkeys(("turn", "start (s)", "end (s)", "length (s)"), "right")
     table(f"Speech in {audio.name}", columns, rows)
     if agreed:
         click.echo(f"agreement with the labels: {agreed}")
@@ -171,17 +178,15 @@ def _silero_model(saved: Path | None, weights: str | None) -> Any:
         return session.compile(silero.build(silero.Config(), state), weights=state)
 
 
-def _draw(picture: Path, *scene: Any) -> None:
-    from .picture import draw_speech
-
-    draw_speech(picture, *scene)
-
-
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--conv", "patterns", multiple=True, metavar="PATTERN", help="Names of Conv1d filters, as in 'enc.*.weight'.")
-@click.option("--from", "layout", default="FCS", show_default=True, help="The filters' layout in SOURCE; FCS is PyTorch's.")
+@click.option(
+    "--conv", "patterns", multiple=True, metavar="PATTERN", help="Names of Conv1d filters, as in 'enc.*.weight'."
+)
+@click.option(
+    "--from", "layout", default="FCS", show_default=True, help="The filters' layout in SOURCE; FCS is PyTorch's."
+)
 @click.option("--to", default="SCF", show_default=True, help="The filters' layout in TARGET; SCF is native.")
 @FORCE
 @JSON
@@ -198,7 +203,9 @@ def convert(
     with step(f"converting {source}"):
         done = checkpoint.convert(source, new_file(target, force), patterns, layout=layout, to=to, force=force)  # type: ignore[arg-type]
     if as_json:
-        click.echo(json.dumps({"target": str(target), "filters": {name: list(shapes) for name, shapes in done.items()}}))
+        click.echo(
+            json.dumps({"target": str(target), "filters": {name: list(shapes) for name, shapes in done.items()}})
+        )
         return
     rows = [[name, str(before), str(after)] for name, (before, after) in done.items()]
     table(f"Filters in {target}", {"name": "left", layout: "right", to: "right"}, rows)

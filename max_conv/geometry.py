@@ -67,7 +67,9 @@ class Geometry:
         stride = positive("stride", stride)
         dilation = positive("dilation", dilation)
         if padding_mode not in PADDING_MODES:
-            raise ValueError(f"conv1d: padding_mode must be one of {', '.join(PADDING_MODES)}, but is {padding_mode!r}.")
+            raise ValueError(
+                f"conv1d: padding_mode must be one of {', '.join(PADDING_MODES)}, but is {padding_mode!r}."
+            )
         left, right = cls._sides(padding, dilation * (kernel_size - 1), stride)
         return cls(kernel_size, stride, dilation, left, right, padding_mode)  # type: ignore[arg-type]
 
@@ -79,13 +81,19 @@ class Geometry:
             if padding == "causal":
                 return overhang, 0
             if padding != "same":
-                raise ValueError(f'conv1d: padding must be an int, (left, right), "same", "valid" or "causal", but is {padding!r}.')
+                raise ValueError(
+                    f'conv1d: padding must be an int, (left, right), "same", "valid" or "causal", but is {padding!r}.'
+                )
             if stride != 1:
-                raise ValueError(f'conv1d: padding="same" needs stride 1, but stride is {stride}; pass the padding as numbers.')
+                raise ValueError(
+                    f'conv1d: padding="same" needs stride 1, but stride is {stride}; pass the padding as numbers.'
+                )
             return overhang // 2, overhang - overhang // 2
         sides = (padding, padding) if not isinstance(padding, Sequence) else tuple(padding)
         if len(sides) != 2:
-            raise ValueError(f"conv1d: padding must be one int or (left, right), but has {len(sides)} values: {padding!r}.")
+            raise ValueError(
+                f"conv1d: padding must be one int or (left, right), but has {len(sides)} values: {padding!r}."
+            )
         left, right = (_integer("padding", side) for side in sides)
         if left < 0 or right < 0:
             raise ValueError(f"conv1d: padding must not be negative, but is {padding!r}; slice the input instead.")
@@ -117,7 +125,7 @@ class Geometry:
             )
         # A reflection leaves out the edge itself, a circle does not.
         room = {"reflect": length - 1, "circular": length}.get(self.padding_mode, max(self.left, self.right))
-        if length == 0 and self.padding_mode != "zeros" or max(self.left, self.right) > room:
+        if (length == 0 and self.padding_mode != "zeros") or max(self.left, self.right) > room:
             raise ValueError(
                 f"conv1d: padding_mode={self.padding_mode!r} cannot pad ({self.left}, {self.right}) from an input of "
                 f"{length} positions; pad less or pass a longer input."

@@ -21,7 +21,9 @@ def check_layout(layout: str) -> None:
 def check_filter_layout(layout: str) -> None:
     """Raises ValueError unless `layout` is an axis order of filters."""
     if layout not in get_args(FilterLayout):
-        raise ValueError(f"conv1d: filter_layout must be one of {', '.join(get_args(FilterLayout))}, but is {layout!r}.")
+        raise ValueError(
+            f"conv1d: filter_layout must be one of {', '.join(get_args(FilterLayout))}, but is {layout!r}."
+        )
 
 
 def permutation(source: str, target: str) -> tuple[int, ...]:
@@ -31,7 +33,9 @@ def permutation(source: str, target: str) -> tuple[int, ...]:
     (2, 1, 0)
     """
     if sorted(source) != sorted(target):
-        raise ValueError(f"layouts: {source} and {target} do not name the same axes; pass two orders of the same letters.")
+        raise ValueError(
+            f"layouts: {source} and {target} do not name the same axes; pass two orders of the same letters."
+        )
     return tuple(source.index(axis) for axis in target)
 
 

@@ -103,7 +103,7 @@ class Conv1D(nn.Module):
 
     def input_types(self) -> tuple[TensorType]:
         """Returns the type of the input, with symbolic batch and length."""
-        sizes = {"N": "batch", "L": "length", "C": self.in_channels}
+        sizes: dict[str, int | str] = {"N": "batch", "L": "length", "C": self.in_channels}
         return (TensorType(self.dtype, [sizes[axis] for axis in self.layout], self.device or DeviceRef.CPU()),)
 
     def __call__(self, x: TensorValue) -> TensorValue:

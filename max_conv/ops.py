@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from max.dtype import DType
-from max.graph import DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, ops
+from max.graph import DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, Weight, ops
 
 from .geometry import PADDING_MODES, Geometry, Padding, positive
 from .kernel_library import kernel_library
@@ -148,6 +148,9 @@ def custom_op(
 
 
 def _value(name: str, value: Any) -> TensorValue:
+    if isinstance(value, Weight) and value.shard_idx is None:
+        # A weight remembers the first graph it was used in; asking the graph lets a layer be traced again.
+        return Graph.current.add_weight(value, force_initial_weight_on_host=not value._has_alias)
     try:
         return TensorValue(value)
     except (TypeError, ValueError):
@@ -170,7 +173,9 @@ def _check_types(
         raise ValueError(f"conv1d: the filter's shape must be known when the graph is built, but is {_shape(filter)}.")
     taps, group_channels, filters = (int(size) for size in sizes)
     if min(taps, group_channels, filters) < 1:
-        raise ValueError(f"conv1d: the filter must not be empty, but has shape {_shape(filter)}, layout {filter_layout}.")
+        raise ValueError(
+            f"conv1d: the filter must not be empty, but has shape {_shape(filter)}, layout {filter_layout}."
+        )
     if x.dtype not in DTYPES:
         names = ", ".join(dtype.name for dtype in DTYPES)
         raise TypeError(f"conv1d: x must be one of {names}, but is {x.dtype.name}; cast it first.")
@@ -203,7 +208,9 @@ def _check_channels(
     if not isinstance(channels, StaticDim):
         return
     if int(channels) % groups:
-        raise ValueError(f"conv1d: groups={groups} must divide the {channels} channels of x (shape {_shape(x)}, layout {layout}).")
+        raise ValueError(
+            f"conv1d: groups={groups} must divide the {channels} channels of x (shape {_shape(x)}, layout {layout})."
+        )
     if int(channels) != group_channels * groups:
         raise ValueError(
             f"conv1d: the filter takes {int(channels) // groups} channels per group (x has {channels} channels, "

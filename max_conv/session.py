@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import io
 import json
 import os
 import platform
@@ -82,8 +83,10 @@ class Model:
                 raise ValueError(sentence.group()) from None
             raise
         if all(isinstance(value, np.ndarray | np.generic) for value in values):
-            results = [r if r.dtype in NOT_IN_NUMPY else r.to_numpy() for r in results]
-        return results[0] if len(results) == 1 else tuple(results)
+            arrays: list[Any] = [r if r.dtype in NOT_IN_NUMPY else r.to_numpy() for r in results]
+        else:
+            arrays = list(results)
+        return arrays[0] if len(arrays) == 1 else tuple(arrays)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the compiled model with its weights to one file, which `load` reads without compiling.
@@ -196,26 +199,36 @@ def load(path: str | os.PathLike) -> Model:
         with zipfile.ZipFile(path) as file:
             meta = json.loads(file.read("meta.json"))
             if meta["format"] != FORMAT:
-                raise ValueError(f"load: {path} has format {meta['format']}, but this max_conv reads {FORMAT}; save it again.")
+                raise ValueError(
+                    f"load: {path} has format {meta['format']}, but this max_conv reads {FORMAT}; save it again."
+                )
             _check_machine(path, meta)
             weights = {
                 entry["name"]: _from_bytes(file.read(f"weights/{number}"), entry)
                 for number, entry in enumerate(meta["weights"])
             }
-            compiled = read(file.open("model.mef"))
+            compiled = read(io.BytesIO(file.read("model.mef")))
     except (zipfile.BadZipFile, KeyError, json.JSONDecodeError, RuntimeError) as error:
         raise ValueError(f"load: {path} is not a model that max_conv saved, or is damaged ({error}).") from None
-    ports = [[Port(**(entry | {"shape": tuple(entry["shape"])})) for entry in meta[key]] for key in ("inputs", "outputs")]
+    ports = [
+        [Port(**(entry | {"shape": tuple(entry["shape"])})) for entry in meta[key]] for key in ("inputs", "outputs")
+    ]
     return Model(compiled, weights, *ports)
 
 
 def _check_machine(path: Any, meta: Mapping[str, Any]) -> None:
     if meta["max"] != version("max"):
-        raise ValueError(f"load: {path} was compiled by MAX {meta['max']}, but this is {version('max')}; compile it again.")
+        raise ValueError(
+            f"load: {path} was compiled by MAX {meta['max']}, but this is {version('max')}; compile it again."
+        )
     if meta["machine"] != platform.machine():
-        raise ValueError(f"load: {path} was compiled for {meta['machine']}, but this is {platform.machine()}; compile it again.")
+        raise ValueError(
+            f"load: {path} was compiled for {meta['machine']}, but this is {platform.machine()}; compile it again."
+        )
     if missing := sorted(set(meta["cpu"]) - _cpu_features()):
-        raise ValueError(f"load: {path} was compiled for a CPU with {', '.join(missing)}, which this one lacks; compile it again.")
+        raise ValueError(
+            f"load: {path} was compiled for a CPU with {', '.join(missing)}, which this one lacks; compile it again."
+        )
 
 
 def _trace(model: Any, inputs: Any, weights: Any) -> tuple[Graph, list[str], Mapping[str, Any]]:
@@ -240,11 +253,13 @@ def _trace(model: Any, inputs: Any, weights: Any) -> tuple[Graph, list[str], Map
         try:
             weights = model.state_dict(auto_initialize=False)
         except ValueError:
-            raise ValueError(f"compile: the weights of {name} have no values; call load_state_dict or pass weights=.") from None
+            raise ValueError(
+                f"compile: the weights of {name} have no values; call load_state_dict or pass weights=."
+            ) from None
     return Graph(name, model, input_types=types), names, weights or {}
 
 
-def _port(name: str, type_: TensorType) -> Port:
+def _port(name: str, type_: Any) -> Port:
     shape = [
         int(dim) if isinstance(dim, StaticDim) else dim.name if isinstance(dim, SymbolicDim) else str(dim)
         for dim in type_.shape

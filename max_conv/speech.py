@@ -65,7 +65,7 @@ def turns(
 
     A turn begins with the first probability of at least `threshold`. It ends where probabilities fell below
     `neg_threshold`, once `min_silence` has gone by since without one of at least `threshold`. Turns of at most
-    `min_speech` are dropped; the others are widened by `speech_pad` on both sides, or up to the middle of a shorter gap.
+    `min_speech` are dropped; the others are widened by `speech_pad` on both sides, or to the middle of a shorter gap.
 
     Args:
         probabilities: One a hop, between 0 and 1.

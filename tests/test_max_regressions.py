@@ -11,17 +11,17 @@ from typing import Any
 import max.nn
 import numpy as np
 import pytest
-from harness import HOST, Array, Case, check, compiled, execute, ids, normal, reference
 from max.dtype import DType
 from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
 
 import max_conv
+from harness import HOST, Array, Case, check, compiled, execute, ids, normal, reference
 
 F32 = DType.float32
 NCL = {"layout": "NCL", "filter_layout": "FCS"}
 
 # Name: (N, L), Cin, Cout, and the layer's other arguments. Issues are those of github.com/modular/modular.
-WRONG = {
+WRONG: dict[str, tuple[tuple[int, int], int, int, dict[str, Any]]] = {
     "hifigan-resblock": ((1, 6400), 128, 128, dict(kernel_size=11, padding=25, dilation=5)),
     "k15-p7": ((1, 64), 16, 16, dict(kernel_size=15, padding=7)),
     "k5-p8-d4": ((1, 64), 16, 16, dict(kernel_size=5, padding=8, dilation=4)),
@@ -103,7 +103,7 @@ def test_arguments_are_those_of_max() -> None:
     assert {p.kind for p in ours[len(theirs) :]} == {inspect.Parameter.KEYWORD_ONLY}
 
 
-POSITIONAL = {
+POSITIONAL: dict[str, tuple[Any, ...]] = {
     "defaults": (3, 8, 16, F32),
     "all": (5, 8, 12, F32, 2, (1, 3), 2, 4, HOST, True, True, "stem"),
     "no-permute": (5, 8, 12, F32, 2, 1, 2, 4, HOST, True, False, "stem"),
@@ -113,7 +113,7 @@ POSITIONAL = {
 
 @pytest.mark.parametrize("arguments", POSITIONAL.values(), ids=POSITIONAL)
 def test_weights_are_those_of_max(arguments: tuple[Any, ...]) -> None:
-    def described(cls: type) -> Any:
+    def described(cls: Any) -> Any:
         layer = cls(*arguments)
         alone = {name: (w.dtype, list(w.shape), w.device) for name, w in layer.raw_state_dict().items()}
         nested = {name: list(w.shape) for name, w in Tree([layer, cls(*arguments)]).raw_state_dict().items()}
@@ -312,9 +312,7 @@ class Everywhere(max.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = max.nn.LayerList(
-            [max_conv.Conv1D(3, 8, 8, F32, padding=1, has_bias=True) for _ in range(2)]
-        )
+        self.blocks = max.nn.LayerList([max_conv.Conv1D(3, 8, 8, F32, padding=1, has_bias=True) for _ in range(2)])
         # A weight belongs to the graph or subgraph that first reads it, so a layer is called in one of them only.
         self.flat = max_conv.Conv1D(3, 8, 8, F32, padding=1, has_bias=True)
         self.turned = max_conv.Conv1D(4, 8, 12, F32, stride=2, has_bias=True, permute=True)

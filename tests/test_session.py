@@ -240,7 +240,10 @@ def edited(saved: Path, target: Path, **changes: Any) -> Path:
     [
         ({"max": "1.2.3"}, r"load: .* was compiled by MAX 1\.2\.3, but this is .*; compile it again\."),
         ({"machine": "vax"}, r"load: .* was compiled for vax, but this is .*; compile it again\."),
-        ({"cpu": ["avx9000"]}, r"load: .* was compiled for a CPU with avx9000, which this one lacks; compile it again\."),
+        (
+            {"cpu": ["avx9000"]},
+            r"load: .* was compiled for a CPU with avx9000, which this one lacks; compile it again\.",
+        ),
         ({"format": 99}, r"load: .* has format 99, but this max_conv reads 1; save it again\."),
     ],
     ids=["max", "machine", "cpu", "format"],

@@ -4,12 +4,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from max_conv.graphs import silero_vad
 from safetensors.numpy import load_file, save_file
 
 import max_conv
 from max_conv.assets import resolve
 from max_conv.audio import read_audio
-from max_conv.graphs import silero_vad
 from max_conv.speech import agreement, read_rttm, turns
 
 CONFIG = silero_vad.Config()
@@ -124,6 +124,7 @@ def test_graph_is_described(model):
             "audio must have shape (samples,) or (batch, samples), but has (1, 1, 512).",
         ),
         (np.zeros(0), ValueError, "audio must have shape (samples,) or (batch, samples), but has (0,)."),
+        (np.full(512, np.nan), ValueError, "audio must be finite, but holds an infinity or a NaN."),
         (np.zeros(512, np.int16), TypeError, "audio must be floating point, -1 to 1, but is int16."),
     ],
 )

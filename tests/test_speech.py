@@ -20,7 +20,7 @@ def line(*runs):
     return [value for value, count in runs for _ in range(count)]
 
 
-# Probabilities, options, turns in samples at 16 kHz. 512 samples a hop, 480 samples of padding, 4000 of shortest speech.
+# Probabilities, options, turns in samples at 16 kHz: 512 a hop, 480 of padding, 4000 of shortest speech.
 RULES = {
     "nothing": ([], {}, []),
     "silence": (line((0.1, 50)), {}, []),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from max.driver import Buffer
 from max.dtype import DType
-from max.graph import DeviceRef, Value
+from max.graph import DeviceRef, TensorValue
 
 from ..geometry import Padding
 from ..nn import Conv1D
@@ -70,7 +70,7 @@ class EagerConv1D(Conv1D):
         Returns:
             A graph value, a NumPy array for a NumPy array, or a `max.driver.Buffer`, which speaks DLPack.
         """
-        if isinstance(x, Value):
+        if isinstance(x, TensorValue):
             return super().__call__(x)
         if self._model is None:
             self._model = compile(self)

@@ -136,7 +136,9 @@ def _weight(module: Any) -> Any:
     """Returns the module's filter, with weight norm folded in float64."""
     import torch
 
-    magnitude, direction, dim = None, None, 0
+    magnitude: Any = None
+    direction: Any = None
+    dim = 0
     if hasattr(module, "weight_g"):
         # The old spelling recomputes `weight` before each call only: it may be stale here.
         magnitude, direction = module.weight_g, module.weight_v

@@ -7,6 +7,7 @@ input, forget, cell, output, as in PyTorch.
 
 from std.math import ceildiv, exp, tanh
 from std.sys.info import simd_width_of, size_of
+from std.utils.numerics import isnan
 
 from max.algorithm import sync_parallelize
 from max.gpu import barrier, block_dim, block_idx, thread_idx
@@ -50,10 +51,17 @@ struct Lstm[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
         return self.output.unsafe_offset((n * self.steps + t) * self.units)
 
 
+# The standard library's exp and tanh clamp their argument, which turns a NaN into a number: it is put back.
 @always_inline
 def sigmoid[dtype: DType, width: SIMDLength, //](x: SIMD[dtype, width]) -> SIMD[dtype, width]:
     comptime assert dtype.is_floating_point()
-    return 1 / (1 + exp(-x))
+    return isnan(x).select(x, 1 / (1 + exp(-x)))
+
+
+@always_inline
+def hyperbolic[dtype: DType, width: SIMDLength, //](x: SIMD[dtype, width]) -> SIMD[dtype, width]:
+    comptime assert dtype.is_floating_point()
+    return isnan(x).select(x, tanh(x))
 
 
 @always_inline
@@ -67,9 +75,8 @@ def advance[
     mut cell: SIMD[dtype, width],
 ) -> SIMD[dtype, width]:
     """Takes the cell state through one step and returns the hidden state; the gates come as sums."""
-    comptime assert dtype.is_floating_point()
-    cell = sigmoid(forget) * cell + sigmoid(input) * tanh(candidate)
-    return sigmoid(output) * tanh(cell)
+    cell = sigmoid(forget) * cell + sigmoid(input) * hyperbolic(candidate)
+    return sigmoid(output) * hyperbolic(cell)
 
 
 @always_inline

@@ -1,0 +1,133 @@
+"""The console command: what it prints, what it writes, how it fails."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from click.testing import CliRunner, Result
+
+import max_conv
+from max_conv.cli import main
+
+
+def call(*arguments: Any) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def good(*arguments: Any) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PyTorch checkpoint, a file that is none, a second of noise, and Silero compiled."""
+    path = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    layer = torch.nn.Conv1d(4, 8, 3)
+    torch.save({f"enc.{name}": value for name, value in layer.state_dict().items()}, path / "m.pt")
+    (path / "rubbish.safetensors").write_text("rubbish")
+    noise = np.random.default_rng(0).standard_normal((22_050, 2)) * 0.01
+    soundfile.write(path / "noise.flac", noise, 22_050)
+    good("compile", "silero-vad", path / "silero")
+    return path
+
+
+def test_the_demo(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = good("run", "silero-vad", "--model", folder / "silero")
+    assert "Speech in sample.wav" in text and "agreement with the labels" in text and "times real time" in text
+    picture = (tmp_path / "silero-vad.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+
+
+def test_run_as_json_on_any_file(folder: Path, tmp_path: Path) -> None:
+    arguments = [folder / "noise.flac", "--model", folder / "silero", "--picture", tmp_path / "p.png", "--json"]
+    facts = json.loads(good("run", "silero-vad", *arguments))
+    assert facts["seconds"] == pytest.approx(1.0, abs=0.01) and facts["turns"] == [] and facts["agreement"] is None
+    assert facts["times_real_time"] > 1
+
+
+def test_convert(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "native.safetensors"
+    assert "enc.weight" in good("convert", folder / "m.pt", target, "--conv", "*.weight")
+    facts = json.loads(good("convert", folder / "m.pt", target, "--conv", "*.weight", "--force", "--json"))
+    assert facts == {"target": str(target), "filters": {"enc.weight": [[8, 4, 3], [3, 4, 8]]}}
+
+
+def test_compile_one_layer(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "layer"
+    facts = json.loads(
+        good(
+            "compile", "conv1d", folder / "m.pt", target, "--layer", "enc", "--padding", "2,0", "--stride", 2, "--json"
+        )
+    )
+    assert facts["bytes"] == target.stat().st_size
+    state = torch.load(folder / "m.pt")
+    x = torch.randn(1, 4, 11)
+    want = torch.nn.functional.conv1d(torch.nn.functional.pad(x, (2, 0)), state["enc.weight"], state["enc.bias"], 2)
+    np.testing.assert_allclose(max_conv.load(target)(x=x.numpy()), want.numpy(), atol=1e-5)
+
+
+def test_info() -> None:
+    facts = json.loads(good("info", "--json"))
+    assert facts["max_conv"] == max_conv.__version__ and "cores" in facts["cpu"]
+    assert "kernels" in good("info")
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "no audio": (["run", "silero-vad", "gone.wav", "--model", "silero"], r"gone\.wav"),
+    "no labels": (["run", "silero-vad", "noise.flac", "--labels", "gone.rttm", "--model", "silero"], r"gone\.rttm"),
+    "not audio": (["run", "silero-vad", "m.pt", "--model", "silero"], r"m\.pt"),
+    "no model": (["run", "silero-vad", "noise.flac", "--model", "m.pt"], r"m\.pt is not a model that max_conv saved"),
+    "bad weights": (["run", "silero-vad", "noise.flac", "--weights", "rubbish.safetensors"], r"rubbish\.safetensors"),
+    "bad reference": (["run", "silero-vad", "noise.flac", "--weights", "pypi://silero"], r"pypi://silero"),
+    "no pattern": (["convert", "m.pt", "x.safetensors"], r"name the Conv1d filters with --conv PATTERN"),
+    "no source": (["convert", "gone.pt", "x.safetensors", "--conv", "*"], r"there is no file .*gone\.pt"),
+    "damaged": (["convert", "rubbish.safetensors", "x.safetensors", "--conv", "*"], r"is not a safetensors file"),
+    "exists": (["convert", "m.pt", "rubbish.safetensors", "--conv", "*"], r"exists already; pass --force"),
+    "no folder": (["convert", "m.pt", "no/x.safetensors", "--conv", "*"], r"there is no folder"),
+    "no layer": (["compile", "conv1d", "m.pt", "x", "--layer", "dec"], r"has no tensor dec\.weight"),
+    "bad padding": (
+        ["compile", "conv1d", "m.pt", "x", "--layer", "enc", "--padding", "some"],
+        r"padding must be an int",
+    ),
+    "two strides": (
+        ["compile", "conv1d", "m.pt", "x", "--layer", "enc", "--stride", "0"],
+        r"stride must be at least 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_refuses_in_one_sentence(case: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    before = sorted(folder.iterdir())
+    arguments, sentence = REFUSED[case]
+    result = call(*arguments)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("max-conv: ")]
+    assert result.exit_code == 2 and len(lines) == 1, result.stderr
+    assert re.search(sentence, lines[0]), lines[0]
+    assert sorted(folder.iterdir()) == before
+
+
+def test_help_answers_at_once() -> None:
+    """A generous bound: the aim is 0.3 s; importing MAX alone takes more than a second."""
+    command = [str(Path(sys.executable).parent / "max-conv"), "--help"]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        text = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ)).stdout
+        times.append(time.perf_counter() - start)
+    assert all(name in text for name in ("run", "convert", "compile", "info"))
+    assert min(times) < 1.0

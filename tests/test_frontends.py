@@ -1,0 +1,172 @@
+"""The front ends against the libraries whose spelling they speak."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn
+import numpy as np
+import pytest
+import torch
+from max.driver import Buffer
+from max.dtype import DType
+from max.graph import Graph
+
+import max_conv
+from max_conv.frontends import mlx as ours_mlx
+from max_conv.frontends import torch as ours_torch
+
+RANDOM = np.random.default_rng(0)
+
+# PyTorch's argument lists, by position and by name. The first three run, and share the compile time.
+TORCH: list[tuple[tuple, dict[str, Any]]] = [
+    ((6, 9, 3), {"padding": "same", "dilation": 2, "padding_mode": "reflect"}),
+    ((6, 9, (3,), (2,), (1,), (2,), 3, False, "circular"), {}),
+    ((6, 12, 1), {"groups": 6, "padding": (2,), "padding_mode": "replicate"}),
+    ((6, 9, 3), {"padding": "valid"}),
+    ((6, 9, 4, 2, 1), {"bias": False}),
+    ((6, 9, 3), {"dtype": torch.float64}),
+]
+MLX: list[tuple[tuple, dict[str, Any]]] = [
+    ((6, 9, 3), {}),
+    ((6, 9, 3, 2, 1, 2, 3), {}),
+    ((6, 9, 3), {"bias": False, "padding": 2}),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs"), TORCH)
+def test_torch_arguments_repr_and_names(args: tuple, kwargs: dict[str, Any]) -> None:
+    theirs, ours = torch.nn.Conv1d(*args, **kwargs), ours_torch.Conv1d(*args, **kwargs)
+    assert repr(ours) == repr(theirs)
+    shapes = {name: tuple(value.shape) for name, value in ours.state_dict().items()}
+    assert shapes == {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
+    assert ours.dtype.name == str(theirs.weight.dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(("args", "kwargs"), TORCH[:3])
+def test_from_torch_runs(args: tuple, kwargs: dict[str, Any]) -> None:
+    module = torch.nn.Conv1d(*args, **kwargs)
+    conv = ours_torch.from_torch(module)
+    x = torch.randn(2, 6, 21)
+    with torch.no_grad():
+        np.testing.assert_allclose(conv(x.numpy()), module(x).numpy(), atol=1e-5)
+        np.testing.assert_allclose(conv(x[0].numpy()), module(x[0]).numpy(), atol=1e-5)
+        y = conv(x)
+        assert isinstance(y, Buffer)
+        np.testing.assert_allclose(torch.from_dlpack(y).numpy(), module(x).numpy(), atol=1e-5)
+        unbatched = torch.from_dlpack(conv(Buffer.from_numpy(x[0].numpy())))
+        np.testing.assert_allclose(unbatched.numpy(), module(x[0]).numpy(), atol=1e-5)
+
+
+NORMS: dict[str, Callable[[torch.nn.Module, int | None], torch.nn.Module]] = {
+    "hook": lambda module, dim: torch.nn.utils.weight_norm(module, dim=dim),
+    "parametrization": lambda module, dim: torch.nn.utils.parametrizations.weight_norm(module, dim=dim),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("dim", [0, 1, 2, None, -1])
+@pytest.mark.parametrize("spelling", list(NORMS))
+def test_weight_norm_is_folded(spelling: str, dim: int | None) -> None:
+    module = NORMS[spelling](torch.nn.Conv1d(4, 8, 3), dim)
+    x = torch.randn(1, 4, 5)
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if name != "bias":
+                value.mul_(torch.rand_like(value) + 0.5)  # the hook's `weight` is stale from here on
+    got = torch.from_dlpack(ours_torch.from_torch(module).state_dict()["weight"])
+    module(x)  # refreshes it
+    torch.testing.assert_close(got, module.weight.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_from_torch_keeps_bfloat16_and_copies() -> None:
+    module = torch.nn.Conv1d(4, 8, 3).to(torch.bfloat16)
+    conv = ours_torch.from_torch(module)
+    before = module.weight.detach().clone()
+    with torch.no_grad():
+        module.weight.zero_()
+    assert torch.equal(torch.from_dlpack(conv.state_dict()["weight"]), before)
+
+
+def test_other_parametrizations_are_evaluated() -> None:
+    module = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv1d(4, 8, 3)).eval()
+    got = torch.from_dlpack(ours_torch.from_torch(module).state_dict()["weight"])
+    torch.testing.assert_close(got, module.weight.detach())
+
+
+def test_from_torch_refuses_other_modules() -> None:
+    with pytest.raises(TypeError, match=r"from_torch: takes a torch\.nn\.Conv1d, but got a ConvTranspose1d\."):
+        ours_torch.from_torch(torch.nn.ConvTranspose1d(1, 1, 1))
+
+
+@pytest.mark.parametrize(("args", "kwargs"), MLX)
+def test_mlx_arguments_repr_and_values(args: tuple, kwargs: dict[str, Any]) -> None:
+    theirs, ours = mlx.nn.Conv1d(*args, **kwargs), ours_mlx.Conv1d(*args, **kwargs)
+    assert repr(ours) == repr(theirs)
+    ours.load_state_dict({name: np.array(value) for name, value in theirs.parameters().items()})
+    x = RANDOM.standard_normal((2, 20, 6)).astype(np.float32)
+    np.testing.assert_allclose(ours(x), np.array(theirs(mx.array(x))), atol=1e-5)
+    np.testing.assert_allclose(ours(x[0]), np.array(theirs(mx.array(x)))[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("frontend", [ours_torch, ours_mlx], ids=["torch", "mlx"])
+def test_start_values(frontend: Any) -> None:
+    """Uniform within sqrt(groups / (C K)), as both libraries document; MLX's bias starts at zero."""
+    conv = frontend.Conv1d(64, 256, 5, groups=4, generator=1)
+    values = {name: value.to_numpy() for name, value in conv.state_dict().items()}
+    bound = (4 / (64 * 5)) ** 0.5
+    weight = values["weight"].ravel()
+    assert 0.99 * bound < weight.max() <= bound and -bound <= weight.min() < -0.99 * bound
+    assert abs(weight.mean()) < 0.02 * bound and abs(weight.std() - bound / 3**0.5) < 0.02 * bound
+    if frontend is ours_mlx:
+        assert not values["bias"].any()
+    else:
+        assert 0.9 * bound < abs(values["bias"]).max() <= bound
+    again = frontend.Conv1d(64, 256, 5, groups=4, generator=1).state_dict()["weight"].to_numpy()
+    other = frontend.Conv1d(64, 256, 5, groups=4, generator=2).state_dict()["weight"].to_numpy()
+    assert np.array_equal(values["weight"], again) and not np.array_equal(again, other)
+
+
+def test_bfloat16_start_values_are_rounded_to_even() -> None:
+    values = ours_torch.Conv1d(64, 64, 3, dtype="bfloat16", generator=0).state_dict()["weight"]
+    want = torch.from_numpy(ours_torch.Conv1d(64, 64, 3, generator=0).state_dict()["weight"].to_numpy())
+    assert torch.equal(torch.from_dlpack(values), want.to(torch.bfloat16))
+
+
+def test_graph_values_are_emitted() -> None:
+    conv = ours_torch.Conv1d(4, 8, 3, generator=0)
+    graph = Graph("emitted", conv, conv.input_types())
+    assert "max_conv.conv1d" in str(graph)
+    model = max_conv.compile(graph, weights=conv.state_dict())
+    x = RANDOM.standard_normal((2, 4, 9)).astype(np.float32)
+    np.testing.assert_array_equal(model(x), conv(x))
+
+
+def test_new_weights_are_used() -> None:
+    conv = ours_mlx.Conv1d(1, 1, 1, bias=False)
+    x = np.ones((1, 3, 1), np.float32)
+    for value in (2.0, 3.0):
+        conv.load_state_dict({"weight": np.full((1, 1, 1), value, np.float32)})
+        assert (conv(x) == value).all()
+
+
+@pytest.mark.parametrize("dtype", [None, "float16", np.float64, np.dtype("float32"), torch.bfloat16, DType.float16])
+def test_dtypes_by_any_name(dtype: Any) -> None:
+    want = "float32" if dtype is None else str(getattr(dtype, "name", None) or getattr(dtype, "__name__", dtype))
+    assert ours_torch.Conv1d(1, 1, 1, dtype=dtype).dtype.name == want.removeprefix("torch.")
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (
+            lambda: ours_torch.Conv1d(1, 1, (1, 2)),
+            r"conv1d: kernel_size must be one int or a 1-tuple, but is \(1, 2\)\.",
+        ),
+        (lambda: ours_torch.Conv1d(1, 1, 1, dtype="int8x"), r"conv1d: dtype must be float32, .*, but is 'int8x'\."),
+        (lambda: ours_torch.Conv1d(4, 6, 1, groups=3), r"conv1d: num_groups=3 must divide in_channels=4"),
+    ],
+)
+def test_refuses(make: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        make()

@@ -1,0 +1,166 @@
+"""Who may import whom, checked on the sources."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "max_conv"
+
+# Every module of the package: the modules of the package that it may import, anywhere in it, and the packages outside
+# the standard library that it may import as it is loaded. What a module needs on some paths only, it imports there.
+MODULES: dict[str, tuple[str, str]] = {
+    "__init__": ("frontends nn ops session", ""),
+    "layouts": ("", "numpy"),
+    "geometry": ("", ""),
+    "reference": ("geometry layouts", "numpy"),
+    "cache": ("", ""),
+    "kernel_library": ("cache", ""),
+    "ops": ("geometry kernel_library layouts", "max"),
+    "recurrent": ("ops", "max"),
+    "nn": ("geometry layouts ops", "max"),
+    "session": ("", "max numpy"),
+    "checkpoint": ("geometry layouts", "numpy"),
+    "frontends": ("frontends.mlx frontends.torch", ""),
+    "frontends.eager": ("geometry nn session", "max numpy"),
+    "frontends.mlx": ("frontends.eager layouts", "max numpy"),
+    "frontends.torch": ("checkpoint frontends.eager", "max numpy"),
+    "assets": ("cache", ""),
+    "audio": ("", "numpy"),
+    "speech": ("", "numpy"),
+    "picture": ("speech", "numpy"),
+    "cli": ("assets audio cache checkpoint kernel_library picture session speech", "click"),
+}
+LIGHT = [name for name, (_, outside) in MODULES.items() if "max" not in outside.split()]
+"""Modules that are loaded without MAX, and so within a moment."""
+
+BY_NAME = {"__init__", "frontends", "cli"}
+"""Modules that load others by name: lazily, and for the command line also the graphs."""
+
+PUBLIC = {"max_conv", *(f"max_conv.{name}" for name in MODULES if name not in ("__init__", "cli", "frontends.eager"))}
+"""What graphs and scripts may import from."""
+
+HEAVY = {"max", "mojo", "torch", "mlx", "onnx", "onnxruntime", "safetensors", "soundfile", "soxr", "matplotlib"}
+OUTERMOST = {"tests", "scripts", "graphs", "harness"}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def path_of(name: str) -> Path:
+    path = PACKAGE.joinpath(*name.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def imports_in(tree: ast.AST, package: str = "") -> Iterator[tuple[str, str | None]]:
+    """Yields (module, name) for every import in a tree; `package` is what one leading dot stands for."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *filter(None, [node.module])])
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def at_load(tree: ast.Module) -> ast.Module:
+    """Returns a module without its functions and what stands under TYPE_CHECKING."""
+    kept = [
+        node
+        for node in tree.body
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    return ast.Module(kept, [])
+
+
+def package_of(name: str) -> str:
+    inside = name == "__init__" or path_of(name).name == "__init__.py"
+    full = "max_conv" if name == "__init__" else f"max_conv.{name}"
+    return full if inside else full.rpartition(".")[0]
+
+
+def test_every_module_has_a_row() -> None:
+    assert {name_of(path) for path in PACKAGE.rglob("*.py")} == set(MODULES)
+
+
+def test_the_rows_have_no_circle() -> None:
+    left = {name: {*inside.split()} for name, (inside, _) in MODULES.items()}
+    while free := [name for name, inside in left.items() if not inside & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_within_the_package(name: str) -> None:
+    allowed = {*MODULES[name][0].split()}
+    tree = ast.parse(path_of(name).read_text())
+    for module, imported in imports_in(tree, package_of(name)):
+        assert module.partition(".")[0] not in OUTERMOST, f"{name} imports {module}"
+        if module.partition(".")[0] != "max_conv":
+            continue
+        inner = module.removeprefix("max_conv").lstrip(".")
+        # `from . import session` names a module after the import.
+        below = f"{inner}.{imported}".lstrip(".")
+        target = below if below in MODULES else inner
+        assert target in allowed, f"{name} imports {target or 'the package itself'}"
+    dynamic = {"import_module", "__import__"} & {
+        node.attr if isinstance(node, ast.Attribute) else node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute | ast.Name)
+    }
+    assert not dynamic or name in BY_NAME, f"{name} imports by name"
+    assert "graphs" not in {part for module, _ in imports_in(tree) for part in module.split(".")}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_at_load(name: str) -> None:
+    tree = at_load(ast.parse(path_of(name).read_text()))
+    loaded = {module.partition(".")[0] for module, _ in imports_in(tree, package_of(name))}
+    assert loaded - sys.stdlib_module_names - {"max_conv"} <= {*MODULES[name][1].split()}
+
+
+OUTSIDE = sorted([*(ROOT / "graphs").glob("*.py"), *(ROOT / "scripts").glob("*.py")])
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_graphs_and_scripts_use_public_names(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    ours = set()
+    for module, imported in imports_in(tree, package="graphs"):
+        top = module.partition(".")[0]
+        assert top not in {"tests", "harness"} and (path.parent.name == "scripts" or top != "scripts")
+        if top == "max_conv":
+            target = f"{module}.{imported}" if f"{module}.{imported}" in PUBLIC else module
+            assert target in PUBLIC, f"{module} is not documented"
+            assert not (imported or "").startswith("_"), f"{module}.{imported}"
+            ours.add(imported or module)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            assert ast.unparse(node.value).partition(".")[0] not in ours, ast.unparse(node)
+
+
+def test_the_tool_for_developers_needs_nothing() -> None:
+    loaded = {module.partition(".")[0] for module, _ in imports_in(ast.parse((ROOT / "scripts/dev.py").read_text()))}
+    assert loaded <= sys.stdlib_module_names
+
+
+def test_light_modules_load_without_max() -> None:
+    names = ["max_conv", *(f"max_conv.{name}" for name in LIGHT if name != "__init__")]
+    code = f"import sys, {', '.join(names)}; print(*sorted({HEAVY!r} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
+
+
+def test_heavy_modules_load_without_torch() -> None:
+    names = [f"max_conv.{name}" for name in MODULES if name not in LIGHT]
+    code = f"import sys, {', '.join(names)}; print(*sorted({HEAVY - {'max', 'mojo'}!r} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
