@@ -9,6 +9,9 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 PADDING_MODES: tuple[str, ...] = get_args(PaddingMode)
 """In the order of their numbers in the kernels."""
 
+LIMIT = 2**31
+"""Of every argument: products and sums of them stay far within 64 bits."""
+
 Padding = int | Sequence[int] | Literal["same", "valid", "causal"]
 
 
@@ -23,9 +26,13 @@ def positive(name: str, value: Any) -> int:
 def _integer(name: str, value: Any) -> int:
     if not isinstance(value, bool):
         try:
-            return index(value)
+            number = index(value)
         except TypeError:
             pass
+        else:
+            if abs(number) < LIMIT:
+                return number
+            raise ValueError(f"conv1d: {name} must be less than 2**31, but is {number}.")
     raise TypeError(f"conv1d: {name} must be an int, but is {value!r} ({type(value).__name__}).")
 
 
@@ -89,7 +96,7 @@ class Geometry:
                     f'conv1d: padding="same" needs stride 1, but stride is {stride}; pass the padding as numbers.'
                 )
             return overhang // 2, overhang - overhang // 2
-        sides = (padding, padding) if not isinstance(padding, Sequence) else tuple(padding)
+        sides = tuple(padding) if isinstance(padding, tuple | list) else (padding, padding)
         if len(sides) != 2:
             raise ValueError(
                 f"conv1d: padding must be one int or (left, right), but has {len(sides)} values: {padding!r}."
@@ -113,7 +120,7 @@ class Geometry:
         grown = self.left + self.right - self.reach + 1
         if self.stride == 1:
             return length + grown if grown else length
-        return (length + (grown - 1)) // self.stride + 1
+        return (length + (grown - 1 + self.stride)) // self.stride
 
     def check_length(self, length: int) -> None:
         """Raises ValueError where an input of `length` positions is too short for the filter or its padding."""

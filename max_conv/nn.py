@@ -6,7 +6,7 @@ from max.graph import DeviceRef, TensorType, TensorValue, Weight
 
 from .geometry import Geometry, Padding, positive
 from .layouts import FilterLayout, Layout
-from .ops import conv1d
+from .ops import check_dtype, conv1d
 
 
 class Conv1D(nn.Module):
@@ -69,6 +69,7 @@ class Conv1D(nn.Module):
         in_channels = positive("in_channels", in_channels)
         out_channels = positive("out_channels", out_channels)
         groups = positive("num_groups", num_groups)
+        check_dtype("dtype", dtype)
         if in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"conv1d: num_groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}."

@@ -64,35 +64,31 @@ def conv1d(
     x = _value("x", x)
     filter = _value("filter", filter)
     bias = None if bias is None else _value("bias", bias)
-    if x.rank == 2:
-        x = ops.unsqueeze(x, 0)
-        y = conv1d(
-            x, filter, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
-            padding_mode=padding_mode, layout=layout, filter_layout=filter_layout,
-        )  # fmt: skip
-        return ops.squeeze(y, 0)
-
-    taps, group_channels, filters = _check_types(x, filter, bias, layout, filter_layout)
+    axes = _check_axes(x, filter, bias, layout, filter_layout)
+    _check_types(x, filter, bias)
+    taps, group_channels, filters = (int(filter.shape[filter_layout.index(axis)]) for axis in "SCF")
     groups = positive("groups", groups)
+    _check_channels(x, filter, group_channels, filters, groups, axes, filter_layout)
     geometry = Geometry.of(taps, stride, padding, dilation, padding_mode)
-    channels = x.shape[layout.index("C")]
-    _check_channels(x, channels, filter, group_channels, filters, groups, layout, filter_layout)
-    length = x.shape[layout.index("L")]
+    length = x.shape[axes.index("L")]
     if isinstance(length, StaticDim):
         geometry.check_length(int(length))
 
+    if batched := x.rank == 3:
+        batch = x.shape[0]
+    else:
+        x, batch = ops.unsqueeze(x, 0), Dim(1)
     kernel = choose_kernel(layout, group_channels, filters // groups, groups)
     if kernel in ("dense", "depthwise"):
-        filter = permute(filter, filter_layout, "SCF")
-        filter_layout = "SCF"
-    sizes = {"N": x.shape[0], "L": Dim(geometry.output_length(length)), "C": Dim(filters)}
-    shape = [sizes[axis] for axis in layout]
+        filter, filter_layout = permute(filter, filter_layout, "SCF"), "SCF"
     if bias is None:
         bias = ops.constant([], x.dtype, device=x.device)
-    numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, PADDING_MODES.index(padding_mode))
-    cpu = DeviceRef.CPU()
-    scalars = [ops.constant(number, DType.int64, device=cpu) for number in numbers]
-    return emit(x, filter, bias, scalars, shape, kernel, layout, filter_layout)
+    mode = PADDING_MODES.index(padding_mode)
+    numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, mode, groups)
+    scalars = [ops.constant(number, DType.int64, device=DeviceRef.CPU()) for number in numbers]
+    sizes = {"N": batch, "L": Dim(geometry.output_length(length)), "C": Dim(filters)}
+    y = emit(x, filter, bias, scalars, [sizes[axis] for axis in layout], kernel, layout, filter_layout)
+    return y if batched else ops.squeeze(y, 0)
 
 
 def choose_kernel(layout: Layout, group_channels: int, group_filters: int, groups: int) -> str:
@@ -119,7 +115,7 @@ def emit(
 
     Args:
         bias: (F,), or (0,) for none.
-        scalars: stride, dilation, left, right and the number of the padding mode, int64, on the CPU.
+        scalars: stride, dilation, left, right, the number of the padding mode, and groups, int64, on the CPU.
         shape: The output's.
     """
     (y,) = custom_op(
@@ -160,25 +156,33 @@ def _value(name: str, value: Any) -> TensorValue:
         ) from None
 
 
-def _check_types(
-    x: TensorValue, filter: TensorValue, bias: TensorValue | None, layout: str, filter_layout: str
-) -> tuple[int, int, int]:
-    """Checks ranks, dtypes and devices; returns the filter's taps, channels a group, and filters."""
-    if x.rank != 3:
+def _check_axes(x: TensorValue, filter: TensorValue, bias: TensorValue | None, layout: str, filter_layout: str) -> str:
+    """Checks the shapes on their own, and returns the axes of x: those of `layout`, or without the batch."""
+    if x.rank not in (2, 3):
         raise ValueError(f"conv1d: x must have 3 axes ({layout}) or 2 (no batch), but has shape {_shape(x)}.")
     if filter.rank != 3:
         raise ValueError(f"conv1d: the filter must have 3 axes ({filter_layout}), but has shape {_shape(filter)}.")
-    sizes = [filter.shape[filter_layout.index(axis)] for axis in "SCF"]
-    if not all(isinstance(size, StaticDim) for size in sizes):
+    if not all(isinstance(size, StaticDim) for size in filter.shape):
         raise ValueError(f"conv1d: the filter's shape must be known when the graph is built, but is {_shape(filter)}.")
-    taps, group_channels, filters = (int(size) for size in sizes)
-    if min(taps, group_channels, filters) < 1:
+    if not all(int(size) for size in filter.shape):
         raise ValueError(
             f"conv1d: the filter must not be empty, but has shape {_shape(filter)}, layout {filter_layout}."
         )
-    if x.dtype not in DTYPES:
-        names = ", ".join(dtype.name for dtype in DTYPES)
-        raise TypeError(f"conv1d: x must be one of {names}, but is {x.dtype.name}; cast it first.")
+    filters = filter.shape[filter_layout.index("F")]
+    if bias is not None and (bias.rank != 1 or bias.shape[0] != filters):
+        raise ValueError(f"conv1d: the bias must have shape ({filters},), one value a filter, but has {_shape(bias)}.")
+    return layout if x.rank == 3 else layout.replace("N", "")
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    """Raises TypeError unless the kernels compute in `dtype`."""
+    if dtype not in DTYPES:
+        names = ", ".join(known.name for known in DTYPES)
+        raise TypeError(f"conv1d: {name} must be one of {names}, but is {getattr(dtype, 'name', repr(dtype))}.")
+
+
+def _check_types(x: TensorValue, filter: TensorValue, bias: TensorValue | None) -> None:
+    check_dtype("the dtype of x", x.dtype)
     for name, value in (("filter", filter), ("bias", bias)):
         if value is None:
             continue
@@ -186,30 +190,28 @@ def _check_types(
             raise TypeError(f"conv1d: x is {x.dtype.name} but the {name} is {value.dtype.name}; cast one to the other.")
         if value.device != x.device:
             raise ValueError(f"conv1d: x is on {x.device} but the {name} is on {value.device}; move one to the other.")
-    if bias is not None and (bias.rank != 1 or bias.shape[0] != filters):
-        raise ValueError(f"conv1d: the bias must have shape ({filters},), one value a filter, but has {_shape(bias)}.")
-    return taps, group_channels, filters
 
 
 def _check_channels(
     x: TensorValue,
-    channels: Dim,
     filter: TensorValue,
     group_channels: int,
     filters: int,
     groups: int,
-    layout: str,
+    axes: str,
     filter_layout: str,
 ) -> None:
     if filters % groups:
         raise ValueError(
-            f"conv1d: groups={groups} must divide the {filters} filters (filter shape {_shape(filter)}, layout {filter_layout})."
+            f"conv1d: groups={groups} must divide the {filters} filters "
+            f"(filter shape {_shape(filter)}, layout {filter_layout})."
         )
+    channels = x.shape[axes.index("C")]
     if not isinstance(channels, StaticDim):
-        return
+        return  # the kernel checks it
     if int(channels) % groups:
         raise ValueError(
-            f"conv1d: groups={groups} must divide the {channels} channels of x (shape {_shape(x)}, layout {layout})."
+            f"conv1d: groups={groups} must divide the {channels} channels of x (shape {_shape(x)}, layout {axes})."
         )
     if int(channels) != group_channels * groups:
         raise ValueError(
@@ -219,4 +221,4 @@ def _check_channels(
 
 
 def _shape(value: TensorValue) -> str:
-    return f"({', '.join(str(dim) for dim in value.shape)})"
+    return f"({', '.join(str(dim) for dim in value.shape)}{',' * (value.rank == 1)})"

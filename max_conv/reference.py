@@ -26,7 +26,7 @@ def conv1d_ref(
     `out[n, l, f] = bias[f] + sum over k, c of x[n, l * stride + k * dilation - left, c] * filter[k, c, f]`
 
     Args:
-        x: (N, L, C) or, with layout "NCL", (N, C, L).
+        x: (N, L, C) or, with layout "NCL", (N, C, L); without the batch axis, too.
         filter: (K, C / groups, F) or another order named by `filter_layout`.
         bias: (F,) or None.
         stride, padding, dilation, groups, padding_mode: As in `max_conv.conv1d`.
@@ -37,7 +37,13 @@ def conv1d_ref(
     >>> conv1d_ref([[[1.0], [2.0], [4.0]]], [[[1.0]], [[10.0]]]).ravel().tolist()
     [21.0, 42.0]
     """
-    x = permute(np.asarray(x, np.float64), layout, "NLC")
+    x = np.asarray(x, np.float64)
+    if x.ndim == 2:
+        options: dict[str, Any] = {"padding_mode": padding_mode, "layout": layout, "filter_layout": filter_layout}
+        return conv1d_ref(
+            x[None], filter, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, **options
+        )[0]
+    x = permute(x, layout, "NLC")
     w = permute(np.asarray(filter, np.float64), filter_layout, "SCF")
     taps, group_channels, filters = w.shape
     batch, length, _ = x.shape

@@ -77,10 +77,16 @@ class Model:
         buffers = [buffer.to(self._devices[port.device]) for buffer, port in zip(buffers, self.inputs, strict=True)]
         try:
             results = self._model.execute(*buffers)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             # The kernels' own sentences come wrapped in a page about the graph.
             if sentence := re.search(r"^(conv1d|lstm): .*$", str(error), re.MULTILINE):
                 raise ValueError(sentence.group()) from None
+            # MAX asks for the memory of an output before its kernel can check sizes.
+            if "Memory allocation failed" in str(error):
+                raise ValueError(
+                    "model: an output does not fit into memory, or would have a negative length because the input is "
+                    "shorter than a filter reaches; pass a smaller batch or a longer input."
+                ) from None
             raise
         if all(isinstance(value, np.ndarray | np.generic) for value in values):
             arrays: list[Any] = [r if r.dtype in NOT_IN_NUMPY else r.to_numpy() for r in results]

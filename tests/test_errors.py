@@ -174,7 +174,7 @@ ROWS: dict[str, Row] = {
     "dtype": (
         op(x=TensorType(DType.int32, [1, 9, 12], HOST)),
         TypeError,
-        "conv1d: x must be one of float32, float64, float16, bfloat16, but is int32; cast it first.",
+        "conv1d: the dtype of x must be one of float32, float64, float16, bfloat16, but is int32.",
     ),
     "filter-dtype": (
         op(w=TensorType(DType.bfloat16, [3, 12, 8], HOST)),
@@ -199,7 +199,7 @@ ROWS: dict[str, Row] = {
     "bias-shape": (
         op(bias=(12,)),
         ValueError,
-        "conv1d: the bias must have shape (8,), one value a filter, but has (12).",
+        "conv1d: the bias must have shape (8,), one value a filter, but has (12,).",
     ),
     "bias-rank": (
         op(bias=(1, 8)),
@@ -227,7 +227,27 @@ ROWS: dict[str, Row] = {
         ValueError,
         "conv1d: groups=4 must divide the 10 channels of x (shape (l, 10), layout LC).",
     ),
+    "limit": (
+        op(dilation=2**62),
+        ValueError,
+        "conv1d: dilation must be less than 2**31, but is 4611686018427387904.",
+    ),
+    "padding-bytes": (
+        op(padding=b"ab"),
+        TypeError,
+        "conv1d: padding must be an int, but is b'ab' (bytes).",
+    ),
     # nn.py
+    "layer-dtype": (
+        lambda: Conv1D(3, 12, 8, DType.int32),
+        TypeError,
+        "conv1d: dtype must be one of float32, float64, float16, bfloat16, but is int32.",
+    ),
+    "layer-dtype-name": (
+        lambda: Conv1D(3, 12, 8, "float32"),  # type: ignore[arg-type]
+        TypeError,
+        "conv1d: dtype must be one of float32, float64, float16, bfloat16, but is 'float32'.",
+    ),
     "num_groups-in": (
         layer(num_groups=8),
         ValueError,
@@ -284,7 +304,7 @@ def test_nothing_is_emitted_before_an_error(batch: list[int]) -> None:
 
 # What only the run can tell: one graph, in which each row spoils one input.
 
-GEOMETRY = {"stride": 1, "dilation": 1, "left": 0, "right": 0, "mode": 0}
+GEOMETRY = {"stride": 1, "dilation": 1, "left": 0, "right": 0, "mode": 0, "groups": 1, "depthwise_groups": 8}
 SIZES = {"any": (1, 9, 4), "reflect": (1, 9, 4), "circular": (1, 9, 4), "replicate": (1, 9, 4)}
 SIZES |= {"dense_x": (1, 9, 8), "depthwise_x": (1, 9, 8)}
 OUTPUTS = {"dense": (1, 7, 8), "depthwise": (1, 7, 8)}
@@ -293,38 +313,44 @@ KERNEL_ROWS: dict[str, tuple[dict[str, Any], str]] = {
         {"any": (1, 2, 4)},
         "conv1d: the filter reaches over 3 positions, but the padded input has only 2; pad more or pass a longer input",
     ),
-    "short-emptied-batch": (
+    "short-empty-batch": (
         {"any": (0, 1, 4)},
         "conv1d: the filter reaches over 3 positions, but the padded input has only 1; pad more or pass a longer input",
     ),
     "channels-few": (
         {"any": (1, 9, 3)},
-        "conv1d: the groups must divide the channels, but x has 3 channels, the filter takes 4 and gives 8",
+        "conv1d: the filter takes 4 channels for each of 1 groups and gives 8, but x has 3 channels",
     ),
     "channels-none": (
         {"any": (1, 9, 0)},
-        "conv1d: the groups must divide the channels, but x has 0 channels, the filter takes 4 and gives 8",
+        "conv1d: the filter takes 4 channels for each of 1 groups and gives 8, but x has 0 channels",
     ),
     # The graph was built with groups=1: twice the channels must not quietly become two groups.
     "channels-twice": (
         {"any": (1, 9, 8)},
-        "conv1d: the groups must divide the channels, but x has 8 channels, the filter takes 4 and gives 8",
+        "conv1d: the filter takes 4 channels for each of 1 groups and gives 8, but x has 8 channels",
     ),
     "reflect": (
         {"reflect": (1, 3, 4)},
-        "conv1d: padding of 3 needs more than the input's 3 positions with padding_mode reflect or circular; "
+        "conv1d: padding of 3 with values of the input needs more than its 3 positions; "
         "pad less or pass a longer input",
     ),
     "circular": (
         {"circular": (1, 4, 4)},
-        "conv1d: padding of 5 needs more than the input's 4 positions with padding_mode reflect or circular; "
+        "conv1d: padding of 5 with values of the input needs more than its 4 positions; "
         "pad less or pass a longer input",
     ),
-    "replicate-nothing": ({"replicate": (1, 0, 4)}, "conv1d: padding of 2 needs more than the input's 0 positions"),
+    "replicate-nothing": (
+        {"replicate": (1, 0, 4)},
+        "conv1d: padding of 2 with values of the input needs more than its 0 positions",
+    ),
     "stride": ({"stride": 0}, "conv1d: kernel_size, stride and dilation must be at least 1"),
     "dilation": ({"dilation": 0}, "conv1d: kernel_size, stride and dilation must be at least 1"),
     "output": ({"dense": (1, 6, 8)}, "conv1d: the output has 6 positions, not 7"),
-    "depthwise": ({"depthwise_x": (1, 9, 4)}, "conv1d: the depthwise kernel needs one channel in and one out a group"),
+    "depthwise": (
+        {"depthwise_x": (1, 9, 4), "depthwise_groups": 4},
+        "conv1d: the depthwise kernel needs one channel in and one out a group",
+    ),
 }
 
 
@@ -337,7 +363,7 @@ def model() -> Model:
     with Graph("errors", input_types=[*inputs, *[scalar] * len(GEOMETRY), *outputs]) as graph:
         values = [value.tensor for value in graph.inputs]
         any_x, reflect_x, circular_x, replicate_x, dense_x, depthwise_x = values[:6]
-        scalars, (dense, depthwise) = values[6:11], values[11:]
+        scalars, depthwise_groups, (dense, depthwise) = values[6:12], values[12], values[13:]
         w = ops.constant(normal(3, 4, 8), F32, device=HOST)
         one_a_group = ops.constant(normal(3, 1, 8), F32, device=HOST)
         none = ops.constant([], F32, device=HOST)
@@ -348,7 +374,16 @@ def model() -> Model:
             conv1d(circular_x, w, padding=(5, 0), padding_mode="circular"),
             conv1d(replicate_x, w, padding=2, padding_mode="replicate"),
             emit(dense_x, w8, none, scalars, dense.shape, "dense", "NLC", "SCF"),
-            emit(depthwise_x, one_a_group, none, scalars, depthwise.shape, "depthwise", "NLC", "SCF"),
+            emit(
+                depthwise_x,
+                one_a_group,
+                none,
+                [*scalars[:5], depthwise_groups],
+                depthwise.shape,
+                "depthwise",
+                "NLC",
+                "SCF",
+            ),
         )
     return compiled(graph)
 
@@ -380,3 +415,13 @@ def test_every_kernel_error_has_a_row() -> None:
     assert len(starts) >= 6
     rows = [sentence for _, sentence in KERNEL_ROWS.values()]
     assert not (unproved := [s for s in starts if not any(row.startswith(s) for row in rows)]), unproved
+
+
+def test_an_output_of_negative_length(model: Model) -> None:
+    """MAX asks for the output's memory before the kernel runs: it refuses, and `max_conv.Model` says why it may."""
+    with pytest.raises((ValueError, RuntimeError), match="Memory allocation failed"):
+        run_with(model, {"any": (1, 1, 4)})
+    x, w = (TensorType(F32, shape, HOST) for shape in (["n", "l", 4], [3, 4, 8]))
+    ours = max_conv.compile(lambda x, w: conv1d(x, w), {"x": x, "w": w})
+    with pytest.raises(ValueError, match=r"^model: an output does not fit into memory, or would have a negative len"):
+        ours(normal(1, 1, 4), normal(3, 4, 8))

@@ -112,7 +112,7 @@ def models() -> dict[tuple[DType, bool], Model]:
             TensorType(dtype, ["f", "cg", "k"], cpu),
             TensorType(dtype, ["b"], cpu),
             TensorType(DType.int8, ["lo"], cpu),
-            *[TensorType(DType.int64, [], cpu)] * 5,
+            *[TensorType(DType.int64, [], cpu)] * 6,
         ]
         for depthwise in (False, True):
             with Graph(f"{dtype.name}_{depthwise}", input_types=types, module=module) as graph:
@@ -185,7 +185,8 @@ def compare(layer: Layer, dtype: DType) -> None:
     scale = math.sqrt(terms) * np.abs(values[0]).max() * np.abs(values[1]).max()
     bound = 4 * EPS[dtype] * scale + ROUNDING[dtype] * np.abs(want) + 2.0**-24 * (dtype == DType.float16)
 
-    numbers = (layer.stride, layer.dilation, *layer.padding, PADDING_MODES.index(layer.padding_mode))
+    mode = PADDING_MODES.index(layer.padding_mode)
+    numbers = (layer.stride, layer.dilation, *layer.padding, mode, layer.groups)
     offsets = random.integers(0, 64, 5)
     arrays = (x, x.transpose(0, 2, 1).copy(), w, w.transpose(2, 1, 0).copy(), bias)
     inputs = [guarded(bits, dtype, int(at)) for bits, at in zip(arrays, offsets, strict=True)]

@@ -156,8 +156,8 @@ def conv1d_dense[dtype: DType](g: Geometry, o: Operands[dtype]):
     var tiles = ceildiv(g.out_length, rows)
     var block_tiles = min(max(1, WINDOW_BYTES // row_bytes), 8)
     block_tiles = max(1, min(block_tiles, g.batch * g.groups * tiles // (4 * threads)))
-    var positions = block_tiles * rows
-    var blocks = ceildiv(g.out_length, positions)
+    # As many blocks as go round evenly: with nine blocks on two threads one thread would wait for the other.
+    var blocks = min(tiles, ceildiv(ceildiv(tiles, block_tiles), threads) * threads)
     var panels = ceildiv(g.group_filters(), panel)
     var splits = min(panels, ceildiv(2 * threads, g.batch * g.groups * blocks))
     var split = ceildiv(panels, splits) * panel
@@ -168,15 +168,17 @@ def conv1d_dense[dtype: DType](g: Geometry, o: Operands[dtype]):
     def chunk(t: Int) {imm}:
         for task in range(t * tasks // chunks, (t + 1) * tasks // chunks):
             var part = task % splits
-            var first = task // splits % blocks * positions
+            var index = task // splits % blocks
             var group = task // (splits * blocks) % g.groups
+            var first = index * tiles // blocks * rows
+            var end = min((index + 1) * tiles // blocks * rows, g.out_length)
             block(
                 g,
                 o,
                 task // (splits * blocks * g.groups),
                 group,
                 first,
-                min(positions, g.out_length - first),
+                end - first,
                 part * split,
                 min((part + 1) * split, g.group_filters()),
             )

@@ -7,7 +7,7 @@ from max.gpu.host.info import is_cpu
 
 from .dense import conv1d_dense
 from .depthwise import conv1d_depthwise
-from .geometry import CIRCULAR, Geometry, REFLECT
+from .geometry import CIRCULAR, Geometry, REFLECT, REPLICATE
 from .gpu import conv1d_gpu
 from .lanes import Memory, Operands
 from .lengthwise import FilterSteps, conv1d_lengthwise
@@ -20,8 +20,8 @@ def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
         raise Error("conv1d: kernel_size, stride and dilation must be at least 1")
     if g.groups < 1 or g.groups * filter_channels != g.channels or g.filters % g.groups != 0:
         raise Error(
-            "conv1d: the groups must divide the channels, but x has ", g.channels, " channels, the filter takes ",
-            filter_channels, " and gives ", g.filters,
+            "conv1d: the filter takes ", filter_channels, " channels for each of ", g.groups, " groups and gives ",
+            g.filters, ", but x has ", g.channels, " channels",
         )
     var reach = (g.kernel - 1) * g.dilation + 1
     var padded = g.length + g.pad_left + pad_right
@@ -32,11 +32,17 @@ def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
         )
     if g.out_length != (padded - reach) // g.stride + 1:
         raise Error("conv1d: the output has ", g.out_length, " positions, not ", (padded - reach) // g.stride + 1)
+    # A reflection leaves out the edge itself, a circle does not, and an edge to repeat needs an input.
     var pad = max(g.pad_left, pad_right)
-    if (g.mode == REFLECT and pad >= g.length) or (g.mode == CIRCULAR and pad > g.length):
+    var wide = (
+        (g.mode == REFLECT and pad >= g.length)
+        or (g.mode == CIRCULAR and pad > g.length)
+        or (g.mode == REPLICATE and pad > 0 and g.length == 0)
+    )
+    if wide:
         raise Error(
-            "conv1d: padding of ", pad, " needs more than the input's ", g.length,
-            " positions with padding_mode reflect or circular; pad less or pass a longer input",
+            "conv1d: padding of ", pad, " with values of the input needs more than its ", g.length,
+            " positions; pad less or pass a longer input",
         )
 
 
@@ -57,6 +63,7 @@ struct Conv1d:
         pad_left: Scalar[DType.int64],
         pad_right: Scalar[DType.int64],
         mode: Scalar[DType.int64],
+        groups: Scalar[DType.int64],
         ctx: DeviceContext,
     ) raises:
         comptime dtype = output.dtype
@@ -72,7 +79,7 @@ struct Conv1d:
             out_length=output.dim_size(length),
             channels=x.dim_size(channel),
             filters=w.dim_size(filter_axis),
-            groups=x.dim_size(channel) // max(1, w.dim_size(channel_axis)),
+            groups=Int(groups),
             kernel=w.dim_size(tap_axis),
             stride=Int(stride),
             dilation=Int(dilation),
