@@ -68,8 +68,8 @@ def conv1d(
     _check_types(x, filter, bias)
     taps, group_channels, filters = (int(filter.shape[filter_layout.index(axis)]) for axis in "SCF")
     groups = positive("groups", groups)
-    _check_channels(x, filter, group_channels, filters, groups, axes, filter_layout)
     geometry = Geometry.of(taps, stride, padding, dilation, padding_mode)
+    _check_channels(x, filter, group_channels, filters, groups, axes, filter_layout)
     length = x.shape[axes.index("L")]
     if isinstance(length, StaticDim):
         geometry.check_length(int(length))

@@ -20,31 +20,31 @@ from max_conv import conv1d  # noqa: E402
 from max_conv.ops import DTYPES  # noqa: E402
 from max_conv.recurrent import lstm  # noqa: E402
 
-# Layout, filter layout, filter shape, options: one of each CPU kernel, and every layout.
+# Layout, filter layout, filter shape, options: one of each CPU kernel, and every layout. The GPU has one kernel for
+# each layout of the data, so the other dtypes take only the last two.
+FLOAT32, *OTHERS = DTYPES
 LAYERS = [
     ("NLC", "SCF", (3, 8, 16), {"stride": 2, "padding": 1}),
     ("NLC", "FCS", (16, 4, 3), {"groups": 2, "padding": "same", "padding_mode": "reflect"}),
     ("NLC", "SCF", (4, 1, 8), {"groups": 8, "padding": "causal"}),
     ("NCL", "FCS", (16, 8, 5), {"dilation": 3, "padding_mode": "circular", "padding": 2}),
-    ("NCL", "FSC", (4, 3, 8), {"padding_mode": "replicate", "padding": (1, 4)}),
+    ("NLC", "SCF", (4, 8, 3), {"padding_mode": "replicate", "padding": (1, 4)}),
 ]
 
 
 def main() -> None:
     gpu = DeviceRef.GPU()
+    rows = [(FLOAT32, layer) for layer in LAYERS] + [(dtype, layer) for dtype in OTHERS for layer in LAYERS[-2:]]
     types = []
-    for dtype in DTYPES:
-        for layout, _, shape, _ in LAYERS:
-            x = ["n", "l", 8] if layout == "NLC" else ["n", 8, "l"]
-            types += [TensorType(dtype, x, gpu), TensorType(dtype, shape, gpu)]
+    for dtype, (layout, _, shape, _) in rows:
+        x = ["n", "l", 8] if layout == "NLC" else ["n", 8, "l"]
+        types += [TensorType(dtype, x, gpu), TensorType(dtype, shape, gpu)]
     recurrent = [["n", "t", 8], [8, 64], [16, 64], [64], ["n", 16], ["n", 16]]
-    float32 = DTYPES[0]
-    with Graph("gpu", input_types=[*types, *(TensorType(float32, shape, gpu) for shape in recurrent)]) as graph:
+    with Graph("gpu", input_types=[*types, *(TensorType(FLOAT32, shape, gpu) for shape in recurrent)]) as graph:
         values = [value.tensor for value in graph.inputs]
-        pairs = zip(values[0 : len(types) : 2], values[1 : len(types) : 2], strict=True)
         outputs = [
-            conv1d(x, w, layout=layout, filter_layout=filter_layout, **options)
-            for (x, w), (layout, filter_layout, _, options) in zip(pairs, LAYERS * len(DTYPES), strict=True)
+            conv1d(values[2 * i], values[2 * i + 1], layout=layout, filter_layout=filter_layout, **options)
+            for i, (_, (layout, filter_layout, _, options)) in enumerate(rows)
         ]
         graph.output(*outputs, *lstm(*values[len(types) :]))
     InferenceSession(devices=[Accelerator(), CPU()]).compile(graph)

@@ -32,8 +32,8 @@ LARGEST = 200_000
 """Multiplications in one layer: above the size from which kernels start a second thread."""
 
 SHARES = {DType.float32: 0.7, DType.float64: 0.1, DType.float16: 0.1, DType.bfloat16: 0.1}
-EPS = {DType.float32: 2.0**-24, DType.float64: 2.0**-53, DType.float16: 2.0**-24, DType.bfloat16: 2.0**-24}
-"""Unit roundoff of the sums. Results of sixteen bits are rounded once more."""
+EPS = {DType.float32: 2.0**-23, DType.float64: 2.0**-52, DType.float16: 2.0**-23, DType.bfloat16: 2.0**-23}
+"""Machine epsilon of the sums. Results of sixteen bits are rounded once more."""
 ROUNDING = {DType.float32: 2.0**-24, DType.float64: 2.0**-53, DType.float16: 2.0**-11, DType.bfloat16: 2.0**-8}
 
 

@@ -16,7 +16,7 @@ import torch
 from max.driver import Buffer
 from max.dtype import DType
 from max.graph import DeviceRef, Graph, TensorType, TensorValue
-from max.nn import Linear, Module
+from max.nn import Module
 
 import max_conv
 from max_conv.reference import conv1d_ref
@@ -160,16 +160,15 @@ def test_a_graph_a_function_and_a_tree_of_layers() -> None:
     class Tree(Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = layer()
-            self.head = Linear(8, 2, DType.float32, CPU_REF)
+            self.first, self.second = layer(), max_conv.Conv1D(1, 8, 2, DType.float32)
 
         def __call__(self, x: TensorValue) -> TensorValue:
-            return self.head(self.conv(x))
+            return self.second(self.first(x))
 
-    head = RANDOM.standard_normal((2, 8)).astype(np.float32)
-    state = {**{f"conv.{name}": value for name, value in STATE.items()}, "head.weight": head}
+    head = RANDOM.standard_normal((1, 8, 2)).astype(np.float32)
+    state = {**{f"first.{name}": value for name, value in STATE.items()}, "second.weight": head}
     tree = max_conv.compile(Tree(), conv.input_types(), weights=state)
-    np.testing.assert_allclose(tree(X), WANT @ head.T, atol=1e-4)
+    np.testing.assert_allclose(tree(X), WANT @ head[0], atol=1e-4)
 
 
 def test_threads(model: max_conv.Model) -> None:

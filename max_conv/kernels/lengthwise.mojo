@@ -8,10 +8,8 @@ one value at a time through strides, so every filter layout is native here.
 from std.math import ceildiv
 from std.sys.info import simd_width_of, size_of
 
-from max.algorithm import sync_parallelize
-
 from .geometry import Geometry
-from .lanes import BLOCK, Memory, Operands, accumulator, store, workers
+from .lanes import BLOCK, Memory, Operands, accumulator, spread, store, workers
 
 comptime WIDE = 6
 """Vectors of positions in a tile of one filter."""
@@ -266,27 +264,22 @@ def conv1d_lengthwise[
     var split = ceildiv(ceildiv(g.group_filters(), splits), tile) * tile
     splits = ceildiv(g.group_filters(), split)
     var tasks = g.batch * blocks * g.groups * splits
-    var chunks = 1 if threads == 1 else min(tasks, 8 * threads)
 
-    def chunk(t: Int) {imm}:
-        for task in range(t * tasks // chunks, (t + 1) * tasks // chunks):
-            var part = task % splits
-            var group = task // splits % g.groups
-            var first = task // (splits * g.groups) % blocks * positions
-            block[dtype, nlc](
-                g,
-                steps,
-                o,
-                task // (splits * g.groups * blocks),
-                group,
-                first,
-                min(positions, g.out_length - first),
-                positions,
-                part * split,
-                min((part + 1) * split, g.group_filters()),
-            )
+    def task(i: Int) {imm}:
+        var part = i % splits
+        var group = i // splits % g.groups
+        var first = i // (splits * g.groups) % blocks * positions
+        block[dtype, nlc](
+            g,
+            steps,
+            o,
+            i // (splits * g.groups * blocks),
+            group,
+            first,
+            min(positions, g.out_length - first),
+            positions,
+            part * split,
+            min((part + 1) * split, g.group_filters()),
+        )
 
-    if chunks == 1:
-        chunk(0)
-    else:
-        sync_parallelize(chunk, chunks)
+    spread(task, tasks, threads)

@@ -9,11 +9,10 @@ from std.math import ceildiv, exp, tanh
 from std.sys.info import simd_width_of, size_of
 from std.utils.numerics import isnan
 
-from max.algorithm import sync_parallelize
 from max.gpu import barrier, block_dim, block_idx, thread_idx
 from max.gpu.host import DeviceContext
 
-from .lanes import BLOCK, Memory, load, store, workers
+from .lanes import BLOCK, Memory, load, spread, store, workers
 
 comptime GATES = 4
 comptime ITEMS = 4
@@ -171,11 +170,7 @@ def lstm_cpu[dtype: DType](s: Lstm[dtype]):
         else:
             run[ITEMS](s, n, min(ITEMS, s.batch - n))
 
-    if tasks == 1 or threads == 1:
-        for i in range(tasks):
-            task(i)
-    else:
-        sync_parallelize(task, tasks)
+    spread(task, tasks, threads)
 
 
 def lstm_gpu[dtype: DType](s: Lstm[dtype], ctx: DeviceContext) raises:
