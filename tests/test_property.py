@@ -1,7 +1,8 @@
 """Every kernel against the reference on random layers, with NaN around each input, each answer three times.
 
 One compiled graph a dtype serves all layers: every dimension is symbolic and the geometry comes as run-time scalars.
-Lengths and channels are drawn around the sizes of tiles, blocks and vectors. `--configurations` sets the count.
+Lengths and channels are drawn around the sizes of tiles, blocks and vectors. `--configurations` sets the count;
+up to the default the layers are the same in every run, above it they are new ones.
 """
 
 import math
@@ -17,6 +18,7 @@ from max.dtype import DType
 from max.engine import InferenceSession, Model
 from max.graph import DeviceRef, Graph, Module, TensorType
 
+from conftest import DEFAULT
 from max_conv.geometry import PADDING_MODES
 from max_conv.kernel_library import kernel_library
 from max_conv.ops import emit
@@ -209,6 +211,7 @@ def test_random_layers(dtype: DType, pytestconfig: pytest.Config) -> None:
 
     @settings(
         max_examples=count,
+        derandomize=count <= math.ceil(DEFAULT * SHARES[dtype]),
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
