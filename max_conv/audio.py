@@ -45,6 +45,8 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
         )
     if own_rate != rate:
         samples = soxr.resample(samples, own_rate, rate)
+        if not len(samples):
+            raise ValueError(f"audio: {path} is shorter than one sample at {rate} Hz; pass a longer sound.")
     return np.ascontiguousarray(samples.T)
 
 

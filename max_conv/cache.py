@@ -22,12 +22,13 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
 
     Several processes may ask at once: each fills a folder of its own, the first to finish renames it into place.
     """
-    if folder.is_dir():
+    if folder.is_dir() and any(folder.iterdir()):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         fill(staging)
+        staging.chmod(0o755)  # others may share the cache
         try:
             staging.rename(folder)
         except OSError:

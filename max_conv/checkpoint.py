@@ -77,6 +77,8 @@ def convert(
     check_filter_layout(layout)
     check_filter_layout(to)
     target = Path(target)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"convert: the output must end in .safetensors, but is {target}.")
     if target.exists() and not force:
         raise FileExistsError(f"convert: {target} exists already; pass --force to overwrite it.")
     tensors, metadata = read_checkpoint(source)
@@ -151,11 +153,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_sharded(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         places = json.loads(path.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError):
+        shards = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"checkpoint: {path} is not an index of shards: it has no weight_map.") from None
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(places.values())):
-        if Path(shard).name != shard:
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard or shard.endswith(".json"):
             raise ValueError(f"checkpoint: {path} names the shard {shard!r}, but shards must lie beside it.")
         found = read_checkpoint(path.parent / shard)[0]
         wanted = [name for name, place in places.items() if place == shard]
@@ -169,7 +172,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         import torch
     except ImportError:
-        raise ValueError(f"checkpoint: reading {path} needs PyTorch; install torch.") from None
+        raise ImportError(f"checkpoint: reading {path} needs PyTorch; install torch.") from None
     try:
         # weights_only refuses pickles that would run code.
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -222,7 +225,7 @@ def read_layer(path: str | os.PathLike, name: str) -> tuple[dict[str, Any], Any]
         name: The layer: its tensors are `{name}.weight` and, where there is one, `{name}.bias`.
 
     Raises:
-        ValueError: If the checkpoint has no such layer.
+        ValueError: If the checkpoint has no such layer, or its weight and bias differ in dtype.
     """
     from max.driver import Buffer
     from max.dtype import DType
@@ -231,6 +234,9 @@ def read_layer(path: str | os.PathLike, name: str) -> tuple[dict[str, Any], Any]
     found = {key: tensors[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in tensors}
     if "weight" not in found:
         raise ValueError(f"checkpoint: {path} has no tensor {name}.weight; it has {_some(list(tensors))}.")
+    dtypes = {tensor.dtype for tensor in found.values()}
+    if len(dtypes) > 1:
+        raise ValueError(f"checkpoint: {name} in {path} mixes {' and '.join(sorted(dtypes))}; cast one to the other.")
     dtype = DType[_DTYPES[found["weight"].dtype][0]]
     return {
         key: Buffer.from_numpy(np.ascontiguousarray(tensor.bits)).view(dtype, list(tensor.bits.shape))
@@ -242,7 +248,7 @@ def _safetensors() -> Any:
     try:
         import safetensors
     except ImportError:
-        raise ValueError(
+        raise ImportError(
             "checkpoint: safetensors files need the package safetensors; pip install 'max-conv[safetensors]'."
         ) from None
     return safetensors
@@ -254,7 +260,7 @@ def fold_weight_norm(g: np.ndarray, v: np.ndarray, dim: int | None = 0) -> np.nd
     Args:
         g: Broadcasts against `v`: ones in every axis but `dim`.
         v: The direction, any shape.
-        dim: The axis that keeps a norm of its own; None is one norm of the whole.
+        dim: The axis that keeps a norm of its own; None and -1 are one norm of the whole, as in PyTorch.
 
     >>> fold_weight_norm(np.array([[10.0]]), np.array([[3.0, 4.0]])).tolist()
     [[6.0, 8.0]]
@@ -262,5 +268,7 @@ def fold_weight_norm(g: np.ndarray, v: np.ndarray, dim: int | None = 0) -> np.nd
     Source: Salimans and Kingma, Weight Normalization, 2016, https://arxiv.org/abs/1602.07868
     """
     v = np.asarray(v, np.float64)
+    if dim is not None and dim < -1:
+        dim += v.ndim  # -1 is PyTorch's other word for the whole
     axes = tuple(axis for axis in range(v.ndim) if axis != dim)
     return np.asarray(g, np.float64) * (v / np.sqrt(np.sum(v * v, axis=axes, keepdims=True)))

@@ -35,7 +35,14 @@ class Commands(click.Group):
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
             if os.environ.get("MAX_CONV_TRACEBACK"):
                 raise
-            raise Sentence(str(error) or type(error).__name__) from error
+            raise Sentence(sentence(error)) from error
+
+
+def sentence(error: Exception) -> str:
+    """Returns what an error says, without an operating system's number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return str(error) or type(error).__name__
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -123,6 +130,7 @@ def run_silero_vad(
     from .speech import agreement, read_rttm, turns
 
     silero = importlib.import_module("max_conv.graphs.silero_vad")
+    new_file(picture, force=True)
     if audio is None:
         with step("fetching the conversation"):
             audio, labels = resolve(silero.SAMPLE_AUDIO), labels or resolve(silero.SAMPLE_LABELS)
@@ -137,7 +145,7 @@ def run_silero_vad(
     duration = len(sound) / rate
     hop = silero.Config().hop / rate
     found = turns(probabilities, hop=hop, duration=duration, threshold=threshold)
-    agreed = agreement(found, known, duration) if known else None
+    agreed = None if known is None else agreement(found, known, duration)
     with step("drawing"):
         draw_speech(picture, sound, rate, probabilities, hop, found, known, threshold=threshold)
 
@@ -247,7 +255,8 @@ def compile_conv1d(
     from .checkpoint import read_layer
 
     new_file(target, force)
-    weights, dtype = read_layer(checkpoint, layer)
+    with step(f"reading {checkpoint}"):
+        weights, dtype = read_layer(checkpoint, layer)
     builder = importlib.import_module("max_conv.graphs.conv1d")
     config = builder.Config(**options, padding=_padding(padding), permute=not native)
     with step("compiling"):

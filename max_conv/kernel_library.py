@@ -13,7 +13,6 @@ SOURCES = Path(__file__).parent / "kernels"
 FILE = "max_conv_kernels.mojoc"
 
 
-@functools.cache
 def kernel_library() -> Path:
     """Returns the compiled kernels, a `.mojoc` file for `Graph(custom_extensions=[...])`.
 
@@ -26,6 +25,7 @@ def kernel_library() -> Path:
     return cached_folder(cache_dir() / "kernels" / kernel_key(), _compile) / FILE
 
 
+@functools.cache
 def kernel_key() -> str:
     """Returns the name of the compiled kernels: a digest of their sources, the Mojo version and the machine's kind."""
     digest = hashlib.sha256(f"{version('mojo-compiler')} {platform.machine()}".encode())

@@ -72,7 +72,7 @@ class Conv1D(nn.Module):
         check_dtype("dtype", dtype)
         if in_channels % groups or out_channels % groups:
             raise ValueError(
-                f"conv1d: num_groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}."
+                f"conv1d: {groups} groups must divide in_channels={in_channels} and out_channels={out_channels}."
             )
         self.kernel_size = geometry.kernel_size
         self.in_channels = in_channels

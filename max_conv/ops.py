@@ -74,6 +74,7 @@ def conv1d(
     if isinstance(length, StaticDim):
         geometry.check_length(int(length))
 
+    x, filter = _in_graph(x), _in_graph(filter)
     if batched := x.rank == 3:
         batch = x.shape[0]
     else:
@@ -81,8 +82,7 @@ def conv1d(
     kernel = choose_kernel(layout, group_channels, filters // groups, groups)
     if kernel in ("dense", "depthwise"):
         filter, filter_layout = permute(filter, filter_layout, "SCF"), "SCF"
-    if bias is None:
-        bias = ops.constant([], x.dtype, device=x.device)
+    bias = ops.constant([], x.dtype, device=x.device) if bias is None else _in_graph(bias)
     mode = PADDING_MODES.index(padding_mode)
     numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, mode, groups)
     scalars = [ops.constant(number, DType.int64, device=DeviceRef.CPU()) for number in numbers]
@@ -144,9 +144,8 @@ def custom_op(
 
 
 def _value(name: str, value: Any) -> TensorValue:
-    if isinstance(value, Weight) and value.shard_idx is None:
-        # A weight remembers the first graph it was used in; asking the graph lets a layer be traced again.
-        return Graph.current.add_weight(value, force_initial_weight_on_host=not value._has_alias)
+    if isinstance(value, Weight):
+        return value
     try:
         return TensorValue(value)
     except (TypeError, ValueError):
@@ -156,11 +155,18 @@ def _value(name: str, value: Any) -> TensorValue:
         ) from None
 
 
+def _in_graph(value: TensorValue) -> TensorValue:
+    if isinstance(value, Weight) and value.shard_idx is None:
+        # A weight remembers the first graph it was used in; asking the graph lets a layer be traced again.
+        return Graph.current.add_weight(value, force_initial_weight_on_host=not value._has_alias)
+    return value
+
+
 def _check_axes(x: TensorValue, filter: TensorValue, bias: TensorValue | None, layout: str, filter_layout: str) -> str:
     """Checks the shapes on their own, and returns the axes of x: those of `layout`, or without the batch."""
-    if x.rank not in (2, 3):
+    if len(x.shape) not in (2, 3):
         raise ValueError(f"conv1d: x must have 3 axes ({layout}) or 2 (no batch), but has shape {_shape(x)}.")
-    if filter.rank != 3:
+    if len(filter.shape) != 3:
         raise ValueError(f"conv1d: the filter must have 3 axes ({filter_layout}), but has shape {_shape(filter)}.")
     if not all(isinstance(size, StaticDim) for size in filter.shape):
         raise ValueError(f"conv1d: the filter's shape must be known when the graph is built, but is {_shape(filter)}.")
@@ -169,9 +175,9 @@ def _check_axes(x: TensorValue, filter: TensorValue, bias: TensorValue | None, l
             f"conv1d: the filter must not be empty, but has shape {_shape(filter)}, layout {filter_layout}."
         )
     filters = filter.shape[filter_layout.index("F")]
-    if bias is not None and (bias.rank != 1 or bias.shape[0] != filters):
+    if bias is not None and (len(bias.shape) != 1 or bias.shape[0] != filters):
         raise ValueError(f"conv1d: the bias must have shape ({filters},), one value a filter, but has {_shape(bias)}.")
-    return layout if x.rank == 3 else layout.replace("N", "")
+    return layout if len(x.shape) == 3 else layout.replace("N", "")
 
 
 def check_dtype(name: str, dtype: Any) -> None:
@@ -221,4 +227,4 @@ def _check_channels(
 
 
 def _shape(value: TensorValue) -> str:
-    return f"({', '.join(str(dim) for dim in value.shape)}{',' * (value.rank == 1)})"
+    return f"({', '.join(str(dim) for dim in value.shape)}{',' * (len(value.shape) == 1)})"

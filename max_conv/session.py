@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from max import nn
-from max.driver import CPU, Accelerator, Buffer, Device, accelerator_count
+from max.driver import CPU, Accelerator, Buffer, Device, accelerator_architecture_name, accelerator_count
 from max.dtype import DType
 from max.engine import InferenceSession, read
 from max.graph import DeviceRef, Graph, StaticDim, SymbolicDim, TensorType
@@ -52,7 +52,7 @@ class Model:
         self.outputs = tuple(outputs)
         self._compiled = compiled
         # MAX borrows the memory of weights: they have to live as long as the model.
-        self._weights = dict(weights)
+        self._weights = {name: _buffer(value, f"weight {name!r}") for name, value in weights.items()}
         devices = tuple(sorted({port.device for port in (*inputs, *outputs)} - {"cpu"}))
         self._devices = {"cpu": CPU(), **{name: _device(name) for name in devices}}
         self._model = _session(devices).init(compiled, weights_registry=self._weights)
@@ -62,7 +62,8 @@ class Model:
 
         Args:
             args, kwargs: The inputs, by position or by name: NumPy arrays, or anything with DLPack (torch and JAX
-                tensors, `max.driver.Buffer`). Contiguous arrays are read where they are, others are copied first.
+                tensors, `max.driver.Buffer`). Arrays that are contiguous and writeable are read where they are, others
+                are copied first.
 
         Returns:
             One array, or a tuple where the model has several outputs: NumPy arrays for NumPy inputs, otherwise
@@ -72,8 +73,8 @@ class Model:
             TypeError, ValueError: Before anything runs: wrong count, names, dtypes or shapes of the inputs.
         """
         values = self._bind(args, kwargs)
-        buffers = [_buffer(value, port) for value, port in zip(values, self.inputs, strict=True)]
-        self._check_shapes(buffers)
+        buffers = [_buffer(value, f"input {port.name!r}") for value, port in zip(values, self.inputs, strict=True)]
+        self._check(buffers)
         buffers = [buffer.to(self._devices[port.device]) for buffer, port in zip(buffers, self.inputs, strict=True)]
         try:
             results = self._model.execute(*buffers)
@@ -100,12 +101,14 @@ class Model:
         The file is written beside `path` and renamed, so `path` is never half a model.
         """
         path = Path(path)
-        weights = [(name, _buffer(value, None)) for name, value in self._weights.items()]
+        weights = list(self._weights.items())
+        on_gpu = any(port.device != "cpu" for port in (*self.inputs, *self.outputs))
         meta = {
             "format": FORMAT,
             "max": version("max"),
             "machine": platform.machine(),
             "cpu": sorted(_cpu_features()),
+            "accelerator": accelerator_architecture_name() if on_gpu else None,
             "inputs": [asdict(port) for port in self.inputs],
             "outputs": [asdict(port) for port in self.outputs],
             "weights": [{"name": n, "dtype": w.dtype.name, "shape": list(w.shape)} for n, w in weights],
@@ -140,23 +143,26 @@ class Model:
             raise TypeError(f"model: input {missing[0]!r} is missing; the inputs are {', '.join(names)}.")
         return [values[name] for name in names]
 
-    def _check_shapes(self, buffers: Sequence[Buffer]) -> None:
+    def _check(self, buffers: Sequence[Buffer]) -> None:
+        """Raises where the dtype or shape of an input does not fit, or two inputs do not fit each other."""
         sizes: dict[str, tuple[int, str]] = {}
         for port, buffer in zip(self.inputs, buffers, strict=True):
+            if buffer.dtype.name != port.dtype:
+                raise TypeError(
+                    f"model: input {port.name!r} must be {port.dtype}, but is {buffer.dtype.name}; cast it first."
+                )
             shape = tuple(buffer.shape)
-            fits = len(shape) == len(port.shape)
-            for want, size in zip(port.shape, shape, strict=False):
-                if isinstance(want, str):
-                    known, where = sizes.setdefault(want, (size, port.name))
-                    if known != size:
-                        raise ValueError(
-                            f"model: dimension {want!r} is {known} in input {where!r} but {size} in input "
-                            f"{port.name!r}; pass the same."
-                        )
-                elif want != size:
-                    fits = False
-            if not fits:
+            if len(shape) != len(port.shape) or any(
+                isinstance(want, int) and want != size for want, size in zip(port.shape, shape, strict=True)
+            ):
                 raise ValueError(f"model: input {port.name!r} must have shape {port}, but has {shape}.")
+            for want, size in zip(port.shape, shape, strict=True):
+                known, where = sizes.setdefault(str(want), (size, port.name))
+                if known != size:
+                    raise ValueError(
+                        f"model: dimension {want!r} is {known} in input {where!r} but {size} in input "
+                        f"{port.name!r}; pass the same."
+                    )
 
 
 def compile(
@@ -171,7 +177,8 @@ def compile(
         model: A `max.nn.Module`; a function from graph values to one or several; or a finished `Graph`.
         inputs: The types of the inputs, by name or in order. A module with a method `input_types()`, as `Conv1D`
             has, needs none: its batch and length are symbolic. For a `Graph` the names alone, where they matter.
-        weights: Arrays by weight name. A module that has loaded its weights needs none. They are kept alive.
+        weights: Arrays by weight name. A module that has loaded its weights needs none, nor does a tree of layers
+            that have each loaded theirs. They are kept alive.
 
     Returns:
         A `Model`.
@@ -191,7 +198,19 @@ def compile(
     ports = [_port(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
     outputs = [_port(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
     devices = tuple(sorted({port.device for port in (*ports, *outputs)} - {"cpu"}))
+    _check_weights(graph, weights)
     return Model(_session(devices).compile(graph), weights, ports, outputs)
+
+
+def _check_weights(graph: Graph, weights: Mapping[str, Any]) -> None:
+    """Raises where an array does not fit its weight: MAX would take its memory as it is."""
+    for name, wanted in ((name, entry.weight) for name, entry in getattr(graph, "_weights", {}).items()):
+        if name not in weights:
+            raise ValueError(f"compile: the weight {name!r} has no value; pass it in weights=.")
+        value = _buffer(weights[name], f"weight {name!r}")
+        want = f"{wanted.dtype.name} of shape {tuple(int(n) for n in wanted.shape)}"
+        if (got := f"{value.dtype.name} of shape {tuple(value.shape)}") != want:
+            raise ValueError(f"compile: the weight {name!r} must be {want}, but is {got}.")
 
 
 def load(path: str | os.PathLike) -> Model:
@@ -213,12 +232,13 @@ def load(path: str | os.PathLike) -> Model:
                 entry["name"]: _from_bytes(file.read(f"weights/{number}"), entry)
                 for number, entry in enumerate(meta["weights"])
             }
+            ports = [
+                [Port(**(entry | {"shape": tuple(entry["shape"])})) for entry in meta[key]]
+                for key in ("inputs", "outputs")
+            ]
             compiled = read(io.BytesIO(file.read("model.mef")))
-    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError, RuntimeError) as error:
+    except (zipfile.BadZipFile, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
         raise ValueError(f"load: {path} is not a model that max_conv saved, or is damaged ({error}).") from None
-    ports = [
-        [Port(**(entry | {"shape": tuple(entry["shape"])})) for entry in meta[key]] for key in ("inputs", "outputs")
-    ]
     return Model(compiled, weights, *ports)
 
 
@@ -230,6 +250,10 @@ def _check_machine(path: Any, meta: Mapping[str, Any]) -> None:
     if meta["machine"] != platform.machine():
         raise ValueError(
             f"load: {path} was compiled for {meta['machine']}, but this is {platform.machine()}; compile it again."
+        )
+    if meta["accelerator"] not in (None, accelerator_architecture_name() if accelerator_count() else None):
+        raise ValueError(
+            f"load: {path} was compiled for the accelerator {meta['accelerator']}, which is not here; compile it again."
         )
     if missing := sorted(set(meta["cpu"]) - _cpu_features()):
         raise ValueError(
@@ -251,18 +275,32 @@ def _trace(model: Any, inputs: Any, weights: Any) -> tuple[Graph, list[str], Map
         if not hasattr(model, "input_types"):
             raise TypeError(f"compile: {name} needs the types of its inputs; pass inputs={{'x': TensorType(...)}}.")
         inputs = model.input_types()
-    names = list(inputs) if isinstance(inputs, Mapping) else list(inspect.signature(model).parameters)[: len(inputs)]
     types = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
+    names = list(inputs) if isinstance(inputs, Mapping) else _argument_names(model, len(types))
     if isinstance(model, nn.Module):
-        if weights is not None:
-            model.load_state_dict(weights)
-        try:
-            weights = model.state_dict(auto_initialize=False)
-        except ValueError:
-            raise ValueError(
-                f"compile: the weights of {name} have no values; call load_state_dict or pass weights=."
-            ) from None
+        model.load_state_dict(weights if weights is not None else _own_weights(name, model))
+        weights = model.state_dict(auto_initialize=False)
     return Graph(name, model, input_types=types), names, weights or {}
+
+
+def _argument_names(function: Callable[..., Any], count: int) -> list[str]:
+    parameters = list(inspect.signature(function).parameters.values())[:count]
+    plain = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    return plain if len(plain) == count else [f"input{i}" for i in range(count)]
+
+
+def _own_weights(name: str, model: nn.Module) -> dict[str, Any]:
+    """Returns the values that the module, or a layer inside it, has loaded."""
+    values: dict[str, Any] = {}
+    for prefix, module in model.named_modules():
+        for weight, value in module._weight_values.items():
+            values.setdefault(prefix + weight, value)
+    wanted = model.raw_state_dict()
+    if missing := [weight for weight in wanted if weight not in values]:
+        raise ValueError(
+            f"compile: the weight {missing[0]!r} of {name} has no value; call load_state_dict or pass weights=."
+        )
+    return {weight: values[weight] for weight in wanted}
 
 
 def _port(name: str, type_: Any) -> Port:
@@ -289,22 +327,16 @@ def _session(devices: tuple[str, ...]) -> InferenceSession:
     return InferenceSession(devices=[*(_device(name) for name in devices), CPU()])
 
 
-def _buffer(value: Any, port: Port | None) -> Buffer:
-    """Returns a view of an array, or of a contiguous copy of it, and checks its dtype."""
+def _buffer(value: Any, what: str) -> Buffer:
+    """Returns a view of an array, or of a contiguous copy of it in the machine's byte order."""
     if isinstance(value, np.ndarray | np.generic):
-        buffer = Buffer.from_numpy(np.ascontiguousarray(value).reshape(np.shape(value)))
-    elif isinstance(value, Buffer):
-        buffer = value
-    elif hasattr(value, "__dlpack__"):
-        if hasattr(value, "detach"):
-            value = value.detach().contiguous()
-        buffer = Buffer.from_dlpack(value)
-    else:
-        what = f"input {port.name!r}" if port else "a weight"
-        raise TypeError(f"model: {what} must be an array (NumPy or DLPack), but is a {type(value).__name__}.")
-    if port and buffer.dtype.name != port.dtype:
-        raise TypeError(f"model: input {port.name!r} must be {port.dtype}, but is {buffer.dtype.name}; cast it first.")
-    return buffer
+        array = np.ascontiguousarray(value, value.dtype.newbyteorder("=")).reshape(np.shape(value))
+        return Buffer.from_numpy(array)
+    if isinstance(value, Buffer):
+        return value if value.is_contiguous else value.contiguous()
+    if hasattr(value, "__dlpack__"):
+        return Buffer.from_dlpack(value.detach().contiguous() if hasattr(value, "detach") else value)
+    raise TypeError(f"model: {what} must be an array (NumPy or DLPack), but is a {type(value).__name__}.")
 
 
 def _bytes_of(buffer: Buffer) -> np.ndarray:

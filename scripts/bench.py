@@ -45,6 +45,12 @@ class Layer(NamedTuple):
         """Floating point operations, taps in the padding included."""
         return 2.0 * self.out_length * self.filters * self.kernel_size * self.channels / self.groups
 
+    def __str__(self) -> str:
+        text = f"{self.channels}→{self.filters} k{self.kernel_size}"
+        for letter, value, usual in (("s", self.stride, 1), ("p", self.padding, 0), ("d", self.dilation, 1)):
+            text += f" {letter}{value}" if value != usual else ""
+        return text + (f" g{self.groups}" if self.groups > 1 else "") + f" L{self.length}"
+
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns x (1, C, L), filter (F, C / groups, K) and bias (F,), PyTorch's layouts."""
         random = np.random.default_rng(0)
@@ -216,8 +222,8 @@ def main(layers: tuple[str, ...], rounds: int, threads: int, file: Path | None, 
     command = [sys.executable, __file__, "--threads", str(threads), "--worker"]
     racers = {name: Racer([*command, name], environment) for name in CONTENDERS}
     best_peers = [name for name in CONTENDERS if not name.startswith("max_conv")]
-    print("| layer | " + " | ".join(CONTENDERS) + " | best peer / NLC | best peer / NCL |")
-    print("|---|" + "---:|" * (len(CONTENDERS) + 2))
+    print("| layer | shape | " + " | ".join(CONTENDERS) + " | PyTorch / NLC | best peer / NLC | best peer / NCL |")
+    print("|---|---|" + "---:|" * (len(CONTENDERS) + 3))
     found: dict[str, dict[str, float]] = {}
     for layer in layers or LAYERS:
         seconds: dict[str, list[float]] = {name: [] for name in racers}
@@ -230,9 +236,10 @@ def main(layers: tuple[str, ...], rounds: int, threads: int, file: Path | None, 
                     seconds[name].append(answer)
         found[layer] = {name: statistics.median(times) * 1e3 for name, times in seconds.items()}
         peer = min(found[layer][name] for name in best_peers)
-        ratios = [peer / found[layer][name] for name in ("max_conv NLC", "max_conv NCL")]
+        nlc, ncl = found[layer]["max_conv NLC"], found[layer]["max_conv NCL"]
+        ratios = [found[layer]["PyTorch"] / nlc, peer / nlc, peer / ncl]
         cells = [f"{milliseconds:.3f}" for milliseconds in found[layer].values()] + [f"{ratio:.2f}" for ratio in ratios]
-        print(f"| {layer} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {layer} | {LAYERS[layer]} | " + " | ".join(cells) + " |", flush=True)
     for racer in racers.values():
         racer.process.kill()
     if file:

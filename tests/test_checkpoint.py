@@ -118,8 +118,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layout": ({"layout": "XYZ"}, r"conv1d: filter_layout must be one of SCF, .*, but is 'XYZ'\."),
     "suffix": ({"source": "m.onnx"}, r"checkpoint: .*m\.onnx must end in \.safetensors, "),
     "missing": ({"source": "gone.pt"}, r"checkpoint: there is no file .*gone\.pt\."),
-    "exists": ({"target": "m.onnx"}, r"convert: .*m\.onnx exists already; pass --force to overwrite it\."),
+    "suffix of the output": (
+        {"target": "x.onnx"},
+        r"convert: the output must end in \.safetensors, but is .*x\.onnx\.",
+    ),
+    "exists": (
+        {"target": "m.safetensors"},
+        r"convert: .*m\.safetensors exists already; pass --force to overwrite it\.",
+    ),
     "index": ({"source": "bad.index.json"}, r"checkpoint: .* is not an index of shards: it has no weight_map\."),
+    "no names": ({"source": "list.index.json"}, r"checkpoint: .* is not an index of shards: it has no weight_map\."),
+    "itself": ({"source": "self.index.json"}, r"checkpoint: .* names the shard 'self\.index\.json', but shards must"),
     "outside": ({"source": "up.index.json"}, r"checkpoint: .* names the shard '\.\./x\.safetensors', but shards must"),
     "short": ({"source": "short.index.json"}, r"checkpoint: m\.safetensors lacks gone, which short\.index\.json says"),
 }
@@ -130,6 +139,8 @@ def test_refuses(case: str, tmp_path: Path) -> None:
     save_file(state(), tmp_path / "m.safetensors")
     (tmp_path / "m.onnx").write_text("")
     (tmp_path / "bad.index.json").write_text("{}")
+    (tmp_path / "list.index.json").write_text('{"weight_map": []}')
+    (tmp_path / "self.index.json").write_text('{"weight_map": {"a": "self.index.json"}}')
     (tmp_path / "up.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
     (tmp_path / "short.index.json").write_text('{"weight_map": {"gone": "m.safetensors"}}')
     before = sorted(tmp_path.iterdir())
@@ -153,6 +164,9 @@ def test_read_layer(tmp_path: Path) -> None:
     torch.save({f"enc.{name}": value for name, value in conv.state_dict().items()}, tmp_path / "m.pt")
     weights, dtype = read_layer(tmp_path / "m.pt", "enc")
     assert dtype.name == "bfloat16" and torch.equal(torch.from_dlpack(weights["weight"]), conv.weight.detach())
+    torch.save({"a.weight": torch.zeros(1, 1, 1).half(), "a.bias": torch.zeros(1)}, tmp_path / "mixed.pt")
+    with pytest.raises(ValueError, match=r"checkpoint: a in .* mixes F16 and F32; cast one to the other\."):
+        read_layer(tmp_path / "mixed.pt", "a")
     with pytest.raises(ValueError, match=r"checkpoint: .* has no tensor dec\.weight; it has enc\.weight, enc\.bias\."):
         read_layer(tmp_path / "m.pt", "dec")
 

@@ -92,6 +92,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no model": (["run", "silero-vad", "noise.flac", "--model", "m.pt"], r"m\.pt is not a model that max_conv saved"),
     "bad weights": (["run", "silero-vad", "noise.flac", "--weights", "rubbish.safetensors"], r"rubbish\.safetensors"),
     "bad reference": (["run", "silero-vad", "noise.flac", "--weights", "pypi://silero"], r"pypi://silero"),
+    "no folder for the picture": (
+        ["run", "silero-vad", "noise.flac", "--picture", "no/p.png", "--model", "silero"],
+        r"there is no folder no; make it first",
+    ),
+    "not safetensors": (["convert", "m.pt", "x.bin", "--conv", "*"], r"the output must end in \.safetensors"),
     "no pattern": (["convert", "m.pt", "x.safetensors"], r"name the Conv1d filters with --conv PATTERN"),
     "no source": (["convert", "gone.pt", "x.safetensors", "--conv", "*"], r"there is no file .*gone\.pt"),
     "damaged": (["convert", "rubbish.safetensors", "x.safetensors", "--conv", "*"], r"is not a safetensors file"),
@@ -102,7 +107,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["compile", "conv1d", "m.pt", "x", "--layer", "enc", "--padding", "some"],
         r"padding must be an int",
     ),
-    "two strides": (
+    "no stride": (
         ["compile", "conv1d", "m.pt", "x", "--layer", "enc", "--stride", "0"],
         r"stride must be at least 1",
     ),

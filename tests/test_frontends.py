@@ -3,18 +3,20 @@
 from collections.abc import Callable
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn
 import numpy as np
 import pytest
 import torch
 from max.driver import Buffer
 from max.dtype import DType
-from max.graph import Graph
+from max.graph import Graph, TensorValue
+from max.nn import Module
 
 import max_conv
 from max_conv.frontends import mlx as ours_mlx
 from max_conv.frontends import torch as ours_torch
+
+mx = pytest.importorskip("mlx.core", reason="mlx is not to be had here")
+mlx_nn = pytest.importorskip("mlx.nn", reason="mlx is not to be had here")
 
 RANDOM = np.random.default_rng(0)
 
@@ -65,7 +67,7 @@ NORMS: dict[str, Callable[[torch.nn.Module, int | None], torch.nn.Module]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
-@pytest.mark.parametrize("dim", [0, 1, 2, None, -1])
+@pytest.mark.parametrize("dim", [0, 1, 2, None, -1, -2, -3])
 @pytest.mark.parametrize("spelling", list(NORMS))
 def test_weight_norm_is_folded(spelling: str, dim: int | None) -> None:
     module = NORMS[spelling](torch.nn.Conv1d(4, 8, 3), dim)
@@ -101,14 +103,14 @@ def test_from_torch_refuses_other_modules() -> None:
 
 @pytest.mark.parametrize(("args", "kwargs"), MLX)
 def test_mlx_arguments_repr_and_names(args: tuple, kwargs: dict[str, Any]) -> None:
-    theirs, ours = mlx.nn.Conv1d(*args, **kwargs), ours_mlx.Conv1d(*args, **kwargs)
+    theirs, ours = mlx_nn.Conv1d(*args, **kwargs), ours_mlx.Conv1d(*args, **kwargs)
     assert repr(ours) == repr(theirs)
     shapes = {name: tuple(value.shape) for name, value in ours.state_dict().items()}
     assert shapes == {name: tuple(value.shape) for name, value in theirs.parameters().items()}
 
 
 def test_mlx_runs() -> None:
-    theirs, ours = mlx.nn.Conv1d(6, 9, 3, 2, 1, 2, 3), ours_mlx.Conv1d(6, 9, 3, 2, 1, 2, 3)
+    theirs, ours = mlx_nn.Conv1d(6, 9, 3, 2, 1, 2, 3), ours_mlx.Conv1d(6, 9, 3, 2, 1, 2, 3)
     ours.load_state_dict({name: np.array(value) for name, value in theirs.parameters().items()})
     x = RANDOM.standard_normal((2, 20, 6)).astype(np.float32)
     np.testing.assert_allclose(ours(x), np.array(theirs(mx.array(x))), atol=1e-5)
@@ -148,6 +150,22 @@ def test_graph_values_are_emitted() -> None:
     np.testing.assert_array_equal(model(x), conv(x))
 
 
+def test_in_a_tree_of_layers() -> None:
+    class Net(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = ours_torch.Conv1d(4, 8, 3, generator=0)
+
+        def __call__(self, x: TensorValue) -> TensorValue:
+            return self.conv(x)
+
+    net, alone = Net(), ours_torch.Conv1d(4, 8, 3, generator=0)
+    x = RANDOM.standard_normal((2, 4, 9)).astype(np.float32)
+    np.testing.assert_array_equal(max_conv.compile(net, alone.input_types())(x), alone(x))
+    with pytest.raises(ValueError, match=r"conv1d: this layer's weights belong to a model, as 'conv\.weight'"):
+        net.conv(x)
+
+
 def test_new_weights_are_used() -> None:
     conv = ours_mlx.Conv1d(1, 1, 1, bias=False)
     x = np.ones((1, 3, 1), np.float32)
@@ -170,7 +188,7 @@ def test_dtypes_by_any_name(dtype: Any) -> None:
             r"conv1d: kernel_size must be one int or a 1-tuple, but is \(1, 2\)\.",
         ),
         (lambda: ours_torch.Conv1d(1, 1, 1, dtype="int8x"), r"conv1d: dtype must be float32, .*, but is 'int8x'\."),
-        (lambda: ours_torch.Conv1d(4, 6, 1, groups=3), r"conv1d: num_groups=3 must divide in_channels=4"),
+        (lambda: ours_torch.Conv1d(4, 6, 1, groups=3), r"conv1d: 3 groups must divide in_channels=4"),
     ],
 )
 def test_refuses(make: Callable[[], Any], sentence: str) -> None:

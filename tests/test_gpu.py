@@ -1,20 +1,30 @@
-"""The GPU path: compiled for three architectures everywhere, run where there is a GPU."""
+"""The GPU path: compiled for three architectures everywhere, run where there is a GPU.
+
+What would run on a GPU runs on the CPU, too, so that the tests themselves are known to be right.
+"""
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from max.driver import accelerator_count
 from max.dtype import DType
-from max.graph import DeviceRef
+from max.graph import DeviceRef, Graph, TensorType
 
 import max_conv
-from max_conv.reference import conv1d_ref
+from harness import Case, check, dtype_of, normal
+from max_conv.layouts import permute
+from max_conv.recurrent import lstm
 
 COMPILE = Path(__file__).parent / "gpu_compile.py"
+NO_GPU = pytest.mark.skipif(accelerator_count() == 0, reason="no accelerator here: the GPU path was only compiled")
+DEVICES = [pytest.param("cpu"), pytest.param("gpu", marks=NO_GPU)]
 
 
 @pytest.mark.parametrize(("api", "architecture"), [("cuda", "sm_90a"), ("cuda", "sm_100a"), ("hip", "gfx942")])
@@ -26,43 +36,67 @@ def test_compiles_for(api: str, architecture: str) -> None:
     assert done.stdout.startswith("compiled 11 convolutions")
 
 
-CASES = {
-    "dense": {"kernel_size": 3, "in_channels": 80, "out_channels": 96, "padding": 1},
-    "long": {"kernel_size": 7, "in_channels": 2, "out_channels": 4, "length": 70_001, "stride": 2},
-    "dilated": {"kernel_size": 11, "in_channels": 32, "out_channels": 32, "dilation": 5, "padding": "same"},
-    "grouped": {"kernel_size": 5, "in_channels": 12, "out_channels": 24, "num_groups": 3, "padding": "causal"},
-    "depthwise": {"kernel_size": 4, "in_channels": 64, "out_channels": 64, "num_groups": 64, "padding": 3},
-    "reflect": {"kernel_size": 5, "in_channels": 9, "out_channels": 5, "padding": 7, "padding_mode": "reflect"},
-    "circular": {"kernel_size": 5, "in_channels": 9, "out_channels": 5, "padding": 7, "padding_mode": "circular"},
-    "replicate": {"kernel_size": 5, "in_channels": 9, "out_channels": 5, "padding": 7, "padding_mode": "replicate"},
+# Filter (K, C / groups, F), length, options.
+LAYERS: dict[str, tuple[tuple[int, int, int], int, dict[str, Any]]] = {
+    "dense": ((3, 80, 96), 257, {"padding": 1}),
+    "long": ((7, 2, 4), 70_001, {"stride": 2}),
+    "dilated": ((11, 32, 32), 257, {"dilation": 5, "padding": "same"}),
+    "grouped": ((5, 4, 24), 257, {"groups": 3, "padding": "causal"}),
+    "depthwise": ((4, 1, 64), 257, {"groups": 64, "padding": 3}),
+    "reflect": ((5, 9, 5), 57, {"padding": 7, "padding_mode": "reflect"}),
+    "circular": ((5, 9, 5), 57, {"padding": 7, "padding_mode": "circular"}),
+    "replicate": ((5, 9, 5), 57, {"padding": 7, "padding_mode": "replicate"}),
+    "no batch": ((1, 4, 6), 9, {}),
 }
 
 
-@pytest.mark.skipif(accelerator_count() == 0, reason="no accelerator on this machine: the GPU path was only compiled")
-@pytest.mark.parametrize("permute", [False, True], ids=["NLC", "NCL"])
-@pytest.mark.parametrize("case", list(CASES))
-def test_runs_on_the_gpu(case: str, permute: bool) -> None:
-    options = dict(CASES[case])
-    length = options.pop("length", 257)
-    layer = max_conv.Conv1D(**options, dtype=DType.float32, device=DeviceRef.GPU(), has_bias=True, permute=permute)
-    random = np.random.default_rng(0)
-    state = {
-        name: random.standard_normal([int(n) for n in weight.shape]).astype(np.float32)
-        for name, weight in layer.raw_state_dict().items()
-    }
-    layer.load_state_dict(state)
-    sizes = {"N": 2, "L": length, "C": layer.in_channels}
-    x = random.standard_normal([sizes[axis] for axis in layer.layout]).astype(np.float32)
-    want = conv1d_ref(
+def cases() -> Iterator[Case]:
+    for name, (shape, length, options) in LAYERS.items():
+        for layout, filter_layout in (("NLC", "SCF"), ("NCL", "FCS"), ("NLC", "FSC")):
+            batch = () if name == "no batch" else (2,)
+            x = normal(*batch, length, shape[1] * options.get("groups", 1))
+            axes = layout if batch else layout.replace("N", "")
+            x, w = permute(x, "NLC"[-x.ndim :], axes), permute(normal(*shape), "SCF", filter_layout)
+            kwargs = {**options, "layout": layout, "filter_layout": filter_layout}
+            yield Case(f"{name} {layout} {filter_layout}", x, w, normal(shape[2]), kwargs)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        x, w, bias = (torch.from_numpy(normal(*shape)).to(dtype) for shape in ((2, 33, 17), (5, 17, 40), (40,)))
+        yield Case(str(dtype), x, w, bias, {"padding": 2})
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_runs(name: str) -> None:
+    every = list(cases())
+    device = DeviceRef.CPU() if name == "cpu" else DeviceRef.GPU()
+    operands = [array for case in every for array in case.operands]
+    types = [TensorType(dtype_of(array), list(array.shape), device) for array in operands]
+    with Graph("runs", input_types=types) as graph:
+        values = iter(value.tensor for value in graph.inputs)
+        graph.output(*(max_conv.conv1d(*(next(values) for _ in case.operands), **case.kwargs) for case in every))
+    model = max_conv.compile(graph)
+    for case, got in zip(every, model(*map(torch.as_tensor, operands))):
+        host = torch.from_dlpack(got).cpu()
+        check(case, host if isinstance(case.x, torch.Tensor) else host.numpy())
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_lstm_runs(name: str) -> None:
+    device = DeviceRef.CPU() if name == "cpu" else DeviceRef.GPU()
+    theirs = torch.nn.LSTM(5, 33, batch_first=True)
+    state = {key: value.detach() for key, value in theirs.state_dict().items()}
+    x, memory = torch.randn(3, 20, 5), torch.zeros(3, 33)
+    bias = state["bias_ih_l0"] + state["bias_hh_l0"]
+    inputs = [
         x,
-        state["weight"],
-        state["bias"],
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        groups=layer.num_groups,
-        padding_mode=layer.padding_mode,
-        layout=layer.layout,
-        filter_layout=layer.filter_layout,
-    )
-    np.testing.assert_allclose(max_conv.compile(layer)(x), want, rtol=1e-5, atol=1e-4)
+        state["weight_ih_l0"].T.contiguous(),
+        state["weight_hh_l0"].T.contiguous(),
+        bias,
+        memory,
+        memory.clone(),
+    ]
+    types = [TensorType(DType.float32, list(value.shape), device) for value in inputs]
+    got = max_conv.compile(lstm, types)(*inputs)
+    with torch.no_grad():
+        outputs, (hidden, cell) = theirs(x)
+    for ours, want in zip(got, (outputs, hidden[0], cell[0])):
+        np.testing.assert_allclose(torch.from_dlpack(ours).cpu().numpy(), want.numpy(), atol=1e-5)

@@ -30,11 +30,12 @@ def test_several_processes_at_once(tmp_path: Path) -> None:
 def test_the_key_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for source in kernel_library.SOURCES.glob("*.mojo"):
         (tmp_path / source.name).write_bytes(source.read_bytes())
-    before = kernel_library.kernel_key()
+    key = kernel_library.kernel_key.__wrapped__
+    before = key()
     monkeypatch.setattr(kernel_library, "SOURCES", tmp_path)
-    assert kernel_library.kernel_key() == before
+    assert key() == before
     (tmp_path / "dense.mojo").write_text("# another")
-    assert kernel_library.kernel_key() != before
+    assert key() != before
 
 
 def test_kernels_that_do_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +45,7 @@ def test_kernels_that_do_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(kernel_library, "SOURCES", sources)
     monkeypatch.setenv("MAX_CONV_CACHE", str(tmp_path / "cache"))
     with pytest.raises(RuntimeError, match=r"max_conv: the kernels in .*sources do not compile\.(?s:.*)__init__\.mojo"):
-        kernel_library.kernel_library.__wrapped__()
+        kernel_library.kernel_library()
     assert list((tmp_path / "cache").rglob("*")) == [tmp_path / "cache" / "kernels"]
 
 
@@ -62,6 +63,17 @@ def test_cache_dir(environment: dict[str, str], want: str, monkeypatch: pytest.M
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert cache.cache_dir() == Path(want)
+
+
+def test_a_deleted_or_emptied_cache_is_filled_again(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "whole").write_text("")
+
+    folder = tmp_path / "a"
+    for _ in range(2):
+        assert list(cache.cached_folder(folder, fill).iterdir()) == [folder / "whole"]
+        (folder / "whole").unlink()
+    assert folder.stat().st_mode & 0o777 == 0o755
 
 
 def test_a_failed_fill_leaves_nothing(tmp_path: Path) -> None:

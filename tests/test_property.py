@@ -59,29 +59,31 @@ class Layer:
 
 @st.composite
 def layers(draw: st.DrawFn) -> Layer:
-    """Draws a layer whose padded input is at least as long as its filter."""
+    """Draws a layer whose padded input is at least as long as its filter; a batch and a length may be zero."""
     kernel_size = draw(st.one_of(st.integers(1, 9), st.sampled_from((11, 16, 31, 64))))
     stride = draw(st.sampled_from((1, 1, 1, 2, 3, 4, 5, 7, 16)))
     dilation = draw(st.sampled_from((1, 1, 2, 3, 5, 8, 25)))
     kind = draw(st.integers(0, 3))
-    if kind == 0:  # depthwise
-        group_channels = group_filters = 1
+    if kind == 0:  # depthwise, mostly with one filter a channel
+        group_channels, group_filters = 1, draw(st.sampled_from((1, 1, 1, 2, 3, 9)))
         groups = draw(st.one_of(st.sampled_from(CHANNELS), st.integers(1, 200)))
+        kernel_size = draw(st.sampled_from((kernel_size, kernel_size, 129, 300)))
     else:
         groups = 1 if kind == 1 else draw(st.integers(1, 4))
         group_channels = draw(st.sampled_from(CHANNELS + BLOCKS))
         group_filters = draw(st.one_of(st.sampled_from(CHANNELS), st.integers(1, 40)))
     reach = dilation * (kernel_size - 1) + 1
     left, right = draw(st.integers(0, reach + 2)), draw(st.integers(0, reach + 2))
-    batch = draw(st.sampled_from((1, 1, 1, 2, 3)))
-    cost = batch * groups * group_channels * group_filters * kernel_size
+    batch = draw(st.sampled_from((0, 1, 1, 1, 1, 2, 3)))
+    cost = max(1, batch) * groups * group_channels * group_filters * kernel_size
     longest = max(1, LARGEST // cost)
     outputs = min(longest, draw(st.one_of(st.sampled_from(EDGES), st.integers(1, 40)))) or 1
     spare = draw(st.integers(0, stride - 1))
-    length = max(1, (outputs - 1) * stride + reach + spare - left - right)
     mode = draw(st.sampled_from(PADDING_MODES))
+    length = max(0 if mode == "zeros" else 1, (outputs - 1) * stride + reach + spare - left - right)
     if mode in ("reflect", "circular"):
-        left, right = min(left, length - 1), min(right, length - 1)
+        widest = length - (mode == "reflect")
+        left, right = min(left, widest), min(right, widest)
         length = max(length, reach - left - right)
     seed = draw(st.integers(0, 2**32 - 1))
     bias = draw(st.booleans())
@@ -184,7 +186,7 @@ def compare(layer: Layer, dtype: DType) -> None:
         padding_mode=layer.padding_mode,
     )
     terms = layer.kernel_size * layer.group_channels
-    scale = math.sqrt(terms) * np.abs(values[0]).max() * np.abs(values[1]).max()
+    scale = math.sqrt(terms) * np.abs(values[0]).max(initial=0) * np.abs(values[1]).max()
     bound = 4 * EPS[dtype] * scale + ROUNDING[dtype] * np.abs(want) + 2.0**-24 * (dtype == DType.float16)
 
     mode = PADDING_MODES.index(layer.padding_mode)

@@ -80,7 +80,7 @@ def test_inputs_are_not_copied(model: max_conv.Model) -> None:
     from max_conv.session import _buffer
 
     view = np.full(X.size + 32, np.nan, np.float32)[7 : 7 + X.size].reshape(X.shape)
-    buffer = _buffer(view, None)
+    buffer = _buffer(view, "x")
     view[...] = X
     close(model(buffer).to_numpy())
 
@@ -127,7 +127,7 @@ def test_errors_of_the_kernels_are_one_sentence() -> None:
 
 
 def test_compile_refuses() -> None:
-    with pytest.raises(ValueError, match=r"compile: the weights of Conv1D have no values; call load_state_dict"):
+    with pytest.raises(ValueError, match=r"compile: the weight 'weight' of Conv1D has no value; call load_state_dict"):
         max_conv.compile(max_conv.Conv1D(3, 4, 8, DType.float32))
     with pytest.raises(TypeError, match=r"compile: <lambda> needs the types of its inputs"):
         max_conv.compile(lambda x: x)
@@ -135,6 +135,39 @@ def test_compile_refuses() -> None:
         max_conv.compile(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"compile: a Graph knows its inputs' types; pass 1 names"):
         max_conv.compile(Graph("g", layer(), layer().input_types()), ["a", "b"])
+
+
+WRONG_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
+    "missing": ({"bias": None}, "compile: the weight 'bias' has no value; pass it in weights=."),
+    "dtype": (
+        {"bias": np.zeros(8)},
+        "compile: the weight 'bias' must be float32 of shape (8,), but is float64 of shape (8,).",
+    ),
+    "short": (
+        {"bias": np.zeros(3, np.float32)},
+        "compile: the weight 'bias' must be float32 of shape (8,), but is float32 of shape (3,).",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(WRONG_WEIGHTS))
+def test_weights_of_a_graph_must_fit(case: str) -> None:
+    changes, sentence = WRONG_WEIGHTS[case]
+    weights = {name: value for name, value in {**STATE, **changes}.items() if value is not None}
+    conv = layer()
+    with pytest.raises(ValueError) as caught:
+        max_conv.compile(Graph("fit", conv, conv.input_types()), weights=weights)
+    assert str(caught.value) == sentence
+
+
+def test_strided_foreign_and_read_only_weights(model: max_conv.Model) -> None:
+    frozen = STATE["bias"].copy()
+    frozen.flags.writeable = False
+    turned = np.ascontiguousarray(STATE["weight"].transpose(2, 1, 0)).transpose(2, 1, 0)
+    conv = layer()
+    graph = Graph("Conv1D", conv, conv.input_types())
+    close(max_conv.compile(graph, weights={"weight": turned.astype(">f4"), "bias": frozen})(X))
+    close(model(X.astype(">f4")))
 
 
 def test_weights_stay_alive() -> None:
@@ -167,8 +200,21 @@ def test_a_graph_a_function_and_a_tree_of_layers() -> None:
 
     head = RANDOM.standard_normal((1, 8, 2)).astype(np.float32)
     state = {**{f"first.{name}": value for name, value in STATE.items()}, "second.weight": head}
-    tree = max_conv.compile(Tree(), conv.input_types(), weights=state)
-    np.testing.assert_allclose(tree(X), WANT @ head[0], atol=1e-4)
+    tree = Tree()
+    np.testing.assert_allclose(max_conv.compile(tree, conv.input_types(), weights=state)(X), WANT @ head[0], atol=1e-4)
+    own = Tree()  # each layer has weights of its own, as front ends do
+    with pytest.raises(ValueError, match=r"compile: the weight 'second\.weight' of Tree has no value"):
+        max_conv.compile(own, conv.input_types())
+    own.second.load_state_dict({"weight": head})
+    np.testing.assert_allclose(max_conv.compile(own, conv.input_types())(X), WANT @ head[0], atol=1e-4)
+
+
+def test_names_of_a_function_that_takes_any_number() -> None:
+    x = TensorType(DType.float32, ["n", 3], CPU_REF)
+    model = max_conv.compile(lambda *xs: xs[0] + xs[1], [x, x])
+    assert [port.name for port in model.inputs] == ["input0", "input1"]
+    with pytest.raises(ValueError, match=r"model: input 'input1' must have shape \(n, 3\), but has \(3,\)\."):
+        model(ROW, ROW[0])
 
 
 def test_threads(model: max_conv.Model) -> None:
@@ -243,9 +289,14 @@ def edited(saved: Path, target: Path, **changes: Any) -> Path:
             {"cpu": ["avx9000"]},
             r"load: .* was compiled for a CPU with avx9000, which this one lacks; compile it again\.",
         ),
+        (
+            {"accelerator": "sm_1"},
+            r"load: .* was compiled for the accelerator sm_1, which is not here; compile it again\.",
+        ),
+        ({"inputs": [1]}, r"load: .* is not a model that max_conv saved, or is damaged"),
         ({"format": 99}, r"load: .* has format 99, but this max_conv reads 1; save it again\."),
     ],
-    ids=["max", "machine", "cpu", "format"],
+    ids=["max", "machine", "cpu", "accelerator", "inputs", "format"],
 )
 def test_load_refuses_what_was_made_elsewhere(saved: Path, tmp_path: Path, changes: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):

@@ -72,6 +72,10 @@ class EagerConv1D(Conv1D):
         """
         if isinstance(x, TensorValue):
             return super().__call__(x)
+        if self.filter.name != "weight":
+            raise ValueError(
+                f"conv1d: this layer's weights belong to a model, as {self.filter.name!r}; call the compiled model."
+            )
         if self._model is None:
             self._model = compile(self)
         if len(x.shape) != 2:

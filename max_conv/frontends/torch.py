@@ -143,7 +143,7 @@ def _weight(module: Any) -> Any:
         # The old spelling recomputes `weight` before each call only: it may be stale here.
         magnitude, direction = module.weight_g, module.weight_v
         hooks = module._forward_pre_hooks.values()
-        dim = next(hook.dim for hook in hooks if type(hook).__name__ == "WeightNorm")
+        dim = next((hook.dim for hook in hooks if type(hook).__name__ == "WeightNorm"), 0)
     elif torch.nn.utils.parametrize.is_parametrized(module, "weight"):
         steps = module.parametrizations.weight
         if len(steps) == 1 and type(steps[0]).__name__ == "_WeightNorm":
@@ -151,4 +151,4 @@ def _weight(module: Any) -> Any:
     if magnitude is None:
         return Buffer.from_dlpack(module.weight.detach().cpu().contiguous().clone())
     g, v = (part.detach().cpu().double().numpy() for part in (magnitude, direction))
-    return as_buffer(fold_weight_norm(g, v, None if dim in (None, -1) else dim), as_dtype(module.weight.dtype))
+    return as_buffer(fold_weight_norm(g, v, dim), as_dtype(module.weight.dtype))

@@ -8,8 +8,8 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, Memory, Operands, accumulator, load, spread, store, workers
-from .window import Window
+from .lanes import BLOCK, Operands, accumulator, load, spread, store, workers
+from .window import Rows, Window
 
 comptime VECTORS = 2
 comptime SHORT_ROWS = 4
@@ -22,19 +22,6 @@ comptime TASK = 1 << 20
 def tile_rows[acc: DType]() -> Int:
     """Positions in a register tile: 28 of 32 AVX-512 or NEON registers hold sums, 12 of 16 in AVX2."""
     return 6 if simd_width_of[acc]() * size_of[Scalar[acc]]() == 32 else 14
-
-
-@fieldwise_init
-struct Rows[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
-    """Input rows of one block, in the input itself or in a window."""
-
-    var data: Memory[Self.acc]
-    var output_step: Int
-    var tap_step: Int
-
-    @always_inline
-    def skip(self, outputs: Int) -> Self:
-        return Self(self.data.unsafe_offset(outputs * self.output_step), self.output_step, self.tap_step)
 
 
 @always_inline
@@ -121,16 +108,7 @@ def block[
     var window = Window.of(g, first, count + tile_rows[acc]())
     var x = o.x.unsafe_offset(n * g.length * g.channels + group * channels)
     var scratch = List[Scalar[acc]]()
-    var rows: Rows[acc]
-    if dtype == acc and window.inside(g):
-        var data = x.unsafe_offset(window.first * g.channels).unsafe_bitcast[Scalar[acc]]()
-        rows = Rows[acc](data, g.stride * g.channels, g.dilation * g.channels)
-    else:
-        scratch = List[Scalar[acc]](unsafe_uninit_length=window.rows * channels)
-        var copy = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-        window.fill(g, x, channels, copy)
-        rows = Rows[acc](copy, window.row_step(g) * channels, window.tap_step(g) * channels)
-
+    var rows = Rows[acc].of(window, g, x, channels, scratch)
     var position = (n * g.out_length + first) * g.filters
     for f in range(first_filter, end_filter, VECTORS * width):
         var filter = group * g.group_filters() + f

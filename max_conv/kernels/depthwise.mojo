@@ -7,28 +7,13 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of
 
 from .geometry import Geometry
-from .lanes import Memory, Operands, accumulator, load, spread, store, workers
-from .window import Window
+from .lanes import BLOCK, Operands, accumulator, load, spread, store, workers
+from .window import Rows, Window
 
 comptime ROWS = 8
 comptime SHORT_ROWS = 2
 comptime POSITIONS = 8 * ROWS
 comptime CHANNEL_VECTORS = 8
-
-
-@fieldwise_init
-struct Rows[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
-    """Input rows of one block, in the input itself or in a window."""
-
-    var data: Memory[Self.dtype]
-    var output_step: Int
-    var tap_step: Int
-
-    @always_inline
-    def skip(self, outputs: Int, channels: Int) -> Self:
-        return Self(
-            self.data.unsafe_offset(outputs * self.output_step + channels), self.output_step, self.tap_step
-        )
 
 
 @always_inline
@@ -38,19 +23,24 @@ def tile[
     """Computes `valid` of `rows` positions from `first` on, of one vector of channels."""
     comptime acc = accumulator[dtype]
     comptime width = simd_width_of[acc]()
-    var sum = Array[SIMD[acc, width], rows](fill=SIMD[acc, width](0))
+    var total = Array[SIMD[acc, width], rows](fill=SIMD[acc, width](0))
     if o.has_bias:
         var b = load[acc, width, partial](o.bias, lanes)
         comptime for i in range(rows):
-            sum[i] = b
-    for k in range(g.first_tap(first, rows), g.end_tap(first)):
-        var wk = load[acc, width, partial](o.w.unsafe_offset(k * g.filters), lanes)
-        var xk = x.data.unsafe_offset(k * x.tap_step)
+            total[i] = b
+    var end_tap = g.end_tap(first)
+    for tap in range(g.first_tap(first, rows), end_tap, BLOCK):
+        var sum = Array[SIMD[acc, width], rows](fill=SIMD[acc, width](0))
+        for k in range(tap, min(tap + BLOCK, end_tap)):
+            var wk = load[acc, width, partial](o.w.unsafe_offset(k * g.filters), lanes)
+            var xk = x.data.unsafe_offset(k * x.tap_step)
+            comptime for i in range(rows):
+                sum[i] = load[acc, width, partial](xk.unsafe_offset(i * x.output_step), lanes).fma(wk, sum[i])
         comptime for i in range(rows):
-            sum[i] = load[acc, width, partial](xk.unsafe_offset(i * x.output_step), lanes).fma(wk, sum[i])
+            total[i] += sum[i]
     comptime for i in range(rows):
         if i < valid:
-            store[acc, width, partial](o.output.unsafe_offset(i * g.filters), sum[i], lanes)
+            store[acc, width, partial](o.output.unsafe_offset(i * g.filters), total[i], lanes)
 
 
 @always_inline
@@ -63,10 +53,10 @@ def column[
         var left = count - done
         var to = o.at(0, 0, 0, done * g.filters)
         if left > SHORT_ROWS:
-            tile[ROWS, partial](g, x.skip(done, 0), to, first + done, min(left, ROWS), lanes)
+            tile[ROWS, partial](g, x.skip(done), to, first + done, min(left, ROWS), lanes)
             done += ROWS
         else:
-            tile[SHORT_ROWS, partial](g, x.skip(done, 0), to, first + done, left, lanes)
+            tile[SHORT_ROWS, partial](g, x.skip(done), to, first + done, left, lanes)
             done += SHORT_ROWS
 
 
@@ -79,14 +69,7 @@ def block[
     var window = Window.of(g, first, count + ROWS)
     var x = o.x.unsafe_offset(n * g.length * g.channels + channel)
     var scratch = List[Scalar[dtype]]()
-    var rows: Rows[dtype]
-    if window.inside(g):
-        rows = Rows(x.unsafe_offset(window.first * g.channels), g.stride * g.channels, g.dilation * g.channels)
-    else:
-        scratch = List[Scalar[dtype]](unsafe_uninit_length=window.rows * channels)
-        var copy = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-        window.fill(g, x, channels, copy)
-        rows = Rows(copy, window.row_step(g) * channels, window.tap_step(g) * channels)
+    var rows = Rows[dtype].of(window, g, x, channels, scratch)
     var position = (n * g.out_length + first) * g.filters
     for c in range(channel, channel + channels, width):
         var to = o.at(0, c, 1, position + c)

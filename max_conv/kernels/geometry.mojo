@@ -32,7 +32,8 @@ struct Geometry(ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def source(self, p: Int) -> Int:
-        """Returns the input row that stands at padded position `p`, or -1 where it is zero.
+        """Returns the input row that stands at position `p`, which is negative in the left padding, or -1 where it is
+        zero.
 
         Positions past both the input and its padding (lanes that are computed but never stored) are zero
         as well, so that no caller can read outside the input.

@@ -1,7 +1,7 @@
 """Convolution on a GPU: one thread for each output value, neighbouring threads on neighbouring values.
 
-Correct for every case and coalesced: threads that differ in the last axis read neighbouring filter values (NLC) or
-neighbouring input values (NCL) and share all else.
+Correct for every case, and coalesced in the layers' own layouts: threads that differ in the last axis read neighbouring
+filter values (NLC with SCF) or neighbouring input values (NCL) and share all else.
 """
 
 from max.gpu import global_idx
@@ -10,8 +10,7 @@ from std.math import ceildiv
 from max.gpu.host import DeviceContext
 
 from .geometry import Geometry
-from .lanes import BLOCK, Operands, accumulator
-from .lengthwise import FilterSteps
+from .lanes import BLOCK, FilterSteps, Operands, accumulator
 
 comptime THREADS = 256
 

@@ -66,6 +66,15 @@ struct Operands[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
         )
 
 
+@fieldwise_init
+struct FilterSteps(ImplicitlyCopyable, TrivialRegisterPassable):
+    """How far apart a filter's taps, channels and output channels stand: its layout."""
+
+    var tap: Int
+    var channel: Int
+    var filter: Int
+
+
 def spread[Task: def(Int) -> None, //](task: Task, tasks: Int, threads: Int):
     """Runs `task(0)` to `task(tasks - 1)`; a thread that is done takes the next one.
 

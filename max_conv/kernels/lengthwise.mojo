@@ -9,7 +9,7 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, Memory, Operands, accumulator, spread, store, workers
+from .lanes import BLOCK, FilterSteps, Memory, Operands, accumulator, spread, store, workers
 
 comptime WIDE = 6
 """Vectors of positions in a tile of one filter."""
@@ -21,15 +21,6 @@ comptime WINDOW_BYTES = 256 * 1024
 def tile_filters[acc: DType]() -> Int:
     """Filters in a register tile: 24 of 32 registers hold sums, 12 of 16 in AVX2."""
     return 4 if simd_width_of[acc]() * size_of[Scalar[acc]]() == 32 else 8
-
-
-@fieldwise_init
-struct FilterSteps(ImplicitlyCopyable, TrivialRegisterPassable):
-    """How far apart a filter's taps, channels and output channels stand: its layout."""
-
-    var tap: Int
-    var channel: Int
-    var filter: Int
 
 
 @fieldwise_init

@@ -9,29 +9,31 @@ from .dense import conv1d_dense
 from .depthwise import conv1d_depthwise
 from .geometry import CIRCULAR, Geometry, REFLECT, REPLICATE
 from .gpu import conv1d_gpu
-from .lanes import Memory, Operands
-from .lengthwise import FilterSteps, conv1d_lengthwise
+from .lanes import FilterSteps, Operands
+from .lengthwise import conv1d_lengthwise
 from .lstm import GATES, Lstm, lstm_cpu, lstm_gpu
 
 
 def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
     """Raises where the run-time sizes do not make a convolution that this package computes."""
-    if g.kernel < 1 or g.stride < 1 or g.dilation < 1:
-        raise Error("conv1d: kernel_size, stride and dilation must be at least 1")
+    if g.kernel < 1 or g.stride < 1 or g.dilation < 1 or g.filters < 1 or filter_channels < 1:
+        raise Error("conv1d: kernel_size, stride, dilation and the filter's sizes must be at least 1.")
+    if min(g.pad_left, pad_right) < 0:
+        raise Error("conv1d: padding must not be negative.")
     if g.groups < 1 or g.groups * filter_channels != g.channels or g.filters % g.groups != 0:
         raise Error(
-            "conv1d: the filter takes ", filter_channels, " channels for each of ", g.groups, " groups and gives ",
-            g.filters, ", but x has ", g.channels, " channels",
+            "conv1d: x has ", g.channels, " channels, but the filter takes ", filter_channels, " for each of ", g.groups,
+            " groups and gives ", g.filters, "; pass what the graph was built for.",
         )
     var reach = (g.kernel - 1) * g.dilation + 1
     var padded = g.length + g.pad_left + pad_right
     if padded < reach:
         raise Error(
             "conv1d: the filter reaches over ", reach, " positions, but the padded input has only ", padded,
-            "; pad more or pass a longer input",
+            "; pad more or pass a longer input.",
         )
     if g.out_length != (padded - reach) // g.stride + 1:
-        raise Error("conv1d: the output has ", g.out_length, " positions, not ", (padded - reach) // g.stride + 1)
+        raise Error("conv1d: the output has ", g.out_length, " positions, not ", (padded - reach) // g.stride + 1, ".")
     # A reflection leaves out the edge itself, a circle does not, and an edge to repeat needs an input.
     var pad = max(g.pad_left, pad_right)
     var wide = (
@@ -42,7 +44,7 @@ def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
     if wide:
         raise Error(
             "conv1d: padding of ", pad, " with values of the input needs more than its ", g.length,
-            " positions; pad less or pass a longer input",
+            " positions; pad less or pass a longer input.",
         )
 
 
@@ -108,7 +110,7 @@ struct Conv1d:
         elif kernel == "depthwise":
             comptime assert nlc and filter_layout == "SCF"
             if g.groups != g.channels or g.filters != g.channels:
-                raise Error("conv1d: the depthwise kernel needs one channel in and one out a group")
+                raise Error("conv1d: the depthwise kernel needs one channel in and one out a group.")
             conv1d_depthwise(g, o)
         else:
             comptime assert kernel == "lengthwise"

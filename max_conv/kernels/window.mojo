@@ -72,3 +72,40 @@ struct Window(ImplicitlyCopyable, TrivialRegisterPassable):
                 row.unsafe_offset(c).unsafe_store(data.unsafe_offset(c).unsafe_load[width=width]().cast[to]())
             for c in range(whole, channels):
                 row[unsafe_offset=c] = data[unsafe_offset=c].cast[to]()
+
+
+@fieldwise_init
+struct Rows[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
+    """Input rows of one block, in the input itself or in a window."""
+
+    var data: Memory[Self.dtype]
+    var output_step: Int
+    var tap_step: Int
+
+    @always_inline
+    @staticmethod
+    def of[
+        source: DType, //
+    ](
+        window: Window,
+        g: Geometry,
+        x: Memory[source],
+        channels: Int,
+        mut scratch: List[Scalar[Self.dtype]],
+    ) -> Self:
+        """Returns where `channels` channels of the window's rows stand: in NLC data that starts at `x`, where every row
+        lies in the input and has the right type, and otherwise copied to `scratch`.
+        """
+        comptime if source == Self.dtype:
+            if window.inside(g):
+                var data = x.unsafe_offset(window.first * g.channels).unsafe_bitcast[Scalar[Self.dtype]]()
+                return Self(data, g.stride * g.channels, g.dilation * g.channels)
+        scratch = List[Scalar[Self.dtype]](unsafe_uninit_length=window.rows * channels)
+        var copy = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+        window.fill(g, x, channels, copy)
+        return Self(copy, window.row_step(g) * channels, window.tap_step(g) * channels)
+
+    @always_inline
+    def skip(self, outputs: Int, channels: Int = 0) -> Self:
+        """Moves on by some outputs and channels."""
+        return Self(self.data.unsafe_offset(outputs * self.output_step + channels), self.output_step, self.tap_step)
