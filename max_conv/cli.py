@@ -209,7 +209,7 @@ def convert(
     from . import checkpoint
 
     with step(f"converting {source}"):
-        done = checkpoint.convert(source, new_file(target, force), patterns, layout=layout, to=to, force=force)  # type: ignore[arg-type]
+        done = checkpoint.convert(source, new_file(target, force=True), patterns, layout=layout, to=to, force=force)  # type: ignore[arg-type]
     if as_json:
         click.echo(
             json.dumps({"target": str(target), "filters": {name: list(shapes) for name, shapes in done.items()}})
@@ -289,13 +289,13 @@ def info(as_json: bool) -> None:
     from importlib.metadata import version
 
     from .cache import cache_dir
-    from .kernel_library import FILE, kernel_key
+    from .kernel_library import library_path
 
     with step("asking MAX for its devices"):
         from max.driver import accelerator_architecture_name, accelerator_count
 
         accelerators = [accelerator_architecture_name()] * accelerator_count() if accelerator_count() else []
-    compiled = cache_dir() / "kernels" / kernel_key() / FILE
+    compiled = library_path()
     files = [path.stat().st_size for path in cache_dir().rglob("*") if path.is_file()]
     facts = {
         "max_conv": version("max-conv"),

@@ -22,7 +22,12 @@ def kernel_library() -> Path:
     Raises:
         RuntimeError: If the kernels do not compile, with the compiler's words.
     """
-    return cached_folder(cache_dir() / "kernels" / kernel_key(), _compile) / FILE
+    return cached_folder(library_path().parent, _compile) / FILE
+
+
+def library_path() -> Path:
+    """Returns where the compiled kernels lie, whether they are there yet or not."""
+    return cache_dir() / "kernels" / kernel_key() / FILE
 
 
 @functools.cache

@@ -47,13 +47,13 @@ class Model:
         outputs: The same of every output.
     """
 
-    def __init__(self, compiled: Any, weights: Mapping[str, Any], inputs: Sequence[Port], outputs: Sequence[Port]):
+    def __init__(self, compiled: Any, weights: Mapping[str, Buffer], inputs: Sequence[Port], outputs: Sequence[Port]):
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self._compiled = compiled
         # MAX borrows the memory of weights: they have to live as long as the model.
-        self._weights = {name: _buffer(value, f"weight {name!r}") for name, value in weights.items()}
-        devices = tuple(sorted({port.device for port in (*inputs, *outputs)} - {"cpu"}))
+        self._weights = dict(weights)
+        devices = _accelerators(*inputs, *outputs)
         self._devices = {"cpu": CPU(), **{name: _device(name) for name in devices}}
         self._model = _session(devices).init(compiled, weights_registry=self._weights)
 
@@ -102,7 +102,7 @@ class Model:
         """
         path = Path(path)
         weights = list(self._weights.items())
-        on_gpu = any(port.device != "cpu" for port in (*self.inputs, *self.outputs))
+        on_gpu = bool(_accelerators(*self.inputs, *self.outputs))
         meta = {
             "format": FORMAT,
             "max": version("max"),
@@ -197,20 +197,21 @@ def compile(
     graph, names, weights = _trace(model, inputs, weights)
     ports = [_port(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
     outputs = [_port(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
-    devices = tuple(sorted({port.device for port in (*ports, *outputs)} - {"cpu"}))
-    _check_weights(graph, weights)
-    return Model(_session(devices).compile(graph), weights, ports, outputs)
+    buffers = _fitting(graph, weights)
+    return Model(_session(_accelerators(*ports, *outputs)).compile(graph), buffers, ports, outputs)
 
 
-def _check_weights(graph: Graph, weights: Mapping[str, Any]) -> None:
-    """Raises where an array does not fit its weight: MAX would take its memory as it is."""
+def _fitting(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:
+    """Returns the weights' memory, or raises where it does not fit: MAX would take it as it is."""
+    buffers = {name: _buffer(value, f"weight {name!r}") for name, value in weights.items()}
     for name, wanted in ((name, entry.weight) for name, entry in getattr(graph, "_weights", {}).items()):
-        if name not in weights:
+        if name not in buffers:
             raise ValueError(f"compile: the weight {name!r} has no value; pass it in weights=.")
-        value = _buffer(weights[name], f"weight {name!r}")
+        value = buffers[name]
         want = f"{wanted.dtype.name} of shape {tuple(int(n) for n in wanted.shape)}"
         if (got := f"{value.dtype.name} of shape {tuple(value.shape)}") != want:
             raise ValueError(f"compile: the weight {name!r} must be {want}, but is {got}.")
+    return buffers
 
 
 def load(path: str | os.PathLike) -> Model:
@@ -313,6 +314,10 @@ def _port(name: str, type_: Any) -> Port:
 
 def _device_name(device: DeviceRef) -> str:
     return "cpu" if device.is_cpu() else f"gpu:{device.id}"
+
+
+def _accelerators(*ports: Port) -> tuple[str, ...]:
+    return tuple(sorted({port.device for port in ports} - {"cpu"}))
 
 
 def _device(name: str) -> Device:
