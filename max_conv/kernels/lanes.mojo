@@ -99,6 +99,35 @@ def spread[Task: def(Int) -> None, //](task: Task, tasks: Int, threads: Int):
     _ = counter^
 
 
+def phases[
+    First: def(Int) -> None, Second: def(Int) -> None, //
+](first: First, first_tasks: Int, second: Second, second_tasks: Int, threads: Int):
+    """Runs all tasks of `first`, then all of `second`, without sending the threads to sleep in between."""
+    var counters = List[Int64](length=2, fill=0)
+    var next = counters.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    var done = next.unsafe_offset(1)
+
+    def work(_thread: Int) {imm}:
+        while True:
+            var i = Int(Atomic.fetch_add(next, 1))
+            if i < first_tasks:
+                first(i)
+                _ = Atomic.fetch_add(done, 1)
+            elif i < first_tasks + second_tasks:
+                # Every task that is waited for has been taken by a thread that runs.
+                while Int(Atomic.fetch_add(done, 0)) < first_tasks:
+                    pass
+                second(i - first_tasks)
+            else:
+                return
+
+    if threads == 1:
+        work(0)
+    else:
+        sync_parallelize(work, threads)
+    _ = counters^
+
+
 def workers(work: Int) -> Int:
     """Returns how many threads `work` multiplications should be spread over."""
     return 1 if work < SMALL else parallelism_level(None)

@@ -11,6 +11,7 @@ from .geometry import CIRCULAR, Geometry, REFLECT, REPLICATE
 from .gpu import conv1d_gpu
 from .lanes import FilterSteps, Operands
 from .lengthwise import conv1d_lengthwise
+from .winograd import conv1d_winograd
 from .lstm import GATES, Lstm, lstm_cpu, lstm_gpu
 
 
@@ -112,6 +113,9 @@ struct Conv1d:
             if g.groups != g.channels or g.filters != g.channels:
                 raise Error("conv1d: the depthwise kernel needs one channel in and one out a group.")
             conv1d_depthwise(g, o)
+        elif kernel == "winograd":
+            comptime assert nlc
+            conv1d_winograd(g, steps, o)
         else:
             comptime assert kernel == "lengthwise"
             conv1d_lengthwise[dtype, nlc](g, steps, o)

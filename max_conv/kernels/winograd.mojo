@@ -1,0 +1,436 @@
+"""Winograd's convolution along the length: four outputs of three taps for six multiplications instead of twelve.
+
+Four outputs and up to three taps are polynomials; they are evaluated at the points 0, 1, -1, 1/2, -2 and infinity,
+multiplied there, and the products, summed over channels and groups of taps, are brought back by one matrix. Groups of
+two and of one tap need five and four of the same points, so every kernel size is a sum of groups, every stride a sum
+of groups of its phases, and a dilation only says which outputs make a quad: those that are `spacing` apart.
+
+    Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, https://arxiv.org/abs/1509.09308
+    Barabasz et al., Error Analysis and Improving the Accuracy of Winograd Convolution, https://arxiv.org/abs/1803.10986
+"""
+
+from std.math import ceildiv, gcd
+from std.sys.info import simd_width_of, size_of
+
+from .dense import tile_rows
+from .geometry import Geometry
+from .lanes import FilterSteps, Memory, Operands, accumulator, load, phases, store, workers
+
+comptime QUAD = 4
+"""Outputs of one transform."""
+comptime POINTS = 6
+"""0, 1, -1, infinity, 1/2, -2: groups of one tap use the first four, of two taps five, of three taps six."""
+comptime TAPS = 3
+comptime VECTORS = 2
+comptime SUM = 32
+"""Terms in one running sum. Transforms cost accuracy, shorter sums win it back."""
+comptime FILTER_BYTES = 2 * 1024 * 1024
+"""Transformed filters that are held at a time."""
+comptime DATA_BYTES = 320 * 1024
+"""Transformed data of one block."""
+
+
+struct Plan(Movable):
+    """How the taps of a layer fall into groups. Large groups come first, so that each point has a prefix of them."""
+
+    var spacing: Int  # outputs between the outputs of a quad
+    var step: Int  # taps between the taps of a group
+    var first: List[Int]  # first tap of each group
+    var sizes: List[Int]
+    var counts: List[Int]  # groups that use each point
+    var bases: List[Int]  # products before each point
+
+    def __init__(out self, g: Geometry):
+        var common = gcd(g.stride, g.dilation)
+        self.spacing = g.dilation // common
+        self.step = g.stride // common
+        self.first = List[Int]()
+        self.sizes = List[Int]()
+        self.counts = List[Int](length=POINTS, fill=0)
+        self.bases = List[Int](length=POINTS, fill=0)
+        for size in range(TAPS, 0, -1):
+            for phase in range(min(self.step, g.kernel)):
+                var taps = ceildiv(g.kernel - phase, self.step)
+                var whole = taps // TAPS
+                if size == TAPS:
+                    for i in range(whole):
+                        self.first.append(phase + i * TAPS * self.step)
+                        self.sizes.append(size)
+                elif taps % TAPS == size:
+                    self.first.append(phase + whole * TAPS * self.step)
+                    self.sizes.append(size)
+        for point in range(POINTS):
+            for i in range(len(self.sizes)):
+                if point < self.sizes[i] + TAPS:
+                    self.counts[point] += 1
+            if point > 0:
+                self.bases[point] = self.bases[point - 1] + self.counts[point - 1]
+
+    def products(self) -> Int:
+        """Returns the multiplications of a quad, for each channel and filter."""
+        return self.bases[POINTS - 1] + self.counts[POINTS - 1]
+
+
+@always_inline
+def filter_points[
+    acc: DType, width: Int, //, size: Int
+](w: Array[SIMD[acc, width], size]) -> Array[SIMD[acc, width], POINTS]:
+    """Evaluates a group of taps at the points, divided by what the data's side leaves out."""
+    var u = Array[SIMD[acc, width], POINTS](fill=SIMD[acc, width](0))
+    comptime if size == 1:
+        u[0] = w[0]
+        u[1] = w[0] * 0.5
+        u[2] = u[1]
+        u[3] = w[0]
+    elif size == 2:
+        u[0] = w[0] * 2
+        u[1] = w[0] + w[1]
+        u[2] = (w[1] - w[0]) / 3
+        u[3] = w[1]
+        u[4] = w[0] * (-8.0 / 3) - w[1] * (4.0 / 3)
+    else:
+        var even = w[0] + w[2]
+        u[0] = w[0]
+        u[1] = (even + w[1]) / 3
+        u[2] = (w[1] - even) / 3
+        u[3] = w[2]
+        u[4] = w[0] * (-16.0 / 15) - w[1] * (8.0 / 15) - w[2] * (4.0 / 15)
+        u[5] = w[0] * (1.0 / 15) - w[1] * (2.0 / 15) + w[2] * (4.0 / 15)
+    return u^
+
+
+@always_inline
+def data_points[
+    acc: DType, width: Int, //, size: Int
+](d: Array[SIMD[acc, width], size + QUAD - 1]) -> Array[SIMD[acc, width], POINTS]:
+    """Transforms the data that four outputs of a group of taps see."""
+    var t = Array[SIMD[acc, width], POINTS](fill=SIMD[acc, width](0))
+    var e0 = d[0] - d[2]
+    var e1 = d[1] - d[3]
+    comptime half = SIMD[acc, width](0.5)
+    comptime three_halves = SIMD[acc, width](1.5)
+    comptime if size == 1:
+        t[0] = e0
+        t[1] = d[1] + d[2]
+        t[2] = d[2] - d[1]
+        t[3] = -e1
+    elif size == 2:
+        var e2 = d[2] - d[4]
+        t[0] = half.fma(e0, -e1)
+        t[1] = half.fma(d[2] - d[1], d[3])
+        t[2] = three_halves.fma(-d[2], half.fma(d[1], d[3]))
+        t[3] = half.fma(e1, -e2)
+        t[4] = -e1
+    else:
+        var e2 = d[2] - d[4]
+        var e3 = d[3] - d[5]
+        t[0] = three_halves.fma(-e1, e0 - e2)
+        t[1] = three_halves.fma(d[2] + d[3], -(e1 + e2))
+        t[2] = three_halves.fma(d[3] - d[2], e1 - e2)
+        t[3] = three_halves.fma(-e2, e1 - e3)
+        t[4] = SIMD[acc, width](-2).fma(e1, -e2)
+        t[5] = half.fma(e1, -e2)
+    return t^
+
+
+@always_inline
+def gathered[
+    dtype: DType, //, acc: DType, width: Int
+](p: Memory[dtype], step: Int, lanes: Int) -> SIMD[acc, width]:
+    """Loads `lanes` values that stand `step` apart, and zeros after them."""
+    if step == 1:
+        if lanes >= width:
+            return load[acc, width, False](p, lanes)
+        return load[acc, width, True](p, lanes)
+    var values = SIMD[acc, width](0)
+    for i in range(min(width, lanes)):
+        values[i] = p[unsafe_offset=i * step].cast[acc]()
+    return values
+
+
+@always_inline
+def transform_filter[
+    dtype: DType, acc: DType, //, size: Int
+](
+    g: Geometry,
+    plan: Plan,
+    group: Int,
+    w: Memory[dtype],
+    steps: FilterSteps,
+    lanes: Int,
+    target: Memory[acc],
+):
+    """Writes one group of taps of one panel, whose first filter `w` points at, all channels, to each point's place."""
+    comptime width = simd_width_of[acc]()
+    comptime panel = VECTORS * width
+    var channels = g.group_channels()
+    var taps = w.unsafe_offset(plan.first[group] * steps.tap)
+    for c in range(channels):
+        comptime for j in range(VECTORS):
+            var values = Array[SIMD[acc, width], size](fill=SIMD[acc, width](0))
+            comptime for k in range(size):
+                values[k] = gathered[acc, width](
+                    taps.unsafe_offset(c * steps.channel + k * plan.step * steps.tap + j * width * steps.filter),
+                    steps.filter,
+                    lanes - j * width,
+                )
+            var points = filter_points[size](values)
+            comptime for p in range(size + TAPS):
+                var at = ((plan.bases[p] + group) * channels + c) * panel + j * width
+                target.unsafe_offset(at).unsafe_store(points[p])
+
+
+@always_inline
+def transform_data[
+    dtype: DType, acc: DType, //, size: Int
+](
+    rows: Array[Memory[dtype], TAPS + QUAD - 1],
+    channels: Int,
+    target: Memory[acc],
+    plane: Int,
+    plan: Plan,
+    group: Int,
+):
+    """Writes one quad's data of one group of taps to each point's plane."""
+    comptime width = simd_width_of[acc]()
+    var to = Array[Memory[acc], size + TAPS](fill=target)
+    comptime for p in range(size + TAPS):
+        to[p] = target.unsafe_offset((plan.bases[p] + group) * plane)
+    var c = 0
+    while c < channels:
+        var d = Array[SIMD[acc, width], size + QUAD - 1](fill=SIMD[acc, width](0))
+        if c + width <= channels:
+            comptime for j in range(size + QUAD - 1):
+                d[j] = load[acc, width, False](rows[j].unsafe_offset(c), width)
+        else:
+            comptime for j in range(size + QUAD - 1):
+                d[j] = load[acc, width, True](rows[j].unsafe_offset(c), channels - c)
+        var points = data_points[size](d)
+        comptime for p in range(size + TAPS):
+            to[p].unsafe_offset(c).unsafe_store(points[p])
+        c += width
+
+
+@always_inline
+def tile[
+    acc: DType, //, rows: Int
+](
+    data: Memory[acc],
+    row_size: Int,
+    plane: Int,
+    filter: Memory[acc],
+    channels: Int,
+    plan: Plan,
+    sums: Memory[acc],
+):
+    """Sums the products of `rows` quads and one panel of filters over channels and groups, for each point."""
+    comptime width = simd_width_of[acc]()
+    comptime panel = VECTORS * width
+    var step = ceildiv(channels, ceildiv(channels, SUM))
+    for p in range(POINTS):
+        var out = sums.unsafe_offset(p * rows * panel)
+        var first = True
+        for group in range(plan.counts[p]):
+            var product = plan.bases[p] + group
+            var x = data.unsafe_offset(product * plane)
+            var w = filter.unsafe_offset(product * channels * panel)
+            for channel in range(0, channels, step):
+                var sum = Array[SIMD[acc, width], rows * VECTORS](fill=SIMD[acc, width](0))
+                for c in range(channel, min(channel + step, channels)):
+                    var b = Array[SIMD[acc, width], VECTORS](fill=SIMD[acc, width](0))
+                    comptime for j in range(VECTORS):
+                        b[j] = w.unsafe_offset(c * panel + j * width).unsafe_load[width=width]()
+                    comptime for i in range(rows):
+                        var a = SIMD[acc, width](x[unsafe_offset=i * row_size + c])
+                        comptime for j in range(VECTORS):
+                            sum[i * VECTORS + j] = a.fma(b[j], sum[i * VECTORS + j])
+                if first:
+                    comptime for i in range(rows * VECTORS):
+                        out.unsafe_offset(i * width).unsafe_store(sum[i])
+                    first = False
+                else:
+                    comptime for i in range(rows * VECTORS):
+                        var at = out.unsafe_offset(i * width)
+                        at.unsafe_store(at.unsafe_load[width=width]() + sum[i])
+        if first:
+            comptime for i in range(rows * VECTORS):
+                out.unsafe_offset(i * width).unsafe_store(SIMD[acc, width](0))
+
+
+@always_inline
+def outputs[
+    acc: DType, width: Int, //
+](sums: Memory[acc], plane: Int, bias: SIMD[acc, width]) -> Array[SIMD[acc, width], QUAD]:
+    """Brings the sums of one quad back from the points."""
+    var m = Array[SIMD[acc, width], POINTS](fill=SIMD[acc, width](0))
+    comptime for p in range(POINTS):
+        m[p] = sums.unsafe_offset(p * plane).unsafe_load[width=width]()
+    var even = m[1] + m[2]
+    var odd = m[1] - m[2]
+    var y = Array[SIMD[acc, width], QUAD](fill=bias)
+    y[0] += m[0] + even + (m[4] + m[5])
+    y[1] += SIMD[acc, width](0.5).fma(m[4], SIMD[acc, width](-2).fma(m[5], odd))
+    y[2] += SIMD[acc, width](0.25).fma(m[4], SIMD[acc, width](4).fma(m[5], even))
+    y[3] += SIMD[acc, width](0.125).fma(m[4], SIMD[acc, width](-8).fma(m[5], odd + m[3]))
+    return y^
+
+
+@always_inline
+def quads[
+    dtype: DType, acc: DType, //, rows: Int
+](
+    g: Geometry,
+    plan: Plan,
+    first: Int,
+    valid: Int,
+    data: Memory[acc],
+    row_size: Int,
+    plane: Int,
+    filter: Memory[acc],
+    sums: Memory[acc],
+    o: Operands[dtype],
+    lanes: Int,
+):
+    """Computes `valid` of `rows` quads from number `first` on, of one panel of filters; `o` points at the panel's first filter."""
+    comptime width = simd_width_of[acc]()
+    comptime panel = VECTORS * width
+    tile[rows](data, row_size, plane, filter, g.group_channels(), plan, sums)
+    var bias = Array[SIMD[acc, width], VECTORS](fill=SIMD[acc, width](0))
+    if o.has_bias:
+        comptime for j in range(VECTORS):
+            if lanes >= (j + 1) * width:
+                bias[j] = load[acc, width, False](o.bias.unsafe_offset(j * width), width)
+            else:
+                bias[j] = load[acc, width, True](o.bias.unsafe_offset(j * width), lanes - j * width)
+    for i in range(min(rows, valid)):
+        var position = first_output(plan, first + i)
+        comptime for j in range(VECTORS):
+            var y = outputs(sums.unsafe_offset(i * panel + j * width), rows * panel, bias[j])
+            comptime for k in range(QUAD):
+                var l = position + k * plan.spacing
+                if l < g.out_length:
+                    var to = o.output.unsafe_offset(l * g.filters + j * width)
+                    if lanes >= (j + 1) * width:
+                        store[acc, width, False](to, y[k], width)
+                    elif lanes > j * width:
+                        store[acc, width, True](to, y[k], lanes - j * width)
+
+
+@always_inline
+def first_output(plan: Plan, quad: Int) -> Int:
+    """Returns the first output of a quad. `spacing` quads together are a run of outputs without gaps."""
+    return quad // plan.spacing * plan.spacing * QUAD + quad % plan.spacing
+
+
+def block[
+    dtype: DType, acc: DType, //
+](
+    g: Geometry,
+    plan: Plan,
+    n: Int,
+    group: Int,
+    first: Int,
+    count: Int,
+    panels: Int,
+    end_panel: Int,
+    filter: Memory[acc],
+    o: Operands[dtype],
+):
+    """Computes quads `first .. first + count - 1` of panels `panels .. end_panel - 1` of one group."""
+    comptime width = simd_width_of[acc]()
+    comptime panel = VECTORS * width
+    comptime rows = tile_rows[acc]()
+    var channels = g.group_channels()
+    var row_size = ceildiv(channels, width) * width
+    # Tiles may run past `count`: the rows that they read must exist all the same.
+    var plane = (count + rows) * row_size
+    var products = plan.products()
+    var scratch = List[Scalar[acc]](unsafe_uninit_length=products * plane + POINTS * rows * panel)
+    var data = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    var sums = data.unsafe_offset(products * plane)
+    var zeros = List[Scalar[dtype]](length=row_size, fill=0)
+    var zero = zeros.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    var x = o.x.unsafe_offset(n * g.length * g.channels + group * channels)
+    for i in range(count):
+        var position = first_output(plan, first + i) * g.stride - g.pad_left
+        for part in range(len(plan.sizes)):
+            var row = Array[Memory[dtype], TAPS + QUAD - 1](fill=zero)
+            for j in range(plan.sizes[part] + QUAD - 1):
+                var source = g.source(position + plan.first[part] * g.dilation + j * plan.spacing * g.stride)
+                if source >= 0:
+                    row[j] = x.unsafe_offset(source * g.channels)
+            var to = data.unsafe_offset(i * row_size)
+            if plan.sizes[part] == 3:
+                transform_data[3](row, channels, to, plane, plan, part)
+            elif plan.sizes[part] == 2:
+                transform_data[2](row, channels, to, plane, plan, part)
+            else:
+                transform_data[1](row, channels, to, plane, plan, part)
+
+    for at in range(panels, end_panel):
+        var f = group * g.group_filters() + at * panel
+        var to = o.at(0, f, 1, n * g.out_length * g.filters + f)
+        var w = filter.unsafe_offset((at - panels) * products * channels * panel)
+        var lanes = g.group_filters() - at * panel
+        var i = 0
+        while i < count:
+            var left = count - i
+            var from_ = data.unsafe_offset(i * row_size)
+            if left > rows // 2 + rows // 4:
+                quads[rows](g, plan, first + i, left, from_, row_size, plane, w, sums, to, lanes)
+                i += rows
+            elif left > rows // 4:
+                quads[rows // 2](g, plan, first + i, left, from_, row_size, plane, w, sums, to, lanes)
+                i += rows // 2
+            else:
+                quads[rows // 4](g, plan, first + i, left, from_, row_size, plane, w, sums, to, lanes)
+                i += rows // 4
+    _ = scratch^
+    _ = zeros^
+
+
+def conv1d_winograd[dtype: DType](g: Geometry, steps: FilterSteps, o: Operands[dtype]):
+    """Computes a convolution of NLC data with a filter of any layout."""
+    comptime acc = accumulator[dtype]
+    comptime width = simd_width_of[acc]()
+    comptime panel = VECTORS * width
+    comptime rows = tile_rows[acc]()
+    var plan = Plan(g)
+    var products = plan.products()
+    var channels = g.group_channels()
+    var panel_size = products * channels * panel
+    var panels = ceildiv(g.group_filters(), panel)
+    var chunk = min(panels, max(1, FILTER_BYTES // (panel_size * size_of[Scalar[acc]]())))
+    var filters = List[Scalar[acc]](unsafe_uninit_length=chunk * panel_size)
+    var filter = filters.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    var threads = workers(g.batch * g.out_length * g.filters * g.kernel * channels)
+    var total = ceildiv(g.out_length, plan.spacing * QUAD) * plan.spacing
+    var quad_bytes = products * ceildiv(channels, width) * width * size_of[Scalar[acc]]()
+    var size = min(DATA_BYTES // quad_bytes, g.batch * total // (4 * threads))
+    size = max(1, size // rows) * rows
+    var blocks = ceildiv(total, size)
+
+    for group in range(g.groups):
+        for first in range(0, panels, chunk):
+            var end = min(first + chunk, panels)
+            var parts = len(plan.sizes)
+
+            def prepare(i: Int) {imm}:
+                var part = i % parts
+                var f = (first + i // parts) * panel
+                var lanes = g.group_filters() - f
+                var w = o.w.unsafe_offset((group * g.group_filters() + f) * steps.filter)
+                var to = filter.unsafe_offset(i // parts * panel_size)
+                if plan.sizes[part] == 3:
+                    transform_filter[3](g, plan, part, w, steps, lanes, to)
+                elif plan.sizes[part] == 2:
+                    transform_filter[2](g, plan, part, w, steps, lanes, to)
+                else:
+                    transform_filter[1](g, plan, part, w, steps, lanes, to)
+
+            def run(i: Int) {imm}:
+                var at = i % blocks * size
+                block(g, plan, i // blocks, group, at, min(size, total - at), first, end, filter, o)
+
+            phases(prepare, (end - first) * parts, run, g.batch * blocks, threads)
+    _ = filters^
