@@ -8,7 +8,7 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, Operands, accumulator, load, spread, store, workers
+from .lanes import BLOCK, Operands, Write, accumulator, load, put, spread, workers
 from .window import Rows, Window
 
 comptime VECTORS = 2
@@ -26,18 +26,17 @@ def tile_rows[acc: DType]() -> Int:
 
 @always_inline
 def tile[
-    dtype: DType, acc: DType, //, rows: Int, vectors: Int, partial: Bool
-](g: Geometry, x: Rows[acc], o: Operands[dtype], first: Int, valid: Int, lanes: Int):
-    """Computes `valid` of `rows` positions from `first` on, by `lanes` of `vectors * width` output channels."""
+    dtype: DType, acc: DType, //, write: Write[dtype], rows: Int, vectors: Int, partial: Bool
+](g: Geometry, x: Rows[acc], o: Operands[dtype], n: Int, first: Int, valid: Int, filter: Int, lanes: Int):
+    """Computes `valid` of `rows` positions from `first` on, by `lanes` of `vectors * width` filters from `filter` on."""
     comptime width = simd_width_of[acc]()
     comptime last = vectors - 1
     var rest = lanes - last * width
     var total = Array[SIMD[acc, width], rows * vectors](fill=SIMD[acc, width](0))
-    if o.has_bias:
-        comptime for j in range(vectors):
-            var b = load[acc, width, partial and j == last](o.bias.unsafe_offset(j * width), rest)
-            comptime for i in range(rows):
-                total[i * vectors + j] = b
+    comptime for j in range(vectors):
+        var b = o.bias_at[acc, width](filter + j * width, lanes - j * width)
+        comptime for i in range(rows):
+            total[i * vectors + j] = b
 
     var channels = g.group_channels()
     var channel_block = min(channels, BLOCK)
@@ -48,7 +47,7 @@ def tile[
             var sum = Array[SIMD[acc, width], rows * vectors](fill=SIMD[acc, width](0))
             for k in range(tap, min(tap + tap_block, end_tap)):
                 var xk = x.data.unsafe_offset(k * x.tap_step)
-                var wk = o.w.unsafe_offset(k * channels * g.filters)
+                var wk = o.w.unsafe_offset(k * channels * g.filters + filter)
                 for c in range(channel, min(channel + channel_block, channels)):
                     var b = Array[SIMD[acc, width], vectors](fill=SIMD[acc, width](0))
                     comptime for j in range(vectors):
@@ -65,31 +64,33 @@ def tile[
     comptime for i in range(rows):
         if i < valid:
             comptime for j in range(vectors):
-                store[acc, width, partial and j == last](
-                    o.output.unsafe_offset(i * g.filters + j * width), total[i * vectors + j], rest
-                )
+                comptime if partial and j == last:
+                    put[write, True](n, first + i, filter + j * width, total[i * vectors + j], rest)
+                else:
+                    write[width](n, first + i, filter + j * width, total[i * vectors + j].cast[dtype]())
 
 
 @always_inline
 def column[
-    dtype: DType, acc: DType, //, vectors: Int, partial: Bool
-](g: Geometry, x: Rows[acc], o: Operands[dtype], first: Int, count: Int, lanes: Int):
-    """Computes `count` positions from `first` on, by `lanes` output channels."""
+    dtype: DType, acc: DType, //, write: Write[dtype], vectors: Int, partial: Bool
+](g: Geometry, x: Rows[acc], o: Operands[dtype], n: Int, first: Int, count: Int, filter: Int, lanes: Int):
+    """Computes `count` positions from `first` on, by `lanes` filters from `filter` on."""
     comptime rows = tile_rows[acc]()
     var done = 0
     while done < count:
         var left = count - done
-        var to = o.at(0, 0, 0, done * g.filters)
         if left > 2 * SHORT_ROWS:
-            tile[rows, vectors, partial](g, x.skip(done), to, first + done, min(left, rows), lanes)
+            tile[write, rows, vectors, partial](g, x.skip(done), o, n, first + done, min(left, rows), filter, lanes)
             done += rows
         else:
-            tile[SHORT_ROWS, vectors, partial](g, x.skip(done), to, first + done, min(left, SHORT_ROWS), lanes)
+            tile[write, SHORT_ROWS, vectors, partial](
+                g, x.skip(done), o, n, first + done, min(left, SHORT_ROWS), filter, lanes
+            )
             done += SHORT_ROWS
 
 
 def block[
-    dtype: DType
+    dtype: DType, //, write: Write[dtype]
 ](
     g: Geometry,
     o: Operands[dtype],
@@ -109,21 +110,19 @@ def block[
     var x = o.x.unsafe_offset(n * g.length * g.channels + group * channels)
     var scratch = List[Scalar[acc]]()
     var rows = Rows[acc].of(window, g, x, channels, scratch)
-    var position = (n * g.out_length + first) * g.filters
     for f in range(first_filter, end_filter, VECTORS * width):
         var filter = group * g.group_filters() + f
-        var to = o.at(0, filter, 1, position + filter)
         var lanes = end_filter - f
         if lanes >= VECTORS * width:
-            column[VECTORS, False](g, rows, to, first, count, lanes)
+            column[write, VECTORS, False](g, rows, o, n, first, count, filter, lanes)
         elif lanes > width:
-            column[VECTORS, True](g, rows, to, first, count, lanes)
+            column[write, VECTORS, True](g, rows, o, n, first, count, filter, lanes)
         else:
-            column[1, True](g, rows, to, first, count, lanes)
+            column[write, 1, True](g, rows, o, n, first, count, filter, lanes)
     _ = scratch^
 
 
-def conv1d_dense[dtype: DType](g: Geometry, o: Operands[dtype]):
+def conv1d_dense[dtype: DType, //, write: Write[dtype]](g: Geometry, o: Operands[dtype]):
     """Computes a convolution of NLC data with an SCF filter."""
     comptime acc = accumulator[dtype]
     comptime rows = tile_rows[acc]()
@@ -150,6 +149,6 @@ def conv1d_dense[dtype: DType](g: Geometry, o: Operands[dtype]):
         var n = i // (splits * blocks * g.groups)
         var first = index * tiles // blocks * rows
         var end = min((index + 1) * tiles // blocks * rows, g.out_length)
-        block(g, o, n, group, first, end - first, part * split, min((part + 1) * split, g.group_filters()))
+        block[write](g, o, n, group, first, end - first, part * split, min((part + 1) * split, g.group_filters()))
 
     spread(task, tasks, threads)

@@ -7,7 +7,7 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, Operands, accumulator, load, spread, store, workers
+from .lanes import BLOCK, Operands, Write, accumulator, load, put, spread, workers
 from .window import Rows, Window
 
 comptime ROWS = 8
@@ -18,21 +18,17 @@ comptime CHANNEL_VECTORS = 8
 
 @always_inline
 def tile[
-    dtype: DType, //, rows: Int, partial: Bool
-](g: Geometry, x: Rows[dtype], o: Operands[dtype], first: Int, valid: Int, lanes: Int):
+    dtype: DType, //, write: Write[dtype], rows: Int, partial: Bool
+](g: Geometry, x: Rows[dtype], o: Operands[dtype], n: Int, first: Int, valid: Int, channel: Int, lanes: Int):
     """Computes `valid` of `rows` positions from `first` on, of one vector of channels."""
     comptime acc = accumulator[dtype]
     comptime width = simd_width_of[acc]()
-    var total = Array[SIMD[acc, width], rows](fill=SIMD[acc, width](0))
-    if o.has_bias:
-        var b = load[acc, width, partial](o.bias, lanes)
-        comptime for i in range(rows):
-            total[i] = b
+    var total = Array[SIMD[acc, width], rows](fill=o.bias_at[acc, width](channel, lanes))
     var end_tap = g.end_tap(first)
     for tap in range(g.first_tap(first, rows), end_tap, BLOCK):
         var sum = Array[SIMD[acc, width], rows](fill=SIMD[acc, width](0))
         for k in range(tap, min(tap + BLOCK, end_tap)):
-            var wk = load[acc, width, partial](o.w.unsafe_offset(k * g.filters), lanes)
+            var wk = load[acc, width, partial](o.w.unsafe_offset(k * g.filters + channel), lanes)
             var xk = x.data.unsafe_offset(k * x.tap_step)
             comptime for i in range(rows):
                 sum[i] = load[acc, width, partial](xk.unsafe_offset(i * x.output_step), lanes).fma(wk, sum[i])
@@ -40,28 +36,30 @@ def tile[
             total[i] += sum[i]
     comptime for i in range(rows):
         if i < valid:
-            store[acc, width, partial](o.output.unsafe_offset(i * g.filters), total[i], lanes)
+            comptime if partial:
+                put[write, True](n, first + i, channel, total[i], lanes)
+            else:
+                write[width](n, first + i, channel, total[i].cast[dtype]())
 
 
 @always_inline
 def column[
-    dtype: DType, //, partial: Bool
-](g: Geometry, x: Rows[dtype], o: Operands[dtype], first: Int, count: Int, lanes: Int):
+    dtype: DType, //, write: Write[dtype], partial: Bool
+](g: Geometry, x: Rows[dtype], o: Operands[dtype], n: Int, first: Int, count: Int, channel: Int, lanes: Int):
     """Computes `count` positions from `first` on, of one vector of channels."""
     var done = 0
     while done < count:
         var left = count - done
-        var to = o.at(0, 0, 0, done * g.filters)
         if left > SHORT_ROWS:
-            tile[ROWS, partial](g, x.skip(done), to, first + done, min(left, ROWS), lanes)
+            tile[write, ROWS, partial](g, x.skip(done), o, n, first + done, min(left, ROWS), channel, lanes)
             done += ROWS
         else:
-            tile[SHORT_ROWS, partial](g, x.skip(done), to, first + done, left, lanes)
+            tile[write, SHORT_ROWS, partial](g, x.skip(done), o, n, first + done, left, channel, lanes)
             done += SHORT_ROWS
 
 
 def block[
-    dtype: DType
+    dtype: DType, //, write: Write[dtype]
 ](g: Geometry, o: Operands[dtype], n: Int, first: Int, count: Int, channel: Int, channels: Int):
     """Computes `count` positions from `first` on, of `channels` channels from `channel` on."""
     comptime width = simd_width_of[accumulator[dtype]]()
@@ -70,18 +68,16 @@ def block[
     var x = o.x.unsafe_offset(n * g.length * g.channels + channel)
     var scratch = List[Scalar[dtype]]()
     var rows = Rows[dtype].of(window, g, x, channels, scratch)
-    var position = (n * g.out_length + first) * g.filters
     for c in range(channel, channel + channels, width):
-        var to = o.at(0, c, 1, position + c)
         var lanes = channel + channels - c
         if lanes >= width:
-            column[False](g, rows.skip(0, c - channel), to, first, count, width)
+            column[write, False](g, rows.skip(0, c - channel), o, n, first, count, c, width)
         else:
-            column[True](g, rows.skip(0, c - channel), to, first, count, lanes)
+            column[write, True](g, rows.skip(0, c - channel), o, n, first, count, c, lanes)
     _ = scratch^
 
 
-def conv1d_depthwise[dtype: DType](g: Geometry, o: Operands[dtype]):
+def conv1d_depthwise[dtype: DType, //, write: Write[dtype]](g: Geometry, o: Operands[dtype]):
     """Computes a depthwise convolution of NLC data with an SCF filter."""
     comptime channels = CHANNEL_VECTORS * simd_width_of[accumulator[dtype]]()
     var blocks = ceildiv(g.out_length, POSITIONS)
@@ -92,7 +88,7 @@ def conv1d_depthwise[dtype: DType](g: Geometry, o: Operands[dtype]):
     def task(i: Int) {imm}:
         var channel = i % columns * channels
         var first = i // columns % blocks * POSITIONS
-        block(
+        block[write](
             g,
             o,
             i // (columns * blocks),

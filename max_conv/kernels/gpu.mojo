@@ -10,13 +10,13 @@ from std.math import ceildiv
 from max.gpu.host import DeviceContext
 
 from .geometry import Geometry
-from .lanes import BLOCK, FilterSteps, Operands, accumulator
+from .lanes import BLOCK, FilterSteps, Operands, Write, accumulator
 
 comptime THREADS = 256
 
 
 def conv1d_gpu[
-    dtype: DType, nlc: Bool
+    dtype: DType, //, write: Write[dtype], nlc: Bool
 ](g: Geometry, steps: FilterSteps, o: Operands[dtype], ctx: DeviceContext) raises:
     """Computes a convolution of NLC or NCL data with a filter of any layout."""
     comptime acc = accumulator[dtype]
@@ -63,6 +63,6 @@ def conv1d_gpu[
                     total += sum
                     sum = 0
                     terms = 0
-        o.output[unsafe_offset=index] = (total + sum).cast[dtype]()
+        write[1](n, position, filter, (total + sum).cast[dtype]())
 
     ctx.enqueue_function[kernel](Int64(size), grid_dim=ceildiv(size, THREADS), block_dim=THREADS)

@@ -1,6 +1,7 @@
 """Vectors of the accumulation type, read from and written to memory of the data's own type."""
 
 from std.atomic import Atomic
+from std.bit import log2_floor
 from std.math import iota
 from std.sys.info import simd_width_of
 from std.sys.intrinsics import masked_load, masked_store
@@ -44,26 +45,50 @@ def store[dtype: DType, //, acc: DType, width: Int, partial: Bool](
         p.unsafe_store(value.cast[dtype]())
 
 
+comptime Write[dtype: DType] = def[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]) capturing -> None
+"""Stores `width` output values, of neighbouring filters in NLC data and of neighbouring positions in NCL data.
+
+The graph compiler puts the operations that follow the convolution in here, so outputs are written once.
+"""
+
+
+@always_inline
+def put[
+    dtype: DType, acc: DType, width: Int, //, write: Write[dtype], nlc: Bool
+](n: Int, position: Int, filter: Int, value: SIMD[acc, width], lanes: Int):
+    """Stores the first `lanes` values, of which there may be more than `width` and none."""
+    if lanes >= width:
+        write[width](n, position, filter, value.cast[dtype]())
+        return
+    var rest = value
+    var done = 0
+    comptime for power in range(log2_floor(width) - 1, -1, -1):
+        comptime part = 1 << power
+        if lanes > 0 and lanes & part != 0:
+            comptime if nlc:
+                write[part](n, position, filter + done, rest.slice[part]().cast[dtype]())
+            else:
+                write[part](n, position + done, filter, rest.slice[part]().cast[dtype]())
+            rest = rest.shift_left[part]()
+            done += part
+
+
 @fieldwise_init
 struct Operands[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
-    """What every kernel reads and writes. The bias is read only where `has_bias` says so."""
+    """What every kernel reads. The bias is read only where `has_bias` says so."""
 
     var x: Memory[Self.dtype]
     var w: Memory[Self.dtype]
     var bias: Memory[Self.dtype]
     var has_bias: Bool
-    var output: Memory[Self.dtype]
 
     @always_inline
-    def at(self, x: Int, filter: Int, filter_step: Int, output: Int) -> Self:
-        """Moves to one batch item and filter: `x` and `output` are offsets into the data."""
-        return Self(
-            self.x.unsafe_offset(x),
-            self.w.unsafe_offset(filter * filter_step),
-            self.bias.unsafe_offset(filter if self.has_bias else 0),
-            self.has_bias,
-            self.output.unsafe_offset(output),
-        )
+    def bias_at[acc: DType, width: Int](self, filter: Int, lanes: Int) -> SIMD[acc, width]:
+        """Returns the bias of `lanes` filters from `filter` on, or zeros."""
+        if not self.has_bias or lanes <= 0:
+            return 0
+        var p = self.bias.unsafe_offset(filter)
+        return load[acc, width, False](p, width) if lanes >= width else load[acc, width, True](p, lanes)
 
 
 @fieldwise_init

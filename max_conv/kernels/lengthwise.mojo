@@ -9,7 +9,7 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, FilterSteps, Memory, Operands, accumulator, spread, store, workers
+from .lanes import BLOCK, FilterSteps, Memory, Operands, Write, accumulator, put, spread, workers
 
 comptime WIDE = 6
 """Vectors of positions in a tile of one filter."""
@@ -103,7 +103,7 @@ struct Lines(ImplicitlyCopyable, TrivialRegisterPassable):
 
 @always_inline
 def tile[
-    dtype: DType, acc: DType, //, filters: Int, vectors: Int, nlc: Bool
+    dtype: DType, acc: DType, //, write: Write[dtype], filters: Int, vectors: Int, nlc: Bool
 ](
     g: Geometry,
     x: Memory[acc],
@@ -111,14 +111,17 @@ def tile[
     taps: Pointer[Int, MutUntrackedOrigin],
     steps: FilterSteps,
     o: Operands[dtype],
+    n: Int,
+    first: Int,
     valid: Int,
+    filter: Int,
 ):
     """Computes `valid` of `vectors * width` positions by `filters` filters."""
     comptime width = simd_width_of[acc]()
     var total = Array[SIMD[acc, width], filters * vectors](fill=SIMD[acc, width](0))
     if o.has_bias:
         comptime for i in range(filters):
-            var b = SIMD[acc, width](o.bias[unsafe_offset=i].cast[acc]())
+            var b = SIMD[acc, width](o.bias[unsafe_offset=filter + i].cast[acc]())
             comptime for j in range(vectors):
                 total[i * vectors + j] = b
 
@@ -130,7 +133,7 @@ def tile[
             var sum = Array[SIMD[acc, width], filters * vectors](fill=SIMD[acc, width](0))
             for c in range(channel, min(channel + channel_block, channels)):
                 var xc = x.unsafe_offset(c * channel_size)
-                var wc = o.w.unsafe_offset(c * steps.channel)
+                var wc = o.w.unsafe_offset(filter * steps.filter + c * steps.channel)
                 for k in range(tap, min(tap + tap_block, g.kernel)):
                     var xk = xc.unsafe_offset(taps[unsafe_offset=k])
                     var wk = wc.unsafe_offset(k * steps.tap)
@@ -148,18 +151,15 @@ def tile[
         comptime for j in range(vectors):
             comptime if nlc:
                 for lane in range(min(width, valid - j * width)):
-                    o.output[unsafe_offset=(j * width + lane) * g.filters + i] = total[i * vectors + j][lane].cast[dtype]()
+                    var value = total[i * vectors + j][lane].cast[dtype]()
+                    write[1](n, first + j * width + lane, filter + i, value)
             else:
-                var to = o.output.unsafe_offset(i * g.out_length + j * width)
-                if (j + 1) * width <= valid:
-                    store[acc, width, False](to, total[i * vectors + j], width)
-                elif j * width < valid:
-                    store[acc, width, True](to, total[i * vectors + j], valid - j * width)
+                put[write, False](n, first + j * width, filter + i, total[i * vectors + j], valid - j * width)
 
 
 @always_inline
 def band[
-    dtype: DType, acc: DType, //, filters: Int, vectors: Int, nlc: Bool
+    dtype: DType, acc: DType, //, write: Write[dtype], filters: Int, vectors: Int, nlc: Bool
 ](
     g: Geometry,
     x: Memory[acc],
@@ -167,25 +167,27 @@ def band[
     taps: Pointer[Int, MutUntrackedOrigin],
     steps: FilterSteps,
     o: Operands[dtype],
+    n: Int,
+    first: Int,
     count: Int,
+    filter: Int,
 ):
-    """Computes `count` positions of `filters` filters."""
+    """Computes `count` positions from `first` on, of `filters` filters from `filter` on."""
     comptime width = simd_width_of[acc]()
     var done = 0
     while done < count:
         var left = count - done
-        var to = o.at(0, 0, 0, done * (g.filters if nlc else 1))
         var xt = x.unsafe_offset(done)
         if left > width:
-            tile[filters, vectors, nlc](g, xt, channel_size, taps, steps, to, left)
+            tile[write, filters, vectors, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
             done += vectors * width
         else:
-            tile[filters, 1, nlc](g, xt, channel_size, taps, steps, to, left)
+            tile[write, filters, 1, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
             done += width
 
 
 def block[
-    dtype: DType, nlc: Bool
+    dtype: DType, //, write: Write[dtype], nlc: Bool
 ](
     g: Geometry,
     steps: FilterSteps,
@@ -216,28 +218,18 @@ def block[
     var f = first_filter
     while f < end_filter:
         var filter = group * g.group_filters() + f
-        var to = o.at(0, filter, steps.filter, place[nlc](g, n, filter, first))
         if end_filter - f >= filters:
-            band[filters, TILE, nlc](g, data, channel_size, taps, steps, to, count)
+            band[write, filters, TILE, nlc](g, data, channel_size, taps, steps, o, n, first, count, filter)
             f += filters
         else:
-            band[1, WIDE, nlc](g, data, channel_size, taps, steps, to, count)
+            band[write, 1, WIDE, nlc](g, data, channel_size, taps, steps, o, n, first, count, filter)
             f += 1
     _ = scratch^
     _ = table^
 
 
-@always_inline
-def place[nlc: Bool](g: Geometry, n: Int, filter: Int, position: Int) -> Int:
-    """Returns where an output value stands."""
-    comptime if nlc:
-        return (n * g.out_length + position) * g.filters + filter
-    else:
-        return (n * g.filters + filter) * g.out_length + position
-
-
 def conv1d_lengthwise[
-    dtype: DType, nlc: Bool
+    dtype: DType, //, write: Write[dtype], nlc: Bool
 ](g: Geometry, steps: FilterSteps, o: Operands[dtype]):
     """Computes a convolution of NLC or NCL data with a filter of any layout."""
     comptime acc = accumulator[dtype]
@@ -260,7 +252,7 @@ def conv1d_lengthwise[
         var part = i % splits
         var group = i // splits % g.groups
         var first = i // (splits * g.groups) % blocks * positions
-        block[dtype, nlc](
+        block[write, nlc](
             g,
             steps,
             o,

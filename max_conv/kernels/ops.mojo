@@ -1,7 +1,8 @@
 """Registers the operations that graphs call. Run-time sizes are checked here, before any memory is touched."""
 
 import extensibility
-from extensibility import InputTensor, OutputTensor
+from extensibility import InputTensor, OutputTensor, _FusedOutputTensor as FusedOutputTensor
+from std.utils.index import IndexList
 from max.gpu.host import DeviceContext
 from max.gpu.host.info import is_cpu
 
@@ -57,7 +58,7 @@ struct Conv1d:
     def execute[
         target: StaticString, kernel: StaticString, layout: StaticString, filter_layout: StaticString
     ](
-        output: OutputTensor[rank=3, ...],
+        output: FusedOutputTensor[rank=3, ...],
         x: InputTensor[dtype=output.dtype, rank=3, ...],
         w: InputTensor[dtype=output.dtype, rank=3, ...],
         bias: InputTensor[dtype=output.dtype, rank=1, ...],
@@ -97,28 +98,36 @@ struct Conv1d:
             w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
             bias.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
             bias.dim_size(0) > 0,
-            output.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
         )
+
+        @__parameter
+        @always_inline
+        def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
+            comptime if nlc:
+                output._lambda_store[width=width, element_alignment=1](IndexList[3](n, position, filter), value)
+            else:
+                output._lambda_store[width=width, element_alignment=1](IndexList[3](n, filter, position), value)
+
         var inner = w.dim_size(2)
         var outer = w.dim_size(1) * inner
         var size = [outer, inner, 1]
         var steps = FilterSteps(size[tap_axis], size[channel_axis], size[filter_axis])
         comptime if not is_cpu[target]():
-            conv1d_gpu[dtype, nlc](g, steps, o, ctx)
+            conv1d_gpu[write, nlc](g, steps, o, ctx)
         elif kernel == "dense":
             comptime assert nlc and filter_layout == "SCF"
-            conv1d_dense(g, o)
+            conv1d_dense[write](g, o)
         elif kernel == "depthwise":
             comptime assert nlc and filter_layout == "SCF"
             if g.groups != g.channels or g.filters != g.channels:
                 raise Error("conv1d: the depthwise kernel needs one channel in and one out a group.")
-            conv1d_depthwise(g, o)
+            conv1d_depthwise[write](g, o)
         elif kernel == "winograd":
             comptime assert nlc
-            conv1d_winograd(g, steps, o)
+            conv1d_winograd[write](g, steps, o)
         else:
             comptime assert kernel == "lengthwise"
-            conv1d_lengthwise[dtype, nlc](g, steps, o)
+            conv1d_lengthwise[write, nlc](g, steps, o)
 
 
 @extensibility.register("max_conv.lstm")

@@ -14,7 +14,7 @@ from std.sys.info import simd_width_of, size_of
 
 from .dense import tile_rows
 from .geometry import Geometry
-from .lanes import FilterSteps, Memory, Operands, accumulator, load, phases, store, workers
+from .lanes import FilterSteps, Memory, Operands, Write, accumulator, load, phases, put, workers
 
 comptime QUAD = 4
 """Outputs of one transform."""
@@ -24,8 +24,8 @@ comptime TAPS = 3
 comptime VECTORS = 2
 comptime SUM = 32
 """Terms in one running sum. Transforms cost accuracy, shorter sums win it back."""
-comptime FILTER_BYTES = 2 * 1024 * 1024
-"""Transformed filters that are held at a time."""
+comptime FILTER_BYTES = 1536 * 1024
+"""Transformed filters that are held at a time, for each thread."""
 comptime DATA_BYTES = 320 * 1024
 """Transformed data of one block."""
 
@@ -165,19 +165,22 @@ def transform_filter[
     comptime panel = VECTORS * width
     var channels = g.group_channels()
     var taps = w.unsafe_offset(plan.first[group] * steps.tap)
+    var tap_step = plan.step * steps.tap
+    var to = Array[Memory[acc], size + TAPS](fill=target)
+    comptime for p in range(size + TAPS):
+        to[p] = target.unsafe_offset((plan.bases[p] + group) * channels * panel)
     for c in range(channels):
         comptime for j in range(VECTORS):
             var values = Array[SIMD[acc, width], size](fill=SIMD[acc, width](0))
             comptime for k in range(size):
                 values[k] = gathered[acc, width](
-                    taps.unsafe_offset(c * steps.channel + k * plan.step * steps.tap + j * width * steps.filter),
+                    taps.unsafe_offset(c * steps.channel + k * tap_step + j * width * steps.filter),
                     steps.filter,
                     lanes - j * width,
                 )
             var points = filter_points[size](values)
             comptime for p in range(size + TAPS):
-                var at = ((plan.bases[p] + group) * channels + c) * panel + j * width
-                target.unsafe_offset(at).unsafe_store(points[p])
+                to[p].unsafe_offset(c * panel + j * width).unsafe_store(points[p])
 
 
 @always_inline
@@ -277,7 +280,7 @@ def outputs[
 
 @always_inline
 def quads[
-    dtype: DType, acc: DType, //, rows: Int
+    dtype: DType, acc: DType, //, write: Write[dtype], rows: Int
 ](
     g: Geometry,
     plan: Plan,
@@ -289,31 +292,30 @@ def quads[
     filter: Memory[acc],
     sums: Memory[acc],
     o: Operands[dtype],
+    n: Int,
+    panel_filter: Int,
     lanes: Int,
 ):
-    """Computes `valid` of `rows` quads from number `first` on, of one panel of filters; `o` points at the panel's first filter."""
+    """Computes `valid` of `rows` quads from number `first` on, of a panel of filters whose first is `panel_filter`."""
     comptime width = simd_width_of[acc]()
     comptime panel = VECTORS * width
     tile[rows](data, row_size, plane, filter, g.group_channels(), plan, sums)
     var bias = Array[SIMD[acc, width], VECTORS](fill=SIMD[acc, width](0))
-    if o.has_bias:
-        comptime for j in range(VECTORS):
-            if lanes >= (j + 1) * width:
-                bias[j] = load[acc, width, False](o.bias.unsafe_offset(j * width), width)
-            else:
-                bias[j] = load[acc, width, True](o.bias.unsafe_offset(j * width), lanes - j * width)
+    comptime for j in range(VECTORS):
+        bias[j] = o.bias_at[acc, width](panel_filter + j * width, lanes - j * width)
     for i in range(min(rows, valid)):
         var position = first_output(plan, first + i)
+        var inside = lanes >= panel and position + (QUAD - 1) * plan.spacing < g.out_length
         comptime for j in range(VECTORS):
             var y = outputs(sums.unsafe_offset(i * panel + j * width), rows * panel, bias[j])
-            comptime for k in range(QUAD):
-                var l = position + k * plan.spacing
-                if l < g.out_length:
-                    var to = o.output.unsafe_offset(l * g.filters + j * width)
-                    if lanes >= (j + 1) * width:
-                        store[acc, width, False](to, y[k], width)
-                    elif lanes > j * width:
-                        store[acc, width, True](to, y[k], lanes - j * width)
+            var f = panel_filter + j * width
+            if inside:
+                comptime for k in range(QUAD):
+                    write[width](n, position + k * plan.spacing, f, y[k].cast[dtype]())
+            else:
+                comptime for k in range(QUAD):
+                    if position + k * plan.spacing < g.out_length:
+                        put[write, True](n, position + k * plan.spacing, f, y[k], lanes - j * width)
 
 
 @always_inline
@@ -323,7 +325,7 @@ def first_output(plan: Plan, quad: Int) -> Int:
 
 
 def block[
-    dtype: DType, acc: DType, //
+    dtype: DType, acc: DType, //, write: Write[dtype]
 ](
     g: Geometry,
     plan: Plan,
@@ -343,7 +345,7 @@ def block[
     var channels = g.group_channels()
     var row_size = ceildiv(channels, width) * width
     # Tiles may run past `count`: the rows that they read must exist all the same.
-    var plane = (count + rows) * row_size
+    var plane = (count + rows // 4) * row_size
     var products = plan.products()
     var scratch = List[Scalar[acc]](unsafe_uninit_length=products * plane + POINTS * rows * panel)
     var data = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
@@ -369,7 +371,6 @@ def block[
 
     for at in range(panels, end_panel):
         var f = group * g.group_filters() + at * panel
-        var to = o.at(0, f, 1, n * g.out_length * g.filters + f)
         var w = filter.unsafe_offset((at - panels) * products * channels * panel)
         var lanes = g.group_filters() - at * panel
         var i = 0
@@ -377,19 +378,19 @@ def block[
             var left = count - i
             var from_ = data.unsafe_offset(i * row_size)
             if left > rows // 2 + rows // 4:
-                quads[rows](g, plan, first + i, left, from_, row_size, plane, w, sums, to, lanes)
+                quads[write, rows](g, plan, first + i, left, from_, row_size, plane, w, sums, o, n, f, lanes)
                 i += rows
             elif left > rows // 4:
-                quads[rows // 2](g, plan, first + i, left, from_, row_size, plane, w, sums, to, lanes)
+                quads[write, rows // 2](g, plan, first + i, left, from_, row_size, plane, w, sums, o, n, f, lanes)
                 i += rows // 2
             else:
-                quads[rows // 4](g, plan, first + i, left, from_, row_size, plane, w, sums, to, lanes)
+                quads[write, rows // 4](g, plan, first + i, left, from_, row_size, plane, w, sums, o, n, f, lanes)
                 i += rows // 4
     _ = scratch^
     _ = zeros^
 
 
-def conv1d_winograd[dtype: DType](g: Geometry, steps: FilterSteps, o: Operands[dtype]):
+def conv1d_winograd[dtype: DType, //, write: Write[dtype]](g: Geometry, steps: FilterSteps, o: Operands[dtype]):
     """Computes a convolution of NLC data with a filter of any layout."""
     comptime acc = accumulator[dtype]
     comptime width = simd_width_of[acc]()
@@ -400,10 +401,11 @@ def conv1d_winograd[dtype: DType](g: Geometry, steps: FilterSteps, o: Operands[d
     var channels = g.group_channels()
     var panel_size = products * channels * panel
     var panels = ceildiv(g.group_filters(), panel)
-    var chunk = min(panels, max(1, FILTER_BYTES // (panel_size * size_of[Scalar[acc]]())))
+    var threads = workers(g.batch * g.out_length * g.filters * g.kernel * channels)
+    var chunk = max(1, threads * FILTER_BYTES // (panel_size * size_of[Scalar[acc]]()))
+    chunk = ceildiv(panels, ceildiv(panels, chunk))
     var filters = List[Scalar[acc]](unsafe_uninit_length=chunk * panel_size)
     var filter = filters.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-    var threads = workers(g.batch * g.out_length * g.filters * g.kernel * channels)
     var total = ceildiv(g.out_length, plan.spacing * QUAD) * plan.spacing
     var quad_bytes = products * ceildiv(channels, width) * width * size_of[Scalar[acc]]()
     var size = min(DATA_BYTES // quad_bytes, g.batch * total // (4 * threads))
@@ -430,7 +432,7 @@ def conv1d_winograd[dtype: DType](g: Geometry, steps: FilterSteps, o: Operands[d
 
             def run(i: Int) {imm}:
                 var at = i % blocks * size
-                block(g, plan, i // blocks, group, at, min(size, total - at), first, end, filter, o)
+                block[write](g, plan, i // blocks, group, at, min(size, total - at), first, end, filter, o)
 
             phases(prepare, (end - first) * parts, run, g.batch * blocks, threads)
     _ = filters^
