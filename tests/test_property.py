@@ -36,6 +36,16 @@ LARGEST = 100_000
 SLOW = 1200
 """Groups times taps of a depthwise layer: the reference takes a NumPy call for each."""
 
+KERNELS = (
+    ("dense", "NLC", "SCF"),
+    ("lengthwise", "NLC", "SCF"),
+    ("winograd", "NLC", "SCF"),
+    ("dense", "NCL", "SCF"),
+    ("lengthwise", "NCL", "FCS"),
+    ("winograd", "NCL", "FCS"),
+)
+"""Kernels that take every layer, and the layouts that they are tested in."""
+
 SHARES = {DType.float32: 0.7, DType.float64: 0.1, DType.float16: 0.1, DType.bfloat16: 0.1}
 EPS = {DType.float32: 2.0**-23, DType.float64: 2.0**-52, DType.float16: 2.0**-23, DType.bfloat16: 2.0**-23}
 """Machine epsilon of the sums. Results of sixteen bits are rounded once more."""
@@ -129,9 +139,19 @@ def models() -> dict[tuple[DType, bool], Model]:
                     graph.output(emit(nlc, scf, bias, scalars, [n, lo, f], "depthwise", "NLC", "SCF"))
                 else:
                     graph.output(
-                        emit(nlc, scf, bias, scalars, [n, lo, f], "dense", "NLC", "SCF"),
-                        emit(nlc, scf, bias, scalars, [n, lo, f], "lengthwise", "NLC", "SCF"),
-                        emit(ncl, fcs, bias, scalars, [n, f, lo], "lengthwise", "NCL", "FCS"),
+                        *[
+                            emit(
+                                nlc if layout == "NLC" else ncl,
+                                scf if filter_layout == "SCF" else fcs,
+                                bias,
+                                scalars,
+                                [n, lo, f] if layout == "NLC" else [n, f, lo],
+                                kernel,
+                                layout,
+                                filter_layout,
+                            )
+                            for kernel, layout, filter_layout in KERNELS
+                        ]
                     )
     loaded = InferenceSession(devices=[CPU()]).load_all(module, custom_extensions=[kernel_library()])
     return {(dtype, depthwise): loaded[f"{dtype.name}_{depthwise}"] for dtype in SHARES for depthwise in (False, True)}
@@ -200,10 +220,10 @@ def compare(layer: Layer, dtype: DType) -> None:
     inputs.append(Buffer.from_numpy(np.zeros(want.shape[1], np.int8)))
     inputs += [Buffer.from_numpy(np.array(number, np.int64)) for number in numbers]
     got = answers(models()[dtype, False], inputs, dtype)
-    got[2] = got[2].transpose(0, 2, 1)
+    got = [out.transpose(0, 2, 1) if kernel[1] == "NCL" else out for kernel, out in zip(KERNELS, got, strict=True)]
     if layer.group_channels == layer.group_filters == 1:
         got += answers(models()[dtype, True], inputs, dtype)
-    for name, out in zip(("dense", "lengthwise NLC", "lengthwise NCL", "depthwise"), got, strict=False):
+    for name, out in zip((*KERNELS, "depthwise"), got, strict=False):
         assert out.shape == want.shape, name
         wrong = ~(np.abs(out - want) <= bound)  # NaN is wrong, too
         assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.size} wrong, first at {np.argwhere(wrong)[0]}"

@@ -115,16 +115,15 @@ struct Conv1d:
         comptime if not is_cpu[target]():
             conv1d_gpu[write, nlc](g, steps, o, ctx)
         elif kernel == "dense":
-            comptime assert nlc and filter_layout == "SCF"
-            conv1d_dense[write](g, o)
+            comptime assert filter_layout == "SCF"
+            conv1d_dense[write, nlc](g, o)
         elif kernel == "depthwise":
             comptime assert nlc and filter_layout == "SCF"
             if g.groups != g.channels or g.filters != g.channels:
                 raise Error("conv1d: the depthwise kernel needs one channel in and one out a group.")
             conv1d_depthwise[write](g, o)
         elif kernel == "winograd":
-            comptime assert nlc
-            conv1d_winograd[write](g, steps, o)
+            conv1d_winograd[write, nlc](g, steps, o)
         else:
             comptime assert kernel == "lengthwise"
             conv1d_lengthwise[write, nlc](g, steps, o)

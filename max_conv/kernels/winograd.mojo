@@ -15,6 +15,8 @@ from std.sys.info import simd_width_of, size_of
 from .dense import tile_rows
 from .geometry import Geometry
 from .lanes import FilterSteps, Memory, Operands, Write, accumulator, load, phases, put, workers
+from .turn import turn_out
+from .window import Window
 
 comptime QUAD = 4
 """Outputs of one transform."""
@@ -325,7 +327,7 @@ def first_output(plan: Plan, quad: Int) -> Int:
 
 
 def block[
-    dtype: DType, acc: DType, //, write: Write[dtype]
+    dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool
 ](
     g: Geometry,
     plan: Plan,
@@ -350,17 +352,28 @@ def block[
     var scratch = List[Scalar[acc]](unsafe_uninit_length=products * plane + POINTS * rows * panel)
     var data = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
     var sums = data.unsafe_offset(products * plane)
-    var zeros = List[Scalar[dtype]](length=row_size, fill=0)
-    var zero = zeros.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-    var x = o.x.unsafe_offset(n * g.length * g.channels + group * channels)
+    # Rows of padding are read from `rest`; NCL data is turned into it.
+    var x = o.x.unsafe_offset(n * g.length * g.channels + group * channels * (1 if nlc else g.length))
+    var span = Window.span(g, first_output(plan, first), count * QUAD)
+    var rest = List[Scalar[dtype]](unsafe_uninit_length=channels if nlc else span.rows * channels)
+    var copy = rest.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    comptime if nlc:
+        for c in range(channels):
+            copy[unsafe_offset=c] = 0
+    else:
+        span.turn(g, x, channels, copy)
     for i in range(count):
         var position = first_output(plan, first + i) * g.stride - g.pad_left
         for part in range(len(plan.sizes)):
-            var row = Array[Memory[dtype], TAPS + QUAD - 1](fill=zero)
+            var row = Array[Memory[dtype], TAPS + QUAD - 1](fill=copy)
             for j in range(plan.sizes[part] + QUAD - 1):
-                var source = g.source(position + plan.first[part] * g.dilation + j * plan.spacing * g.stride)
-                if source >= 0:
-                    row[j] = x.unsafe_offset(source * g.channels)
+                var at = position + plan.first[part] * g.dilation + j * plan.spacing * g.stride
+                comptime if nlc:
+                    var source = g.source(at)
+                    if source >= 0:
+                        row[j] = x.unsafe_offset(source * g.channels)
+                else:
+                    row[j] = copy.unsafe_offset((at - span.first) * channels)
             var to = data.unsafe_offset(i * row_size)
             if plan.sizes[part] == 3:
                 transform_data[3](row, channels, to, plane, plan, part)
@@ -373,25 +386,65 @@ def block[
         var f = group * g.group_filters() + at * panel
         var w = filter.unsafe_offset((at - panels) * products * channels * panel)
         var lanes = g.group_filters() - at * panel
-        var i = 0
-        while i < count:
-            var left = count - i
-            var from_ = data.unsafe_offset(i * row_size)
-            if left > rows // 2 + rows // 4:
-                quads[write, rows](g, plan, first + i, left, from_, row_size, plane, w, sums, o, n, f, lanes)
-                i += rows
-            elif left > rows // 4:
-                quads[write, rows // 2](g, plan, first + i, left, from_, row_size, plane, w, sums, o, n, f, lanes)
-                i += rows // 2
-            else:
-                quads[write, rows // 4](g, plan, first + i, left, from_, row_size, plane, w, sums, o, n, f, lanes)
-                i += rows // 4
+        comptime if nlc:
+            panel_quads[write](g, plan, first, count, data, row_size, plane, w, sums, o, n, f, lanes)
+        else:
+            var start = first_output(plan, first)
+            var end = min(g.out_length, start + count * QUAD)
+            var turned = List[Scalar[dtype]](unsafe_uninit_length=(end - start + width) * panel)
+            var rows_out = turned.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+
+            @__parameter
+            @always_inline
+            def keep[size: Int](_n: Int, position: Int, filter: Int, value: SIMD[dtype, size]):
+                rows_out.unsafe_offset((position - start) * panel + filter - f).unsafe_store(value)
+
+            panel_quads[keep](g, plan, first, count, data, row_size, plane, w, sums, o, n, f, lanes)
+            turn_out[write, width](rows_out, panel, n, start, end - start, f, min(lanes, panel))
+            _ = turned^
     _ = scratch^
-    _ = zeros^
+    _ = rest^
 
 
-def conv1d_winograd[dtype: DType, //, write: Write[dtype]](g: Geometry, steps: FilterSteps, o: Operands[dtype]):
-    """Computes a convolution of NLC data with a filter of any layout."""
+@always_inline
+def panel_quads[
+    dtype: DType, acc: DType, //, write: Write[dtype]
+](
+    g: Geometry,
+    plan: Plan,
+    first: Int,
+    count: Int,
+    data: Memory[acc],
+    row_size: Int,
+    plane: Int,
+    filter: Memory[acc],
+    sums: Memory[acc],
+    o: Operands[dtype],
+    n: Int,
+    f: Int,
+    lanes: Int,
+):
+    """Computes quads `first .. first + count - 1` of one panel of filters."""
+    comptime rows = tile_rows[acc]()
+    var i = 0
+    while i < count:
+        var left = count - i
+        var x = data.unsafe_offset(i * row_size)
+        if left > rows // 2 + rows // 4:
+            quads[write, rows](g, plan, first + i, left, x, row_size, plane, filter, sums, o, n, f, lanes)
+            i += rows
+        elif left > rows // 4:
+            quads[write, rows // 2](g, plan, first + i, left, x, row_size, plane, filter, sums, o, n, f, lanes)
+            i += rows // 2
+        else:
+            quads[write, rows // 4](g, plan, first + i, left, x, row_size, plane, filter, sums, o, n, f, lanes)
+            i += rows // 4
+
+
+def conv1d_winograd[
+    dtype: DType, //, write: Write[dtype], nlc: Bool
+](g: Geometry, steps: FilterSteps, o: Operands[dtype]):
+    """Computes a convolution of NLC or NCL data with a filter of any layout."""
     comptime acc = accumulator[dtype]
     comptime width = simd_width_of[acc]()
     comptime panel = VECTORS * width
@@ -410,6 +463,9 @@ def conv1d_winograd[dtype: DType, //, write: Write[dtype]](g: Geometry, steps: F
     var quad_bytes = products * ceildiv(channels, width) * width * size_of[Scalar[acc]]()
     var size = min(DATA_BYTES // quad_bytes, g.batch * total // (4 * threads))
     size = max(1, size // rows) * rows
+    comptime if not nlc:
+        # Blocks of NCL data are runs of outputs without gaps.
+        size = max(1, size // plan.spacing) * plan.spacing
     var blocks = ceildiv(total, size)
 
     for group in range(g.groups):
@@ -432,7 +488,7 @@ def conv1d_winograd[dtype: DType, //, write: Write[dtype]](g: Geometry, steps: F
 
             def run(i: Int) {imm}:
                 var at = i % blocks * size
-                block[write](g, plan, i // blocks, group, at, min(size, total - at), first, end, filter, o)
+                block[write, nlc](g, plan, i // blocks, group, at, min(size, total - at), first, end, filter, o)
 
             phases(prepare, (end - first) * parts, run, g.batch * blocks, threads)
     _ = filters^
