@@ -6,6 +6,7 @@ from typing import Any
 from max.dtype import DType
 from max.graph import DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, Weight, ops
 
+from .dispatch import LEAST_OUTPUTS, Layer, choose
 from .geometry import PADDING_MODES, Geometry, Padding, positive
 from .kernel_library import kernel_library
 from .layouts import FilterLayout, Layout, check_filter_layout, check_layout, permute
@@ -79,8 +80,8 @@ def conv1d(
         batch = x.shape[0]
     else:
         x, batch = ops.unsqueeze(x, 0), Dim(1)
-    kernel = choose_kernel(layout, group_channels, filters // groups, groups)
-    if kernel in ("dense", "depthwise"):
+    kernel = choose(Layer(geometry, layout, group_channels, filters // groups, groups)).kernel
+    if layout == "NLC" and kernel != "lengthwise":
         filter, filter_layout = permute(filter, filter_layout, "SCF"), "SCF"
     bias = ops.constant([], x.dtype, device=x.device) if bias is None else _in_graph(bias)
     mode = PADDING_MODES.index(padding_mode)
@@ -89,16 +90,6 @@ def conv1d(
     sizes = {"N": batch, "L": Dim(geometry.output_length(length)), "C": Dim(filters)}
     y = emit(x, filter, bias, scalars, [sizes[axis] for axis in layout], kernel, layout, filter_layout)
     return y if batched else ops.squeeze(y, 0)
-
-
-def choose_kernel(layout: Layout, group_channels: int, group_filters: int, groups: int) -> str:
-    """Returns the name of the CPU kernel for a layer: "dense", "depthwise" or "lengthwise"."""
-    if layout == "NCL":
-        return "lengthwise"
-    if group_channels == group_filters == 1 and groups >= 8:
-        return "depthwise"
-    # With fewer filters than half a vector, lanes along the length are better filled than lanes along the filters.
-    return "lengthwise" if group_filters < 8 else "dense"
 
 
 def emit(
@@ -110,6 +101,7 @@ def emit(
     kernel: str,
     layout: str,
     filter_layout: str,
+    least: int = LEAST_OUTPUTS,
 ) -> TensorValue:
     """Emits the operation, unchecked.
 
@@ -117,13 +109,14 @@ def emit(
         bias: (F,), or (0,) for none.
         scalars: stride, dilation, left, right, the number of the padding mode, and groups, int64, on the CPU.
         shape: The output's.
+        least: Outputs below which "winograd" gives way to another kernel; 0 takes it always.
     """
     (y,) = custom_op(
         "max_conv.conv1d",
         x.device,
         [x, filter, bias, *scalars],
         [TensorType(x.dtype, shape, x.device)],
-        {"kernel": kernel, "layout": layout, "filter_layout": filter_layout},
+        {"kernel": kernel, "least": least, "layout": layout, "filter_layout": filter_layout},
     )
     return y
 
@@ -133,7 +126,7 @@ def custom_op(
     device: DeviceRef,
     operands: Sequence[TensorValue],
     results: Sequence[TensorType],
-    parameters: Mapping[str, str] | None = None,
+    parameters: Mapping[str, str | int] | None = None,
 ) -> list[TensorValue]:
     """Emits one of this package's kernels into the current graph, and tells the graph where they are."""
     graph = Graph.current

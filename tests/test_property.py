@@ -40,7 +40,6 @@ KERNELS = (
     ("dense", "NLC", "SCF"),
     ("lengthwise", "NLC", "SCF"),
     ("winograd", "NLC", "SCF"),
-    ("dense", "NCL", "SCF"),
     ("lengthwise", "NCL", "FCS"),
     ("winograd", "NCL", "FCS"),
 )
@@ -149,6 +148,7 @@ def models() -> dict[tuple[DType, bool], Model]:
                                 kernel,
                                 layout,
                                 filter_layout,
+                                least=0,
                             )
                             for kernel, layout, filter_layout in KERNELS
                         ]

@@ -9,7 +9,6 @@ from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
 from .lanes import BLOCK, Operands, Write, accumulator, load, put, spread, workers
-from .turn import turn_out
 from .window import Rows, Window
 
 comptime VECTORS = 2
@@ -91,7 +90,7 @@ def column[
 
 
 def block[
-    dtype: DType, //, write: Write[dtype], nlc: Bool
+    dtype: DType, //, write: Write[dtype]
 ](
     g: Geometry,
     o: Operands[dtype],
@@ -108,45 +107,23 @@ def block[
     var channels = g.group_channels()
     # Tiles may run past `count`: the rows that they read must exist all the same.
     var window = Window.of(g, first, count + tile_rows[acc]())
-    var x = o.x.unsafe_offset(n * g.length * g.channels + group * channels * (1 if nlc else g.length))
+    var x = o.x.unsafe_offset(n * g.length * g.channels + group * channels)
     var scratch = List[Scalar[acc]]()
-    var rows = Rows[acc].of[nlc](window, g, x, channels, scratch)
+    var rows = Rows[acc].of(window, g, x, channels, scratch)
     for f in range(first_filter, end_filter, VECTORS * width):
         var filter = group * g.group_filters() + f
         var lanes = end_filter - f
-        comptime if nlc:
-            panel[write](g, rows, o, n, first, count, filter, lanes)
+        if lanes >= VECTORS * width:
+            column[write, VECTORS, False](g, rows, o, n, first, count, filter, lanes)
+        elif lanes > width:
+            column[write, VECTORS, True](g, rows, o, n, first, count, filter, lanes)
         else:
-            var turned = List[Scalar[dtype]](unsafe_uninit_length=(count + width) * VECTORS * width)
-            var rows_out = turned.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-
-            @__parameter
-            @always_inline
-            def keep[size: Int](_n: Int, position: Int, at: Int, value: SIMD[dtype, size]):
-                rows_out.unsafe_offset((position - first) * VECTORS * width + at - filter).unsafe_store(value)
-
-            panel[keep](g, rows, o, n, first, count, filter, lanes)
-            turn_out[write, width](rows_out, VECTORS * width, n, first, count, filter, min(lanes, VECTORS * width))
-            _ = turned^
+            column[write, 1, True](g, rows, o, n, first, count, filter, lanes)
     _ = scratch^
 
 
-@always_inline
-def panel[
-    dtype: DType, acc: DType, //, write: Write[dtype]
-](g: Geometry, x: Rows[acc], o: Operands[dtype], n: Int, first: Int, count: Int, filter: Int, lanes: Int):
-    """Computes `count` positions from `first` on, of up to `VECTORS` vectors of filters from `filter` on."""
-    comptime width = simd_width_of[acc]()
-    if lanes >= VECTORS * width:
-        column[write, VECTORS, False](g, x, o, n, first, count, filter, lanes)
-    elif lanes > width:
-        column[write, VECTORS, True](g, x, o, n, first, count, filter, lanes)
-    else:
-        column[write, 1, True](g, x, o, n, first, count, filter, lanes)
-
-
-def conv1d_dense[dtype: DType, //, write: Write[dtype], nlc: Bool](g: Geometry, o: Operands[dtype]):
-    """Computes a convolution of NLC or NCL data with an SCF filter."""
+def conv1d_dense[dtype: DType, //, write: Write[dtype]](g: Geometry, o: Operands[dtype]):
+    """Computes a convolution of NLC data with an SCF filter."""
     comptime acc = accumulator[dtype]
     comptime rows = tile_rows[acc]()
     comptime panel = VECTORS * simd_width_of[acc]()
@@ -172,6 +149,6 @@ def conv1d_dense[dtype: DType, //, write: Write[dtype], nlc: Bool](g: Geometry, 
         var n = i // (splits * blocks * g.groups)
         var first = index * tiles // blocks * rows
         var end = min((index + 1) * tiles // blocks * rows, g.out_length)
-        block[write, nlc](g, o, n, group, first, end - first, part * split, min((part + 1) * split, g.group_filters()))
+        block[write](g, o, n, group, first, end - first, part * split, min((part + 1) * split, g.group_filters()))
 
     spread(task, tasks, threads)

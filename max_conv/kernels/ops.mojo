@@ -12,7 +12,7 @@ from .geometry import CIRCULAR, Geometry, REFLECT, REPLICATE
 from .gpu import conv1d_gpu
 from .lanes import FilterSteps, Operands
 from .lengthwise import conv1d_lengthwise
-from .winograd import conv1d_winograd
+from .winograd import conv1d_winograd, pays
 from .lstm import GATES, Lstm, lstm_cpu, lstm_gpu
 
 
@@ -52,11 +52,14 @@ def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
 
 @extensibility.register("max_conv.conv1d")
 struct Conv1d:
-    """A convolution of (N, L, C) or (N, C, L) data. `kernel` is chosen in Python, where sizes are known."""
+    """A convolution of (N, L, C) or (N, C, L) data. `kernel` is chosen in Python, where sizes are known.
+
+    What it gives way to for fewer than `least` outputs needs no second op in the graph.
+    """
 
     @staticmethod
     def execute[
-        target: StaticString, kernel: StaticString, layout: StaticString, filter_layout: StaticString
+        target: StaticString, kernel: StaticString, least: Int, layout: StaticString, filter_layout: StaticString
     ](
         output: FusedOutputTensor[rank=3, ...],
         x: InputTensor[dtype=output.dtype, rank=3, ...],
@@ -114,18 +117,20 @@ struct Conv1d:
         var steps = FilterSteps(size[tap_axis], size[channel_axis], size[filter_axis])
         comptime if not is_cpu[target]():
             conv1d_gpu[write, nlc](g, steps, o, ctx)
-        elif kernel == "dense":
-            comptime assert filter_layout == "SCF"
-            conv1d_dense[write, nlc](g, o)
-        elif kernel == "depthwise":
+            return
+        comptime if kernel == "winograd":
+            if least == 0 or pays(g, least):
+                conv1d_winograd[write, nlc](g, steps, o)
+                return
+        comptime if kernel == "depthwise":
             comptime assert nlc and filter_layout == "SCF"
             if g.groups != g.channels or g.filters != g.channels:
                 raise Error("conv1d: the depthwise kernel needs one channel in and one out a group.")
             conv1d_depthwise[write](g, o)
-        elif kernel == "winograd":
-            conv1d_winograd[write, nlc](g, steps, o)
+        elif nlc and filter_layout == "SCF" and kernel != "lengthwise":
+            conv1d_dense[write](g, o)
         else:
-            comptime assert kernel == "lengthwise"
+            comptime assert kernel != "dense"
             conv1d_lengthwise[write, nlc](g, steps, o)
 
 

@@ -3,7 +3,7 @@
 from std.bit import log2_floor
 from std.sys.info import simd_width_of
 
-from .lanes import Memory, Write, load, put
+from .lanes import Memory, Write, put
 
 
 @always_inline
@@ -20,32 +20,36 @@ def transpose[dtype: DType, width: Int, //](mut rows: Array[SIMD[dtype, width], 
 
 @always_inline
 def turn_in[
-    dtype: DType, to: DType, //
-](x: Memory[dtype], line: Int, count: Int, channels: Int, target: Memory[to]):
+    dtype: DType, //
+](x: Memory[dtype], line: Int, count: Int, channels: Int, target: Memory[dtype]):
     """Copies `count` positions of `channels` channels, each `line` values long, into (count, channels) rows."""
-    comptime width = simd_width_of[to]()
+    comptime width = simd_width_of[dtype]()
     for c in range(0, channels, width):
         var lanes = channels - c
         for l in range(0, count, width):
-            var square = Array[SIMD[to, width], width](fill=SIMD[to, width](0))
+            var square = Array[SIMD[dtype, width], width](fill=SIMD[dtype, width](0))
             var from_ = x.unsafe_offset(c * line + l)
             if lanes >= width and count - l >= width:
                 comptime for i in range(width):
-                    square[i] = load[to, width, False](from_.unsafe_offset(i * line), width)
+                    square[i] = from_.unsafe_offset(i * line).unsafe_load[width=width]()
                 transpose(square)
                 comptime for i in range(width):
                     target.unsafe_offset((l + i) * channels + c).unsafe_store(square[i])
             else:
                 for i in range(min(width, lanes)):
                     for j in range(min(width, count - l)):
-                        target[unsafe_offset=(l + j) * channels + c + i] = from_[unsafe_offset=i * line + j].cast[to]()
+                        target[unsafe_offset=(l + j) * channels + c + i] = from_[unsafe_offset=i * line + j]
 
 
 @always_inline
 def turn_out[
-    dtype: DType, //, write: Write[dtype], width: Int
+    dtype: DType, //, write: Write[dtype]
 ](rows: Memory[dtype], row_size: Int, n: Int, first: Int, count: Int, filter: Int, filters: Int):
-    """Writes `count` rows of `filters` values, which stand `row_size` apart, as outputs from `first` on."""
+    """Writes `count` rows of `filters` values, which stand `row_size` apart, as outputs from `first` on.
+
+    Whole squares are read: there must be memory behind the last row and value.
+    """
+    comptime width = simd_width_of[dtype]()
     for f in range(0, filters, width):
         for l in range(0, count, width):
             var square = Array[SIMD[dtype, width], width](fill=SIMD[dtype, width](0))

@@ -62,12 +62,9 @@ struct Window(ImplicitlyCopyable, TrivialRegisterPassable):
         return self.first >= 0 and self.first + (self.count - 1) * g.stride + (g.kernel - 1) * g.dilation < g.length
 
     def fill[
-        dtype: DType, to: DType, //, nlc: Bool
+        dtype: DType, to: DType, //
     ](self, g: Geometry, x: Memory[dtype], channels: Int, target: Memory[to]):
-        """Copies `channels` channels of every row, from data that starts at `x`, into `target`."""
-        comptime if not nlc:
-            self.turn(g, x, channels, target)
-            return
+        """Copies `channels` channels of every row, from NLC data that starts at `x`, into `target`."""
         comptime width = simd_width_of[to]()
         var whole = channels - channels % width
         for r in range(self.rows):
@@ -84,23 +81,20 @@ struct Window(ImplicitlyCopyable, TrivialRegisterPassable):
                 row[unsafe_offset=c] = data[unsafe_offset=c].cast[to]()
 
     def turn[
-        dtype: DType, to: DType, //
-    ](self, g: Geometry, x: Memory[dtype], channels: Int, target: Memory[to]):
-        """Does the same for NCL data."""
-        var inner = 0
-        var outer = 0
-        if not self.gathered:
-            inner = min(self.rows, max(0, -self.first))
-            outer = max(inner, min(self.rows, g.length - self.first))
-            turn_in(
-                x.unsafe_offset(self.first + inner), g.length, outer - inner, channels, target.unsafe_offset(inner * channels)
-            )
+        dtype: DType, //
+    ](self, g: Geometry, x: Memory[dtype], channels: Int, target: Memory[dtype]):
+        """Does the same for NCL data, where the window is a `span`."""
+        var inner = min(self.rows, max(0, -self.first))
+        var outer = max(inner, min(self.rows, g.length - self.first))
+        turn_in(
+            x.unsafe_offset(self.first + inner), g.length, outer - inner, channels, target.unsafe_offset(inner * channels)
+        )
         for r in range(self.rows):
             if r >= inner and r < outer:
                 continue
             var source = self.source(g, r)
             for c in range(channels):
-                target[unsafe_offset=r * channels + c] = x[unsafe_offset=c * g.length + source].cast[to]() if source >= 0 else 0
+                target[unsafe_offset=r * channels + c] = x[unsafe_offset=c * g.length + source] if source >= 0 else 0
 
 
 @fieldwise_init
@@ -114,7 +108,7 @@ struct Rows[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
     @always_inline
     @staticmethod
     def of[
-        source: DType, //, nlc: Bool = True
+        source: DType, //
     ](
         window: Window,
         g: Geometry,
@@ -122,16 +116,16 @@ struct Rows[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
         channels: Int,
         mut scratch: List[Scalar[Self.dtype]],
     ) -> Self:
-        """Returns where `channels` channels of the window's rows stand: in the data that starts at `x`, where it is NLC, has
-        the right type and holds every row, and otherwise copied to `scratch`.
+        """Returns where `channels` channels of the window's rows stand: in NLC data that starts at `x`, where every row
+        lies in the input and has the right type, and otherwise copied to `scratch`.
         """
-        comptime if nlc and source == Self.dtype:
+        comptime if source == Self.dtype:
             if window.inside(g):
                 var data = x.unsafe_offset(window.first * g.channels).unsafe_bitcast[Scalar[Self.dtype]]()
                 return Self(data, g.stride * g.channels, g.dilation * g.channels)
         scratch = List[Scalar[Self.dtype]](unsafe_uninit_length=window.rows * channels)
         var copy = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-        window.fill[nlc](g, x, channels, copy)
+        window.fill(g, x, channels, copy)
         return Self(copy, window.row_step(g) * channels, window.tap_step(g) * channels)
 
     @always_inline

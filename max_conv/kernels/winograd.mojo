@@ -391,7 +391,7 @@ def block[
         else:
             var start = first_output(plan, first)
             var end = min(g.out_length, start + count * QUAD)
-            var turned = List[Scalar[dtype]](unsafe_uninit_length=(end - start + width) * panel)
+            var turned = List[Scalar[dtype]](unsafe_uninit_length=(end - start + simd_width_of[dtype]()) * panel + simd_width_of[dtype]())
             var rows_out = turned.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
 
             @__parameter
@@ -400,7 +400,7 @@ def block[
                 rows_out.unsafe_offset((position - start) * panel + filter - f).unsafe_store(value)
 
             panel_quads[keep](g, plan, first, count, data, row_size, plane, w, sums, o, n, f, lanes)
-            turn_out[write, width](rows_out, panel, n, start, end - start, f, min(lanes, panel))
+            turn_out[write](rows_out, panel, n, start, end - start, f, min(lanes, panel))
             _ = turned^
     _ = scratch^
     _ = rest^
@@ -439,6 +439,11 @@ def panel_quads[
         else:
             quads[write, rows // 4](g, plan, first + i, left, x, row_size, plane, filter, sums, o, n, f, lanes)
             i += rows // 4
+
+
+def pays(g: Geometry, least: Int) -> Bool:
+    """Tells whether outputs are enough to make up for the transformed filter, and for quads that are cut off."""
+    return g.batch * g.out_length >= least and g.out_length * gcd(g.stride, g.dilation) >= 4 * QUAD * g.dilation
 
 
 def conv1d_winograd[
