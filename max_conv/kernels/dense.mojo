@@ -8,12 +8,15 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, Operands, Write, accumulator, load, put, spread, workers
+from .lanes import BLOCK, Memory, Operands, Write, accumulator, load, put, spread, workers
 from .window import Rows, Window
 
 comptime VECTORS = 2
 comptime SHORT_ROWS = 4
 """Positions in the tile that ends a block: a tile of 14 would waste most of its rows on short signals."""
+comptime SLAB = 2048
+"""Rows of a filter's panel (a tap and a channel each) that are summed for all tiles of a block before the next ones: a
+quarter of the second cache."""
 comptime WINDOW_BYTES = 512 * 1024
 comptime TASK = 1 << 20
 """Multiplications in a task: about 10 microseconds, above which finer cuts pay for themselves."""
@@ -24,35 +27,62 @@ def tile_rows[acc: DType]() -> Int:
     return 6 if simd_width_of[acc]() * size_of[Scalar[acc]]() == 32 else 14
 
 
+@fieldwise_init
+struct Panel[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
+    """Some taps of up to `VECTORS` vectors of filters, side by side, and the sums over the taps before them."""
+
+    var data: Memory[Self.acc]
+    var row_size: Int
+    var first_tap: Int
+    var end_tap: Int
+    var sums: Memory[Self.acc]
+    """Of each position of the block, where the taps do not all fit into one slab."""
+
+
 @always_inline
 def tile[
     dtype: DType, acc: DType, //, write: Write[dtype], rows: Int, vectors: Int, partial: Bool
-](g: Geometry, x: Rows[acc], o: Operands[dtype], n: Int, first: Int, valid: Int, filter: Int, lanes: Int):
+](
+    g: Geometry,
+    x: Rows[acc],
+    w: Panel[acc],
+    o: Operands[dtype],
+    n: Int,
+    first: Int,
+    valid: Int,
+    filter: Int,
+    lanes: Int,
+    sums: Memory[acc],
+):
     """Computes `valid` of `rows` positions from `first` on, by `lanes` of `vectors * width` filters from `filter` on."""
     comptime width = simd_width_of[acc]()
     comptime last = vectors - 1
     var rest = lanes - last * width
     var total = Array[SIMD[acc, width], rows * vectors](fill=SIMD[acc, width](0))
-    comptime for j in range(vectors):
-        var b = o.bias_at[acc, width](filter + j * width, lanes - j * width)
-        comptime for i in range(rows):
-            total[i * vectors + j] = b
+    if w.first_tap == 0:
+        comptime for j in range(vectors):
+            var b = o.bias_at[acc, width](filter + j * width, lanes - j * width)
+            comptime for i in range(rows):
+                total[i * vectors + j] = b
+    else:
+        comptime for i in range(rows * vectors):
+            total[i] = sums.unsafe_offset(i * width).unsafe_load[width=width]()
 
     var channels = g.group_channels()
     var channel_block = min(channels, BLOCK)
     var tap_block = BLOCK // channel_block
-    var end_tap = g.end_tap(first)
-    for tap in range(g.first_tap(first, rows), end_tap, tap_block):
+    var end_tap = min(g.end_tap(first), w.end_tap)
+    for tap in range(max(g.first_tap(first, rows), w.first_tap), end_tap, tap_block):
         for channel in range(0, channels, channel_block):
             var sum = Array[SIMD[acc, width], rows * vectors](fill=SIMD[acc, width](0))
             for k in range(tap, min(tap + tap_block, end_tap)):
                 var xk = x.data.unsafe_offset(k * x.tap_step)
-                var wk = o.w.unsafe_offset(k * channels * g.filters + filter)
+                var wk = w.data.unsafe_offset((k - w.first_tap) * channels * w.row_size)
                 for c in range(channel, min(channel + channel_block, channels)):
                     var b = Array[SIMD[acc, width], vectors](fill=SIMD[acc, width](0))
                     comptime for j in range(vectors):
                         b[j] = load[acc, width, partial and j == last](
-                            wk.unsafe_offset(c * g.filters + j * width), rest
+                            wk.unsafe_offset(c * w.row_size + j * width), rest
                         )
                     comptime for i in range(rows):
                         var a = SIMD[acc, width](xk[unsafe_offset=i * x.output_step + c])
@@ -61,6 +91,10 @@ def tile[
             comptime for i in range(rows * vectors):
                 total[i] += sum[i]
 
+    if w.end_tap < g.kernel:
+        comptime for i in range(rows * vectors):
+            sums.unsafe_offset(i * width).unsafe_store(total[i])
+        return
     comptime for i in range(rows):
         if i < valid:
             comptime for j in range(vectors):
@@ -73,20 +107,51 @@ def tile[
 @always_inline
 def column[
     dtype: DType, acc: DType, //, write: Write[dtype], vectors: Int, partial: Bool
-](g: Geometry, x: Rows[acc], o: Operands[dtype], n: Int, first: Int, count: Int, filter: Int, lanes: Int):
+](
+    g: Geometry,
+    x: Rows[acc],
+    w: Panel[acc],
+    o: Operands[dtype],
+    n: Int,
+    first: Int,
+    count: Int,
+    filter: Int,
+    lanes: Int,
+):
     """Computes `count` positions from `first` on, by `lanes` filters from `filter` on."""
     comptime rows = tile_rows[acc]()
+    comptime width = simd_width_of[acc]()
     var done = 0
     while done < count:
         var left = count - done
+        var sums = w.sums.unsafe_offset(done * vectors * width)
         if left > 2 * SHORT_ROWS:
-            tile[write, rows, vectors, partial](g, x.skip(done), o, n, first + done, min(left, rows), filter, lanes)
+            tile[write, rows, vectors, partial](
+                g, x.skip(done), w, o, n, first + done, min(left, rows), filter, lanes, sums
+            )
             done += rows
         else:
             tile[write, SHORT_ROWS, vectors, partial](
-                g, x.skip(done), o, n, first + done, min(left, SHORT_ROWS), filter, lanes
+                g, x.skip(done), w, o, n, first + done, min(left, SHORT_ROWS), filter, lanes, sums
             )
             done += SHORT_ROWS
+
+
+@always_inline
+def pack[
+    dtype: DType, acc: DType, //
+](w: Memory[dtype], row_size: Int, rows: Int, lanes: Int, target: Memory[acc]):
+    """Copies `rows` rows of `lanes` filters side by side, with zeros behind the last filter."""
+    comptime width = simd_width_of[acc]()
+    for r in range(rows):
+        comptime for j in range(VECTORS):
+            var from_ = w.unsafe_offset(r * row_size + j * width)
+            var value = SIMD[acc, width](0)
+            if lanes >= (j + 1) * width:
+                value = load[acc, width, False](from_, width)
+            elif lanes > j * width:
+                value = load[acc, width, True](from_, lanes - j * width)
+            target.unsafe_offset((r * VECTORS + j) * width).unsafe_store(value)
 
 
 def block[
@@ -104,22 +169,37 @@ def block[
     """Computes `count` positions from `first` on, of one group's filters `first_filter .. end_filter - 1`."""
     comptime acc = accumulator[dtype]
     comptime width = simd_width_of[acc]()
+    comptime panel = VECTORS * width
+    comptime rows = tile_rows[acc]()
     var channels = g.group_channels()
     # Tiles may run past `count`: the rows that they read must exist all the same.
-    var window = Window.of(g, first, count + tile_rows[acc]())
+    var window = Window.of(g, first, count + rows)
     var x = o.x.unsafe_offset(n * g.length * g.channels + group * channels)
     var scratch = List[Scalar[acc]]()
-    var rows = Rows[acc].of(window, g, x, channels, scratch)
-    for f in range(first_filter, end_filter, VECTORS * width):
+    var data = Rows[acc].of(window, g, x, channels, scratch)
+    var taps = min(g.kernel, max(1, SLAB // channels))
+    var in_slabs = taps < g.kernel or dtype != acc
+    var packed_size = taps * channels * panel
+    var room = List[Scalar[acc]](unsafe_uninit_length=packed_size + (count + rows) * panel if in_slabs else 0)
+    var packed = room.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    for f in range(first_filter, end_filter, panel):
         var filter = group * g.group_filters() + f
         var lanes = end_filter - f
-        if lanes >= VECTORS * width:
-            column[write, VECTORS, False](g, rows, o, n, first, count, filter, lanes)
-        elif lanes > width:
-            column[write, VECTORS, True](g, rows, o, n, first, count, filter, lanes)
-        else:
-            column[write, 1, True](g, rows, o, n, first, count, filter, lanes)
+        for tap in range(0, g.kernel, taps):
+            var end = min(tap + taps, g.kernel)
+            var rows_of_filter = o.w.unsafe_offset(tap * channels * g.filters + filter)
+            var w = Panel[acc](rows_of_filter.unsafe_bitcast[Scalar[acc]](), g.filters, tap, end, packed)
+            if in_slabs:
+                pack(rows_of_filter, g.filters, (end - tap) * channels, lanes, packed)
+                w = Panel[acc](packed, panel, tap, end, packed.unsafe_offset(packed_size))
+            if lanes >= panel:
+                column[write, VECTORS, False](g, data, w, o, n, first, count, filter, lanes)
+            elif lanes > width:
+                column[write, VECTORS, True](g, data, w, o, n, first, count, filter, lanes)
+            else:
+                column[write, 1, True](g, data, w, o, n, first, count, filter, lanes)
     _ = scratch^
+    _ = room^
 
 
 def conv1d_dense[dtype: DType, //, write: Write[dtype]](g: Geometry, o: Operands[dtype]):
@@ -135,7 +215,7 @@ def conv1d_dense[dtype: DType, //, write: Write[dtype]](g: Geometry, o: Operands
     # A block reads its filters from cache once for each of its tiles, so blocks are long, and work is cut along the
     # filters where blocks alone are too few to go round evenly.
     var tile_bytes = g.group_channels() * g.stride * rows * size_of[Scalar[acc]]()
-    var block_tiles = min(min(8, WINDOW_BYTES // tile_bytes), g.batch * g.groups * tiles * panels // target)
+    var block_tiles = min(min(16 if g.kernel * g.group_channels() > SLAB else 8, WINDOW_BYTES // tile_bytes), g.batch * g.groups * tiles * panels // target)
     var blocks = ceildiv(tiles, max(1, block_tiles))
     var splits = min(panels, ceildiv(target, g.batch * g.groups * blocks))
     var split = ceildiv(panels, splits) * panel
