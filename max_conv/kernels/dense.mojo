@@ -8,7 +8,7 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, Memory, Operands, Write, accumulator, load, put, spread, workers
+from .lanes import BLOCK, Memory, Operands, Scratch, Write, accumulator, load, put, spread, workers
 from .window import Rows, Window
 
 comptime VECTORS = 2
@@ -175,13 +175,13 @@ def block[
     # Tiles may run past `count`: the rows that they read must exist all the same.
     var window = Window.of(g, first, count + rows)
     var x = o.x.unsafe_offset(n * g.length * g.channels + group * channels)
-    var scratch = List[Scalar[acc]]()
+    var scratch = Scratch[acc](0)
     var data = Rows[acc].of(window, g, x, channels, scratch)
     var taps = min(g.kernel, max(1, SLAB // channels))
     var in_slabs = taps < g.kernel or dtype != acc
     var packed_size = taps * channels * panel
-    var room = List[Scalar[acc]](unsafe_uninit_length=packed_size + (count + rows) * panel if in_slabs else 0)
-    var packed = room.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    var room = Scratch[acc](packed_size + (count + rows) * panel if in_slabs else 0)
+    var packed = room.data()
     for f in range(first_filter, end_filter, panel):
         var filter = group * g.group_filters() + f
         var lanes = end_filter - f

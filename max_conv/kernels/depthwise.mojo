@@ -1,27 +1,58 @@
 """Depthwise convolution of NLC data with an SCF filter: one channel in, one channel out, lanes run over channels.
 
-There is no sum over channels, so a step loads one filter vector and multiplies it with one vector of each row.
+There is no sum over channels, so a step loads one filter vector and multiplies it with one vector of each row. A block
+of rows is first laid out vector by vector, where the rows of a vector are neighbours: in place they can be 2 KiB apart,
+which is where the same few lines of the cache serve them all.
 """
 
 from std.math import ceildiv
 from std.sys.info import simd_width_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, Operands, Write, accumulator, load, put, spread, workers
-from .window import Rows, Window
+from .lanes import BLOCK, Memory, Operands, Scratch, Write, accumulator, load, put, spread, workers
+from .window import Window
 
-comptime ROWS = 8
-comptime SHORT_ROWS = 2
+comptime ROWS = 16
+comptime SHORT_ROWS = 4
 comptime POSITIONS = 8 * ROWS
 comptime CHANNEL_VECTORS = 8
 
 
 @always_inline
+def fill[
+    dtype: DType, acc: DType, //
+](window: Window, g: Geometry, x: Memory[dtype], channels: Int, target: Memory[acc]):
+    """Copies `channels` channels of the window's rows, from data that starts at `x`: (vector, row, lane)."""
+    comptime width = simd_width_of[acc]()
+    for r in range(window.rows):
+        var source = window.source(g, r)
+        var row = x.unsafe_offset(source * g.channels)
+        var to = target.unsafe_offset(r * width)
+        for c in range(0, channels, width):
+            var value = SIMD[acc, width](0)
+            if source >= 0:
+                if c + width <= channels:
+                    value = load[acc, width, False](row.unsafe_offset(c), width)
+                else:
+                    value = load[acc, width, True](row.unsafe_offset(c), channels - c)
+            to.unsafe_offset(c * window.rows).unsafe_store(value)
+
+
+@always_inline
 def tile[
-    dtype: DType, //, write: Write[dtype], rows: Int, partial: Bool
-](g: Geometry, x: Rows[dtype], o: Operands[dtype], n: Int, first: Int, valid: Int, channel: Int, lanes: Int):
+    dtype: DType, acc: DType, //, write: Write[dtype], rows: Int, partial: Bool
+](
+    g: Geometry,
+    x: Memory[acc],
+    tap_step: Int,
+    o: Operands[dtype],
+    n: Int,
+    first: Int,
+    valid: Int,
+    channel: Int,
+    lanes: Int,
+):
     """Computes `valid` of `rows` positions from `first` on, of one vector of channels."""
-    comptime acc = accumulator[dtype]
     comptime width = simd_width_of[acc]()
     var total = Array[SIMD[acc, width], rows](fill=o.bias_at[acc, width](channel, lanes))
     var end_tap = g.end_tap(first)
@@ -29,9 +60,9 @@ def tile[
         var sum = Array[SIMD[acc, width], rows](fill=SIMD[acc, width](0))
         for k in range(tap, min(tap + BLOCK, end_tap)):
             var wk = load[acc, width, partial](o.w.unsafe_offset(k * g.filters + channel), lanes)
-            var xk = x.data.unsafe_offset(k * x.tap_step)
+            var xk = x.unsafe_offset(k * tap_step)
             comptime for i in range(rows):
-                sum[i] = load[acc, width, partial](xk.unsafe_offset(i * x.output_step), lanes).fma(wk, sum[i])
+                sum[i] = xk.unsafe_offset(i * width).unsafe_load[width=width]().fma(wk, sum[i])
         comptime for i in range(rows):
             total[i] += sum[i]
     comptime for i in range(rows):
@@ -44,17 +75,29 @@ def tile[
 
 @always_inline
 def column[
-    dtype: DType, //, write: Write[dtype], partial: Bool
-](g: Geometry, x: Rows[dtype], o: Operands[dtype], n: Int, first: Int, count: Int, channel: Int, lanes: Int):
+    dtype: DType, acc: DType, //, write: Write[dtype], partial: Bool
+](
+    g: Geometry,
+    x: Memory[acc],
+    tap_step: Int,
+    o: Operands[dtype],
+    n: Int,
+    first: Int,
+    count: Int,
+    channel: Int,
+    lanes: Int,
+):
     """Computes `count` positions from `first` on, of one vector of channels."""
+    comptime width = simd_width_of[acc]()
     var done = 0
     while done < count:
         var left = count - done
+        var xt = x.unsafe_offset(done * width)
         if left > SHORT_ROWS:
-            tile[write, ROWS, partial](g, x.skip(done), o, n, first + done, min(left, ROWS), channel, lanes)
+            tile[write, ROWS, partial](g, xt, tap_step, o, n, first + done, left, channel, lanes)
             done += ROWS
         else:
-            tile[write, SHORT_ROWS, partial](g, x.skip(done), o, n, first + done, left, channel, lanes)
+            tile[write, SHORT_ROWS, partial](g, xt, tap_step, o, n, first + done, left, channel, lanes)
             done += SHORT_ROWS
 
 
@@ -62,38 +105,42 @@ def block[
     dtype: DType, //, write: Write[dtype]
 ](g: Geometry, o: Operands[dtype], n: Int, first: Int, count: Int, channel: Int, channels: Int):
     """Computes `count` positions from `first` on, of `channels` channels from `channel` on."""
-    comptime width = simd_width_of[accumulator[dtype]]()
+    comptime acc = accumulator[dtype]
+    comptime width = simd_width_of[acc]()
     # Tiles may run past `count`: the rows that they read must exist all the same.
-    var window = Window.of(g, first, count + ROWS)
-    var x = o.x.unsafe_offset(n * g.length * g.channels + channel)
-    var scratch = List[Scalar[dtype]]()
-    var rows = Rows[dtype].of(window, g, x, channels, scratch)
-    for c in range(channel, channel + channels, width):
-        var lanes = channel + channels - c
-        if lanes >= width:
-            column[write, False](g, rows.skip(0, c - channel), o, n, first, count, c, width)
+    var window = Window.neighbours(g, first, count + ROWS)
+    var scratch = Scratch[acc](window.rows * ceildiv(channels, width) * width)
+    var rows = scratch.data()
+    fill(window, g, o.x.unsafe_offset(n * g.length * g.channels + channel), channels, rows)
+    var tap_step = window.tap_step(g) * width
+    for c in range(0, channels, width):
+        var x = rows.unsafe_offset(c * window.rows)
+        if c + width <= channels:
+            column[write, False](g, x, tap_step, o, n, first, count, channel + c, width)
         else:
-            column[write, True](g, rows.skip(0, c - channel), o, n, first, count, c, lanes)
+            column[write, True](g, x, tap_step, o, n, first, count, channel + c, channels - c)
     _ = scratch^
 
 
 def conv1d_depthwise[dtype: DType, //, write: Write[dtype]](g: Geometry, o: Operands[dtype]):
     """Computes a depthwise convolution of NLC data with an SCF filter."""
     comptime channels = CHANNEL_VECTORS * simd_width_of[accumulator[dtype]]()
-    var blocks = ceildiv(g.out_length, POSITIONS)
-    var columns = ceildiv(g.channels, channels)
-    var tasks = g.batch * blocks * columns
     var threads = workers(g.batch * g.out_length * g.channels * g.kernel)
+    var columns = ceildiv(g.channels, channels)
+    var blocks = max(ceildiv(g.out_length, POSITIONS), min(ceildiv(g.out_length, ROWS), ceildiv(4 * threads, g.batch * columns)))
+    var positions = ceildiv(ceildiv(g.out_length, blocks), ROWS) * ROWS
+    blocks = ceildiv(g.out_length, positions)
+    var tasks = g.batch * blocks * columns
 
     def task(i: Int) {imm}:
         var channel = i % columns * channels
-        var first = i // columns % blocks * POSITIONS
+        var first = i // columns % blocks * positions
         block[write](
             g,
             o,
             i // (columns * blocks),
             first,
-            min(POSITIONS, g.out_length - first),
+            min(positions, g.out_length - first),
             channel,
             min(channels, g.channels - channel),
         )

@@ -9,7 +9,7 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, FilterSteps, Memory, Operands, Write, accumulator, put, spread, workers
+from .lanes import BLOCK, FilterSteps, Memory, Operands, Scratch, Write, accumulator, put, spread, workers
 
 comptime WIDE = 6
 """Vectors of positions in a tile of one filter."""
@@ -206,8 +206,8 @@ def block[
     var channels = g.group_channels()
     var lines = Lines.of(g, first, positions)
     var channel_size = lines.count * lines.length
-    var scratch = List[Scalar[acc]](unsafe_uninit_length=channels * channel_size)
-    var data = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    var scratch = Scratch[acc](channels * channel_size)
+    var data = scratch.data()
     var offset = n * g.length * g.channels + group * channels * (1 if nlc else g.length)
     lines.fill[nlc](g, o.x.unsafe_offset(offset), data)
     var table = List[Int](capacity=g.kernel)

@@ -8,7 +8,7 @@ r % count otherwise, so a large dilation or stride costs no memory.
 from std.sys.info import simd_width_of
 
 from .geometry import Geometry
-from .lanes import Memory
+from .lanes import Memory, Scratch
 from .turn import turn_in
 
 
@@ -32,6 +32,14 @@ struct Window(ImplicitlyCopyable, TrivialRegisterPassable):
             g.kernel * count if gathered else span,
             gathered,
         )
+
+    @staticmethod
+    def neighbours(g: Geometry, first_output: Int, count: Int) -> Self:
+        """Returns rows in which neighbouring outputs are always neighbours: tap by tap unless the stride is 1."""
+        var window = Self.of(g, first_output, count)
+        if g.stride > 1 and not window.gathered:
+            return Self(window.first, count, g.kernel * count, True)
+        return window
 
     @staticmethod
     def span(g: Geometry, first_output: Int, count: Int) -> Self:
@@ -114,7 +122,7 @@ struct Rows[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
         g: Geometry,
         x: Memory[source],
         channels: Int,
-        mut scratch: List[Scalar[Self.dtype]],
+        mut scratch: Scratch[Self.dtype],
     ) -> Self:
         """Returns where `channels` channels of the window's rows stand: in NLC data that starts at `x`, where every row
         lies in the input and has the right type, and otherwise copied to `scratch`.
@@ -123,10 +131,10 @@ struct Rows[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
             if window.inside(g):
                 var data = x.unsafe_offset(window.first * g.channels).unsafe_bitcast[Scalar[Self.dtype]]()
                 return Self(data, g.stride * g.channels, g.dilation * g.channels)
-        scratch = List[Scalar[Self.dtype]](unsafe_uninit_length=window.rows * channels)
-        var copy = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-        window.fill(g, x, channels, copy)
-        return Self(copy, window.row_step(g) * channels, window.tap_step(g) * channels)
+        scratch = Scratch[Self.dtype](window.rows * channels)
+        var rows = scratch.data()
+        window.fill(g, x, channels, rows)
+        return Self(rows, window.row_step(g) * channels, window.tap_step(g) * channels)
 
     @always_inline
     def skip(self, outputs: Int, channels: Int = 0) -> Self:

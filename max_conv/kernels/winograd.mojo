@@ -14,7 +14,7 @@ from std.sys.info import simd_width_of, size_of
 
 from .dense import tile_rows
 from .geometry import Geometry
-from .lanes import FilterSteps, Memory, Operands, Write, accumulator, load, phases, put, workers
+from .lanes import FilterSteps, Memory, Operands, Scratch, Write, accumulator, load, phases, put, workers
 from .turn import turn_out
 from .window import Window
 
@@ -349,14 +349,14 @@ def block[
     # Tiles may run past `count`: the rows that they read must exist all the same.
     var plane = (count + rows // 4) * row_size
     var products = plan.products()
-    var scratch = List[Scalar[acc]](unsafe_uninit_length=products * plane + POINTS * rows * panel)
-    var data = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    var scratch = Scratch[acc](products * plane + POINTS * rows * panel)
+    var data = scratch.data()
     var sums = data.unsafe_offset(products * plane)
     # Rows of padding are read from `rest`; NCL data is turned into it.
     var x = o.x.unsafe_offset(n * g.length * g.channels + group * channels * (1 if nlc else g.length))
     var span = Window.span(g, first_output(plan, first), count * QUAD)
-    var rest = List[Scalar[dtype]](unsafe_uninit_length=channels if nlc else span.rows * channels)
-    var copy = rest.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    var rest = Scratch[dtype](channels if nlc else span.rows * channels)
+    var copy = rest.data()
     comptime if nlc:
         for c in range(channels):
             copy[unsafe_offset=c] = 0
@@ -391,8 +391,8 @@ def block[
         else:
             var start = first_output(plan, first)
             var end = min(g.out_length, start + count * QUAD)
-            var turned = List[Scalar[dtype]](unsafe_uninit_length=(end - start + simd_width_of[dtype]()) * panel + simd_width_of[dtype]())
-            var rows_out = turned.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+            var turned = Scratch[dtype]((end - start + simd_width_of[dtype]()) * panel + simd_width_of[dtype]())
+            var rows_out = turned.data()
 
             @__parameter
             @always_inline
@@ -462,8 +462,8 @@ def conv1d_winograd[
     var threads = workers(g.batch * g.out_length * g.filters * g.kernel * channels)
     var chunk = max(1, threads * FILTER_BYTES // (panel_size * size_of[Scalar[acc]]()))
     chunk = ceildiv(panels, ceildiv(panels, chunk))
-    var filters = List[Scalar[acc]](unsafe_uninit_length=chunk * panel_size)
-    var filter = filters.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    var filters = Scratch[acc](chunk * panel_size)
+    var filter = filters.data()
     var total = ceildiv(g.out_length, plan.spacing * QUAD) * plan.spacing
     var quad_bytes = products * ceildiv(channels, width) * width * size_of[Scalar[acc]]()
     var size = min(DATA_BYTES // quad_bytes, g.batch * total // (4 * threads))
