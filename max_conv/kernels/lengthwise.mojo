@@ -15,6 +15,11 @@ comptime WIDE = 6
 """Vectors of positions in a tile of one filter."""
 comptime TILE = 3
 """Vectors of positions in a tile of several filters."""
+comptime LONG = 40
+comptime SHORT = 4
+"""Wide tiles in a block: of one channel's line, and of many channels' lines, which share a cache."""
+comptime TASK = 1 << 20
+"""Multiplications in a task that takes several groups."""
 comptime WINDOW_BYTES = 256 * 1024
 
 
@@ -178,9 +183,12 @@ def band[
     while done < count:
         var left = count - done
         var xt = x.unsafe_offset(done)
-        if left > width:
+        if left > max(1, vectors // 2) * width:
             tile[write, filters, vectors, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
             done += vectors * width
+        elif left > width:
+            tile[write, filters, vectors // 2, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
+            done += vectors // 2 * width
         else:
             tile[write, filters, 1, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
             done += width
@@ -193,14 +201,15 @@ def block[
     steps: FilterSteps,
     o: Operands[dtype],
     n: Int,
-    group: Int,
+    first_group: Int,
+    end_group: Int,
     first: Int,
     count: Int,
     positions: Int,
     first_filter: Int,
     end_filter: Int,
 ):
-    """Computes `count` positions from `first` on, of one group's filters `first_filter .. end_filter - 1`."""
+    """Computes `count` positions from `first` on, of filters `first_filter .. end_filter - 1` of some groups."""
     comptime acc = accumulator[dtype]
     comptime filters = tile_filters[acc]()
     var channels = g.group_channels()
@@ -208,22 +217,22 @@ def block[
     var channel_size = lines.count * lines.length
     var scratch = Scratch[acc](channels * channel_size)
     var data = scratch.data()
-    var offset = n * g.length * g.channels + group * channels * (1 if nlc else g.length)
-    lines.fill[nlc](g, o.x.unsafe_offset(offset), data)
     var table = List[Int](capacity=g.kernel)
     for k in range(g.kernel):
         table.append(lines.tap(g, k))
     var taps = table.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-
-    var f = first_filter
-    while f < end_filter:
-        var filter = group * g.group_filters() + f
-        if end_filter - f >= filters:
-            band[write, filters, TILE, nlc](g, data, channel_size, taps, steps, o, n, first, count, filter)
-            f += filters
-        else:
-            band[write, 1, WIDE, nlc](g, data, channel_size, taps, steps, o, n, first, count, filter)
-            f += 1
+    for group in range(first_group, end_group):
+        var offset = n * g.length * g.channels + group * channels * (1 if nlc else g.length)
+        lines.fill[nlc](g, o.x.unsafe_offset(offset), data)
+        var f = first_filter
+        while f < end_filter:
+            var filter = group * g.group_filters() + f
+            if end_filter - f >= filters:
+                band[write, filters, TILE, nlc](g, data, channel_size, taps, steps, o, n, first, count, filter)
+                f += filters
+            else:
+                band[write, 1, WIDE, nlc](g, data, channel_size, taps, steps, o, n, first, count, filter)
+                f += 1
     _ = scratch^
     _ = table^
 
@@ -236,28 +245,34 @@ def conv1d_lengthwise[
     comptime lanes = WIDE * simd_width_of[acc]()
     var threads = workers(g.batch * g.out_length * g.filters * g.kernel * g.group_channels())
     var room = WINDOW_BYTES // (g.group_channels() * g.stride * size_of[Scalar[acc]]())
-    var columns = max(1, min(4, room // lanes))
+    var columns = max(1, min(LONG if g.group_channels() == 1 else SHORT, room // lanes))
     columns = max(1, min(columns, g.batch * g.groups * ceildiv(g.out_length, lanes) // (4 * threads)))
     var positions = columns * lanes
     var blocks = ceildiv(g.out_length, positions)
+    positions = ceildiv(ceildiv(g.out_length, blocks), lanes) * lanes
     var splits = 1
     if g.batch * g.groups * blocks < 2 * threads:
         splits = min(g.group_filters(), ceildiv(2 * threads, g.batch * g.groups * blocks))
     var tile = tile_filters[acc]()
     var split = ceildiv(ceildiv(g.group_filters(), splits), tile) * tile
     splits = ceildiv(g.group_filters(), split)
-    var tasks = g.batch * blocks * g.groups * splits
+    # Small groups share a task, and what it allocates.
+    var group_work = positions * g.kernel * g.group_channels() * g.group_filters()
+    var bundle = min(TASK // group_work, g.batch * blocks * g.groups // (8 * threads))
+    var bundles = g.groups if splits > 1 else ceildiv(g.groups, max(1, bundle))
+    var tasks = g.batch * blocks * bundles * splits
 
     def task(i: Int) {imm}:
         var part = i % splits
-        var group = i // splits % g.groups
-        var first = i // (splits * g.groups) % blocks * positions
+        var at = i // splits % bundles
+        var first = i // (splits * bundles) % blocks * positions
         block[write, nlc](
             g,
             steps,
             o,
-            i // (splits * g.groups * blocks),
-            group,
+            i // (splits * bundles * blocks),
+            at * g.groups // bundles,
+            (at + 1) * g.groups // bundles,
             first,
             min(positions, g.out_length - first),
             positions,
