@@ -19,6 +19,7 @@ class Layer:
     group_channels: int
     group_filters: int
     groups: int
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,17 @@ def choose(layer: Layer) -> Choice:
     >>> choose(Layer(Geometry.of(3, padding=1), "NLC", 80, 384, 1)).kernel
     'winograd'
     """
-    return winograd(layer) or direct(layer)
+    return paired(layer) or winograd(layer) or direct(layer)
+
+
+def paired(layer: Layer) -> Choice | None:
+    """Returns the choice of the kernel for pairs of bfloat16 values, which other processors replace by `direct`."""
+    if layer.dtype != "bfloat16" or layer.group_channels < 8 or layer.group_filters < 16 or layer.groups > 16:
+        return None
+    # NCL data is turned with all rows between the first tap and the last.
+    if layer.layout == "NCL" and layer.geometry.reach * layer.group_channels > 128 * 1024:
+        return None
+    return Choice("paired", "bfloat16 dot products of pairs, where the processor has AVX512_BF16")
 
 
 def winograd(layer: Layer) -> Choice | None:
@@ -48,6 +59,10 @@ def winograd(layer: Layer) -> Choice | None:
         return None  # the transforms take more than is saved
     if products * layer.group_channels > 12288:
         return None  # a panel of the transformed filter would exceed 1.5 MiB
+    spacing = layer.geometry.dilation // gcd(layer.geometry.stride, layer.geometry.dilation)
+    rows = 4 * spacing * layer.geometry.stride + layer.geometry.reach
+    if layer.layout == "NCL" and max(rows, products * spacing) * layer.group_channels > 128 * 1024:
+        return None  # NCL data is turned in blocks of whole quads, which would exceed 512 KiB
     return Choice("winograd", f"{products} multiplications for {direct_products} of a direct convolution")
 
 

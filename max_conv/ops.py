@@ -80,7 +80,8 @@ def conv1d(
         batch = x.shape[0]
     else:
         x, batch = ops.unsqueeze(x, 0), Dim(1)
-    kernel = choose(Layer(geometry, layout, group_channels, filters // groups, groups)).kernel
+    layer = Layer(geometry, layout, group_channels, filters // groups, groups, x.dtype.name)
+    kernel = choose(layer).kernel
     if layout == "NLC" and kernel != "lengthwise":
         filter, filter_layout = permute(filter, filter_layout, "SCF"), "SCF"
     bias = ops.constant([], x.dtype, device=x.device) if bias is None else _in_graph(bias)

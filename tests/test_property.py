@@ -44,6 +44,13 @@ KERNELS = (
     ("winograd", "NCL", "FCS"),
 )
 """Kernels that take every layer, and the layouts that they are tested in."""
+PAIRED = (("paired", "NLC", "SCF"), ("paired", "NCL", "FCS"))
+"""Takes every layer of bfloat16; where the processor has no such instruction, it is another kernel."""
+
+
+def kernels(dtype: DType) -> tuple[tuple[str, str, str], ...]:
+    return KERNELS + PAIRED * (dtype == DType.bfloat16)
+
 
 SHARES = {DType.float32: 0.7, DType.float64: 0.1, DType.float16: 0.1, DType.bfloat16: 0.1}
 EPS = {DType.float32: 2.0**-23, DType.float64: 2.0**-52, DType.float16: 2.0**-23, DType.bfloat16: 2.0**-23}
@@ -150,7 +157,7 @@ def models() -> dict[tuple[DType, bool], Model]:
                                 filter_layout,
                                 least=0,
                             )
-                            for kernel, layout, filter_layout in KERNELS
+                            for kernel, layout, filter_layout in kernels(dtype)
                         ]
                     )
     loaded = InferenceSession(devices=[CPU()]).load_all(module, custom_extensions=[kernel_library()])
@@ -220,10 +227,10 @@ def compare(layer: Layer, dtype: DType) -> None:
     inputs.append(Buffer.from_numpy(np.zeros(want.shape[1], np.int8)))
     inputs += [Buffer.from_numpy(np.array(number, np.int64)) for number in numbers]
     got = answers(models()[dtype, False], inputs, dtype)
-    got = [out.transpose(0, 2, 1) if kernel[1] == "NCL" else out for kernel, out in zip(KERNELS, got, strict=True)]
+    got = [out.transpose(0, 2, 1) if kernel[1] == "NCL" else out for kernel, out in zip(kernels(dtype), got, strict=True)]
     if layer.group_channels == layer.group_filters == 1:
         got += answers(models()[dtype, True], inputs, dtype)
-    for name, out in zip((*KERNELS, "depthwise"), got, strict=False):
+    for name, out in zip((*kernels(dtype), "depthwise"), got, strict=False):
         assert out.shape == want.shape, name
         wrong = ~(np.abs(out - want) <= bound)  # NaN is wrong, too
         assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.size} wrong, first at {np.argwhere(wrong)[0]}"

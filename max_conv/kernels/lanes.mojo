@@ -35,6 +35,21 @@ def load[dtype: DType, //, acc: DType, width: Int, partial: Bool](
 
 
 @always_inline
+def gathered[
+    dtype: DType, //, acc: DType, width: Int
+](p: Memory[dtype], step: Int, lanes: Int) -> SIMD[acc, width]:
+    """Loads `lanes` values that stand `step` apart, and zeros after them."""
+    if step == 1:
+        if lanes >= width:
+            return load[acc, width, False](p, lanes)
+        return load[acc, width, True](p, lanes)
+    var values = SIMD[acc, width](0)
+    for i in range(min(width, lanes)):
+        values[i] = p[unsafe_offset=i * step].cast[acc]()
+    return values
+
+
+@always_inline
 def store[dtype: DType, //, acc: DType, width: Int, partial: Bool](
     p: Memory[dtype], value: SIMD[acc, width], lanes: Int
 ):

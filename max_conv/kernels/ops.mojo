@@ -13,6 +13,7 @@ from .gpu import conv1d_gpu
 from .lanes import FilterSteps, Operands
 from .lengthwise import conv1d_lengthwise
 from .winograd import conv1d_winograd, pays
+from .paired import conv1d_paired, has_pairs
 from .lstm import GATES, Lstm, lstm_cpu, lstm_gpu
 
 
@@ -122,6 +123,9 @@ struct Conv1d:
             if least == 0 or pays(g, least):
                 conv1d_winograd[write, nlc](g, steps, o)
                 return
+        comptime if kernel == "paired" and dtype == DType.bfloat16 and has_pairs():
+            conv1d_paired[write, nlc](g, steps, o)
+            return
         comptime if kernel == "depthwise":
             comptime assert nlc and filter_layout == "SCF"
             if g.groups != g.channels or g.filters != g.channels:

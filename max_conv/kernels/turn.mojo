@@ -21,8 +21,8 @@ def transpose[dtype: DType, width: Int, //](mut rows: Array[SIMD[dtype, width], 
 @always_inline
 def turn_in[
     dtype: DType, //
-](x: Memory[dtype], line: Int, count: Int, channels: Int, target: Memory[dtype]):
-    """Copies `count` positions of `channels` channels, each `line` values long, into (count, channels) rows."""
+](x: Memory[dtype], line: Int, count: Int, channels: Int, target: Memory[dtype], row_size: Int):
+    """Copies `count` positions of `channels` channels, each `line` values long, into rows `row_size` apart."""
     comptime width = simd_width_of[dtype]()
     for c in range(0, channels, width):
         var lanes = channels - c
@@ -34,11 +34,11 @@ def turn_in[
                     square[i] = from_.unsafe_offset(i * line).unsafe_load[width=width]()
                 transpose(square)
                 comptime for i in range(width):
-                    target.unsafe_offset((l + i) * channels + c).unsafe_store(square[i])
+                    target.unsafe_offset((l + i) * row_size + c).unsafe_store(square[i])
             else:
                 for i in range(min(width, lanes)):
                     for j in range(min(width, count - l)):
-                        target[unsafe_offset=(l + j) * channels + c + i] = from_[unsafe_offset=i * line + j]
+                        target[unsafe_offset=(l + j) * row_size + c + i] = from_[unsafe_offset=i * line + j]
 
 
 @always_inline

@@ -71,38 +71,40 @@ struct Window(ImplicitlyCopyable, TrivialRegisterPassable):
 
     def fill[
         dtype: DType, to: DType, //
-    ](self, g: Geometry, x: Memory[dtype], channels: Int, target: Memory[to]):
-        """Copies `channels` channels of every row, from NLC data that starts at `x`, into `target`."""
+    ](self, g: Geometry, x: Memory[dtype], channels: Int, target: Memory[to], row_size: Int):
+        """Copies `channels` channels of every row, from NLC data that starts at `x`, with zeros up to `row_size`."""
         comptime width = simd_width_of[to]()
         var whole = channels - channels % width
         for r in range(self.rows):
             var source = self.source(g, r)
-            var row = target.unsafe_offset(r * channels)
+            var row = target.unsafe_offset(r * row_size)
             if source < 0:
-                for c in range(channels):
+                for c in range(row_size):
                     row[unsafe_offset=c] = 0
                 continue
             var data = x.unsafe_offset(source * g.channels)
             for c in range(0, whole, width):
                 row.unsafe_offset(c).unsafe_store(data.unsafe_offset(c).unsafe_load[width=width]().cast[to]())
-            for c in range(whole, channels):
-                row[unsafe_offset=c] = data[unsafe_offset=c].cast[to]()
+            for c in range(whole, row_size):
+                row[unsafe_offset=c] = data[unsafe_offset=c].cast[to]() if c < channels else 0
 
     def turn[
         dtype: DType, //
-    ](self, g: Geometry, x: Memory[dtype], channels: Int, target: Memory[dtype]):
+    ](self, g: Geometry, x: Memory[dtype], channels: Int, target: Memory[dtype], row_size: Int):
         """Does the same for NCL data, where the window is a `span`."""
         var inner = min(self.rows, max(0, -self.first))
         var outer = max(inner, min(self.rows, g.length - self.first))
-        turn_in(
-            x.unsafe_offset(self.first + inner), g.length, outer - inner, channels, target.unsafe_offset(inner * channels)
-        )
+        var to = target.unsafe_offset(inner * row_size)
+        turn_in(x.unsafe_offset(self.first + inner), g.length, outer - inner, channels, to, row_size)
         for r in range(self.rows):
+            var row = target.unsafe_offset(r * row_size)
+            for c in range(channels, row_size):
+                row[unsafe_offset=c] = 0
             if r >= inner and r < outer:
                 continue
             var source = self.source(g, r)
             for c in range(channels):
-                target[unsafe_offset=r * channels + c] = x[unsafe_offset=c * g.length + source] if source >= 0 else 0
+                row[unsafe_offset=c] = x[unsafe_offset=c * g.length + source] if source >= 0 else 0
 
 
 @fieldwise_init
@@ -133,7 +135,7 @@ struct Rows[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
                 return Self(data, g.stride * g.channels, g.dilation * g.channels)
         scratch = Scratch[Self.dtype](window.rows * channels)
         var rows = scratch.data()
-        window.fill(g, x, channels, rows)
+        window.fill(g, x, channels, rows, channels)
         return Self(rows, window.row_step(g) * channels, window.tap_step(g) * channels)
 
     @always_inline

@@ -14,7 +14,7 @@ from std.sys.info import simd_width_of, size_of
 
 from .dense import tile_rows
 from .geometry import Geometry
-from .lanes import FilterSteps, Memory, Operands, Scratch, Write, accumulator, load, phases, put, workers
+from .lanes import FilterSteps, Memory, Operands, Scratch, Write, accumulator, gathered, load, phases, put, workers
 from .turn import turn_out
 from .window import Window
 
@@ -133,21 +133,6 @@ def data_points[
         t[4] = SIMD[acc, width](-2).fma(e1, -e2)
         t[5] = half.fma(e1, -e2)
     return t^
-
-
-@always_inline
-def gathered[
-    dtype: DType, //, acc: DType, width: Int
-](p: Memory[dtype], step: Int, lanes: Int) -> SIMD[acc, width]:
-    """Loads `lanes` values that stand `step` apart, and zeros after them."""
-    if step == 1:
-        if lanes >= width:
-            return load[acc, width, False](p, lanes)
-        return load[acc, width, True](p, lanes)
-    var values = SIMD[acc, width](0)
-    for i in range(min(width, lanes)):
-        values[i] = p[unsafe_offset=i * step].cast[acc]()
-    return values
 
 
 @always_inline
@@ -361,7 +346,7 @@ def block[
         for c in range(channels):
             copy[unsafe_offset=c] = 0
     else:
-        span.turn(g, x, channels, copy)
+        span.turn(g, x, channels, copy, channels)
     for i in range(count):
         var position = first_output(plan, first + i) * g.stride - g.pad_left
         for part in range(len(plan.sizes)):
