@@ -74,6 +74,8 @@ def direct(layer: Layer) -> Choice:
         return Choice("depthwise", "one channel in and one out a group")
     if layer.group_filters < 8:
         return Choice("lengthwise", "fewer filters than half a vector")
+    if layer.geometry.kernel_size * layer.group_channels <= 128:
+        return Choice("short", "filters fill the vectors, and one running sum takes all taps and channels")
     return Choice("dense", "filters fill the vectors")
 
 

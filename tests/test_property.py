@@ -1,6 +1,6 @@
 """Every kernel against the reference on random layers, with NaN around each input, each answer three times.
 
-One compiled graph a dtype serves all layers: every dimension is symbolic and the geometry comes as run-time scalars.
+One compiled graph a kernel and dtype serves all layers: every dimension is symbolic and the geometry comes as run-time scalars.
 Lengths and channels are drawn around the sizes of tiles, blocks and vectors. `--configurations` sets the count;
 up to the default the layers are the same in every run, above it they are new ones.
 """
@@ -36,21 +36,19 @@ LARGEST = 100_000
 SLOW = 1200
 """Groups times taps of a depthwise layer: the reference takes a NumPy call for each."""
 
-KERNELS = (
+Way = tuple[str, str, str]
+WAYS: tuple[Way, ...] = (
     ("dense", "NLC", "SCF"),
+    ("short", "NLC", "SCF"),
+    ("depthwise", "NLC", "SCF"),
     ("lengthwise", "NLC", "SCF"),
-    ("winograd", "NLC", "SCF"),
     ("lengthwise", "NCL", "FCS"),
+    ("winograd", "NLC", "SCF"),
     ("winograd", "NCL", "FCS"),
+    ("paired", "NLC", "SCF"),
+    ("paired", "NCL", "FCS"),
 )
-"""Kernels that take every layer, and the layouts that they are tested in."""
-PAIRED = (("paired", "NLC", "SCF"), ("paired", "NCL", "FCS"))
-"""Takes every layer of bfloat16; where the processor has no such instruction, it is another kernel."""
-
-
-def kernels(dtype: DType) -> tuple[tuple[str, str, str], ...]:
-    return KERNELS + PAIRED * (dtype == DType.bfloat16)
-
+"""Every kernel, in the layouts that it is for."""
 
 SHARES = {DType.float32: 0.7, DType.float64: 0.1, DType.float16: 0.1, DType.bfloat16: 0.1}
 EPS = {DType.float32: 2.0**-23, DType.float64: 2.0**-52, DType.float16: 2.0**-23, DType.bfloat16: 2.0**-23}
@@ -122,46 +120,49 @@ def layers(draw: st.DrawFn) -> Layer:
     )
 
 
+def fits(kernel: str, layer: Layer, dtype: DType) -> bool:
+    """Tells whether a kernel takes a layer; where it does not, it raises."""
+    match kernel:
+        case "depthwise":
+            return layer.group_channels == layer.group_filters == 1
+        case "short":
+            return layer.kernel_size * layer.group_channels <= 128
+        case "paired":
+            return dtype == DType.bfloat16
+    return True
+
+
 @cache
-def models() -> dict[tuple[DType, bool], Model]:
-    """Compiles two graphs a dtype: every kernel that takes all layers, and the depthwise kernel."""
+def models() -> dict[tuple[DType, Way], Model]:
+    """Compiles a graph for each dtype and way; a kernel that gives way to another one is made to take all layers."""
     cpu = DeviceRef.CPU()
     module = Module()
+    names = {}
     for dtype in SHARES:
         types = [
             TensorType(dtype, ["n", "l", "c"], cpu),
-            TensorType(dtype, ["n", "c", "l"], cpu),
             TensorType(dtype, ["k", "cg", "f"], cpu),
-            TensorType(dtype, ["f", "cg", "k"], cpu),
             TensorType(dtype, ["b"], cpu),
             TensorType(DType.int8, ["lo"], cpu),
             *[TensorType(DType.int64, [], cpu)] * 6,
         ]
-        for depthwise in (False, True):
-            with Graph(f"{dtype.name}_{depthwise}", input_types=types, module=module) as graph:
-                nlc, ncl, scf, fcs, bias, out, *scalars = (value.tensor for value in graph.inputs)
-                n, lo, f = nlc.shape[0], out.shape[0], scf.shape[2]
-                if depthwise:
-                    graph.output(emit(nlc, scf, bias, scalars, [n, lo, f], "depthwise", "NLC", "SCF"))
-                else:
-                    graph.output(
-                        *[
-                            emit(
-                                nlc if layout == "NLC" else ncl,
-                                scf if filter_layout == "SCF" else fcs,
-                                bias,
-                                scalars,
-                                [n, lo, f] if layout == "NLC" else [n, f, lo],
-                                kernel,
-                                layout,
-                                filter_layout,
-                                least=0,
-                            )
-                            for kernel, layout, filter_layout in kernels(dtype)
-                        ]
-                    )
+        for way in WAYS:
+            if way[0] == "paired" and dtype != DType.bfloat16:
+                continue
+            kernel, layout, filter_layout = way
+            names[dtype, way] = name = "_".join((dtype.name, *way))
+            given = types[:]
+            if layout == "NCL":
+                given[0] = TensorType(dtype, ["n", "c", "l"], cpu)
+            if filter_layout == "FCS":
+                given[1] = TensorType(dtype, ["f", "cg", "k"], cpu)
+            with Graph(name, input_types=given, module=module) as graph:
+                x, w, bias, out, *scalars = (value.tensor for value in graph.inputs)
+                sizes = {"N": x.shape[0], "L": out.shape[0], "C": w.shape[filter_layout.index("F")]}
+                shape = [sizes[axis] for axis in layout]
+                graph.output(emit(x, w, bias, scalars, shape, kernel, layout, filter_layout, least=0))
     loaded = InferenceSession(devices=[CPU()]).load_all(module, custom_extensions=[kernel_library()])
-    return {(dtype, depthwise): loaded[f"{dtype.name}_{depthwise}"] for dtype in SHARES for depthwise in (False, True)}
+    return {key: loaded[name] for key, name in names.items()}
 
 
 def to_bits(values: np.ndarray, dtype: DType) -> np.ndarray:
@@ -186,14 +187,13 @@ def guarded(bits: np.ndarray, dtype: DType, offset: int) -> Buffer:
     return Buffer.from_numpy(inside).view(dtype, list(bits.shape))
 
 
-def answers(model: Model, inputs: list[Buffer], dtype: DType) -> list[np.ndarray]:
-    """Runs the model three times and returns its outputs, which must not change."""
+def answer(model: Model, inputs: list[Buffer], dtype: DType) -> np.ndarray:
+    """Runs the model three times and returns its output, which must not change."""
     carrier = DType.uint16 if dtype == DType.bfloat16 else dtype
-    runs = [[out.view(carrier, out.shape).to_numpy() for out in model.execute(*inputs)] for _ in range(3)]
-    for again in runs[1:]:
-        for first, other in zip(runs[0], again, strict=True):
-            assert first.tobytes() == other.tobytes(), "the same call gave two answers"
-    return [from_bits(out, dtype) for out in runs[0]]
+    first, *more = [out.view(carrier, out.shape).to_numpy() for (out,) in (model.execute(*inputs) for _ in range(3))]
+    for again in more:
+        assert first.tobytes() == again.tobytes(), "the same call gave two answers"
+    return from_bits(first, dtype)
 
 
 def compare(layer: Layer, dtype: DType) -> None:
@@ -221,16 +221,18 @@ def compare(layer: Layer, dtype: DType) -> None:
 
     mode = PADDING_MODES.index(layer.padding_mode)
     numbers = (layer.stride, layer.dilation, *layer.padding, mode, layer.groups)
-    offsets = random.integers(0, 64, 5)
-    arrays = (x, x.transpose(0, 2, 1).copy(), w, w.transpose(2, 1, 0).copy(), bias)
-    inputs = [guarded(bits, dtype, int(at)) for bits, at in zip(arrays, offsets, strict=True)]
-    inputs.append(Buffer.from_numpy(np.zeros(want.shape[1], np.int8)))
-    inputs += [Buffer.from_numpy(np.array(number, np.int64)) for number in numbers]
-    got = answers(models()[dtype, False], inputs, dtype)
-    got = [out.transpose(0, 2, 1) if kernel[1] == "NCL" else out for kernel, out in zip(kernels(dtype), got, strict=True)]
-    if layer.group_channels == layer.group_filters == 1:
-        got += answers(models()[dtype, True], inputs, dtype)
-    for name, out in zip((*kernels(dtype), "depthwise"), got, strict=False):
+    scalars = [Buffer.from_numpy(np.array(number, np.int64)) for number in numbers]
+    out_length = Buffer.from_numpy(np.zeros(want.shape[1], np.int8))
+    held = {"NLC": x, "NCL": x.transpose(0, 2, 1), "SCF": w, "FCS": w.transpose(2, 1, 0), "F": bias}
+    buffers = {name: guarded(bits, dtype, int(random.integers(0, 64))) for name, bits in held.items()}
+    for kernel, layout, filter_layout in WAYS:
+        if not fits(kernel, layer, dtype):
+            continue
+        operands = [buffers[layout], buffers[filter_layout], buffers["F"], out_length, *scalars]
+        out = answer(models()[dtype, (kernel, layout, filter_layout)], operands, dtype)
+        if layout == "NCL":
+            out = out.transpose(0, 2, 1)
+        name = f"{kernel} {layout}"
         assert out.shape == want.shape, name
         wrong = ~(np.abs(out - want) <= bound)  # NaN is wrong, too
         assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.size} wrong, first at {np.argwhere(wrong)[0]}"

@@ -40,8 +40,37 @@ struct Panel[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 
 
 @always_inline
+def accumulate[
+    acc: DType, width: Int, size: Int, //, rows: Int, vectors: Int, partial: Bool
+](
+    mut sum: Array[SIMD[acc, width], size],
+    x: Memory[acc],
+    tap_step: Int,
+    output_step: Int,
+    w: Memory[acc],
+    tap_size: Int,
+    row_size: Int,
+    taps: Int,
+    channels: Int,
+    rest: Int,
+):
+    """Adds the products of some taps and channels to the sums of a tile. `rest` lanes of the last vector are there."""
+    for k in range(taps):
+        var xk = x.unsafe_offset(k * tap_step)
+        var wk = w.unsafe_offset(k * tap_size)
+        for c in range(channels):
+            var b = Array[SIMD[acc, width], vectors](fill=SIMD[acc, width](0))
+            comptime for j in range(vectors):
+                b[j] = load[acc, width, partial and j == vectors - 1](wk.unsafe_offset(c * row_size + j * width), rest)
+            comptime for i in range(rows):
+                var a = SIMD[acc, width](xk[unsafe_offset=i * output_step + c])
+                comptime for j in range(vectors):
+                    sum[i * vectors + j] = a.fma(b[j], sum[i * vectors + j])
+
+
+@always_inline
 def tile[
-    dtype: DType, acc: DType, //, write: Write[dtype], rows: Int, vectors: Int, partial: Bool
+    dtype: DType, acc: DType, //, write: Write[dtype], short: Bool, rows: Int, vectors: Int, partial: Bool
 ](
     g: Geometry,
     x: Rows[acc],
@@ -54,12 +83,15 @@ def tile[
     lanes: Int,
     sums: Memory[acc],
 ):
-    """Computes `valid` of `rows` positions from `first` on, by `lanes` of `vectors * width` filters from `filter` on."""
+    """Computes `valid` of `rows` positions from `first` on, by `lanes` of `vectors * width` filters from `filter` on.
+
+    With `short` a running sum is not cut into blocks, so that it needs no second set of registers.
+    """
     comptime width = simd_width_of[acc]()
     comptime last = vectors - 1
     var rest = lanes - last * width
     var total = Array[SIMD[acc, width], rows * vectors](fill=SIMD[acc, width](0))
-    if w.first_tap == 0:
+    if short or w.first_tap == 0:
         comptime for j in range(vectors):
             var b = o.bias_at[acc, width](filter + j * width, lanes - j * width)
             comptime for i in range(rows):
@@ -69,29 +101,39 @@ def tile[
             total[i] = sums.unsafe_offset(i * width).unsafe_load[width=width]()
 
     var channels = g.group_channels()
-    var channel_block = min(channels, BLOCK)
-    var tap_block = BLOCK // channel_block
+    var tap_step = x.tap_step
+    var first_tap = max(g.first_tap(first, rows), w.first_tap)
     var end_tap = min(g.end_tap(first), w.end_tap)
-    for tap in range(max(g.first_tap(first, rows), w.first_tap), end_tap, tap_block):
-        for channel in range(0, channels, channel_block):
-            var sum = Array[SIMD[acc, width], rows * vectors](fill=SIMD[acc, width](0))
-            for k in range(tap, min(tap + tap_block, end_tap)):
-                var xk = x.data.unsafe_offset(k * x.tap_step)
-                var wk = w.data.unsafe_offset((k - w.first_tap) * channels * w.row_size)
-                for c in range(channel, min(channel + channel_block, channels)):
-                    var b = Array[SIMD[acc, width], vectors](fill=SIMD[acc, width](0))
-                    comptime for j in range(vectors):
-                        b[j] = load[acc, width, partial and j == last](
-                            wk.unsafe_offset(c * w.row_size + j * width), rest
-                        )
-                    comptime for i in range(rows):
-                        var a = SIMD[acc, width](xk[unsafe_offset=i * x.output_step + c])
-                        comptime for j in range(vectors):
-                            sum[i * vectors + j] = a.fma(b[j], sum[i * vectors + j])
-            comptime for i in range(rows * vectors):
-                total[i] += sum[i]
+    var xt = x.data.unsafe_offset(first_tap * tap_step)
+    var wt = w.data.unsafe_offset((first_tap - w.first_tap) * channels * w.row_size)
+    var taps = max(0, end_tap - first_tap)
+    if tap_step == channels:  # taps and channels are one long row
+        channels *= taps
+        taps = min(taps, 1)
+    comptime if short:
+        accumulate[rows, vectors, partial](total, xt, tap_step, x.output_step, wt, channels * w.row_size, w.row_size, taps, channels, rest)
+    else:
+        var channel_block = min(channels, BLOCK)
+        var tap_block = BLOCK // max(1, channel_block)
+        for tap in range(0, taps, tap_block):
+            for channel in range(0, channels, channel_block):
+                var sum = Array[SIMD[acc, width], rows * vectors](fill=SIMD[acc, width](0))
+                accumulate[rows, vectors, partial](
+                    sum,
+                    xt.unsafe_offset(tap * tap_step + channel),
+                    tap_step,
+                    x.output_step,
+                    wt.unsafe_offset((tap * channels + channel) * w.row_size),
+                    channels * w.row_size,
+                    w.row_size,
+                    min(tap_block, taps - tap),
+                    min(channel_block, channels - channel),
+                    rest,
+                )
+                comptime for i in range(rows * vectors):
+                    total[i] += sum[i]
 
-    if w.end_tap < g.kernel:
+    if not short and w.end_tap < g.kernel:
         comptime for i in range(rows * vectors):
             sums.unsafe_offset(i * width).unsafe_store(total[i])
         return
@@ -106,7 +148,7 @@ def tile[
 
 @always_inline
 def column[
-    dtype: DType, acc: DType, //, write: Write[dtype], vectors: Int, partial: Bool
+    dtype: DType, acc: DType, //, write: Write[dtype], short: Bool, vectors: Int, partial: Bool
 ](
     g: Geometry,
     x: Rows[acc],
@@ -126,12 +168,12 @@ def column[
         var left = count - done
         var sums = w.sums.unsafe_offset(done * vectors * width)
         if left > 2 * SHORT_ROWS:
-            tile[write, rows, vectors, partial](
+            tile[write, short, rows, vectors, partial](
                 g, x.skip(done), w, o, n, first + done, min(left, rows), filter, lanes, sums
             )
             done += rows
         else:
-            tile[write, SHORT_ROWS, vectors, partial](
+            tile[write, short, SHORT_ROWS, vectors, partial](
                 g, x.skip(done), w, o, n, first + done, min(left, SHORT_ROWS), filter, lanes, sums
             )
             done += SHORT_ROWS
@@ -155,7 +197,7 @@ def pack[
 
 
 def block[
-    dtype: DType, //, write: Write[dtype]
+    dtype: DType, //, write: Write[dtype], short: Bool
 ](
     g: Geometry,
     o: Operands[dtype],
@@ -193,17 +235,17 @@ def block[
                 pack(rows_of_filter, g.filters, (end - tap) * channels, lanes, packed)
                 w = Panel[acc](packed, panel, tap, end, packed.unsafe_offset(packed_size))
             if lanes >= panel:
-                column[write, VECTORS, False](g, data, w, o, n, first, count, filter, lanes)
+                column[write, short, VECTORS, False](g, data, w, o, n, first, count, filter, lanes)
             elif lanes > width:
-                column[write, VECTORS, True](g, data, w, o, n, first, count, filter, lanes)
+                column[write, short, VECTORS, True](g, data, w, o, n, first, count, filter, lanes)
             else:
-                column[write, 1, True](g, data, w, o, n, first, count, filter, lanes)
+                column[write, short, 1, True](g, data, w, o, n, first, count, filter, lanes)
     _ = scratch^
     _ = room^
 
 
-def conv1d_dense[dtype: DType, //, write: Write[dtype]](g: Geometry, o: Operands[dtype]):
-    """Computes a convolution of NLC data with an SCF filter."""
+def conv1d_dense[dtype: DType, //, write: Write[dtype], short: Bool](g: Geometry, o: Operands[dtype]):
+    """Computes a convolution of NLC data with an SCF filter; with `short`, of `BLOCK` taps times channels at most."""
     comptime acc = accumulator[dtype]
     comptime rows = tile_rows[acc]()
     comptime panel = VECTORS * simd_width_of[acc]()
@@ -229,6 +271,6 @@ def conv1d_dense[dtype: DType, //, write: Write[dtype]](g: Geometry, o: Operands
         var n = i // (splits * blocks * g.groups)
         var first = index * tiles // blocks * rows
         var end = min((index + 1) * tiles // blocks * rows, g.out_length)
-        block[write](g, o, n, group, first, end - first, part * split, min((part + 1) * split, g.group_filters()))
+        block[write, short](g, o, n, group, first, end - first, part * split, min((part + 1) * split, g.group_filters()))
 
     spread(task, tasks, threads)
