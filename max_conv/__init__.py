@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import frontends
+    from .dispatch import explain
     from .nn import Conv1D
     from .ops import conv1d
     from .session import Model, compile, load
 
 __version__ = "0.1.0"
-__all__ = ["Conv1D", "Model", "compile", "conv1d", "frontends", "load"]
+__all__ = ["Conv1D", "Model", "compile", "conv1d", "explain", "frontends", "load"]
 
 # MAX takes a second to import: each name is loaded when it is first used.
-_HOMES = {"Conv1D": "nn", "Model": "session", "compile": "session", "conv1d": "ops", "load": "session"}
+_HOMES = {"Conv1D": "nn", "Model": "session", "compile": "session", "conv1d": "ops", "explain": "dispatch", "load": "session"}
 
 
 def __getattr__(name: str) -> Any:

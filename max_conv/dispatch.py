@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from math import ceil, gcd
+from typing import Any
 
-from .geometry import Geometry
-from .layouts import Layout
+from .geometry import Geometry, positive
+from .layouts import Layout, check_layout
 
 LEAST_OUTPUTS = 256
 """Outputs of all batch items together from which a transformed filter is worth making; see `winograd`."""
@@ -90,3 +91,120 @@ def quad_products(geometry: Geometry) -> int:
     step = geometry.stride // gcd(geometry.stride, geometry.dilation)
     taps = [ceil((geometry.kernel_size - phase) / step) for phase in range(min(step, geometry.kernel_size))]
     return sum(6 * (count // 3) + (0, 4, 5)[count % 3] for count in taps)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. Printed, it is a sentence a line.
+
+    Attributes:
+        kernel: The CPU kernel's name, "gpu" for a layer on a GPU.
+        why: The reason for the choice.
+        output_shape: (N, L_out, F), or (N, F, L_out) for NCL data.
+        flops: Multiplications and additions of a direct convolution, taps in the padding included.
+        multiplications: What the kernel multiplies: fewer with Winograd's algorithm.
+        bytes: Input, weights and output, each moved once.
+        bound: "compute" or "memory": what takes longer on a machine with the given peaks.
+        seconds: The time that it takes at least, a direct convolution's for "compute".
+    """
+
+    kernel: str
+    why: str
+    output_shape: tuple[int, int, int]
+    flops: int
+    multiplications: int
+    bytes: int
+    bound: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"kernel      {self.kernel}: {self.why}\n"
+            f"output      {self.output_shape}\n"
+            f"work        {self.flops / 1e6:,.2f} MFLOP, {self.multiplications / 1e6:,.2f} million multiplications\n"
+            f"memory      {self.bytes / 1e6:,.2f} MB, {self.flops / self.bytes:.1f} FLOP a byte\n"
+            f"bound       {self.bound}: {self.seconds * 1e3:,.3f} ms at least"
+        )
+
+
+def explain(
+    layer: Any,
+    *,
+    length: int,
+    batch: int = 1,
+    channels: int | None = None,
+    filters: int | None = None,
+    groups: int = 1,
+    layout: Layout = "NLC",
+    dtype: str = "float32",
+    gflops: float = 500.0,
+    gbytes: float = 50.0,
+) -> Explanation:
+    """Prints and returns which kernel a layer gets for an input, why, and what bounds its time.
+
+    Args:
+        layer: A `Conv1D`, of the package or of a front end, or a `Geometry`.
+        length: Of the input, L.
+        batch: Of the input, N.
+        channels, filters, groups, layout, dtype: Of the layer, where a `Geometry` is given; a layer knows them.
+        gflops: The machine's peak, 10^9 operations a second in float32; doubled for bfloat16, halved for float64.
+        gbytes: The machine's memory bandwidth, 10^9 bytes a second.
+
+    Raises:
+        TypeError, ValueError: One sentence: a length that is too short, a Geometry without channels.
+
+    >>> _ = explain(Geometry.of(3, padding=1), length=3000, channels=80, filters=384)
+    kernel      winograd: 6 multiplications for 12 of a direct convolution
+    output      (1, 3000, 384)
+    work        552.96 MFLOP, 138.24 million multiplications
+    memory      5.94 MB, 93.1 FLOP a byte
+    bound       compute: 1.106 ms at least
+    """
+    on_gpu = False
+    geometry = layer
+    if not isinstance(layer, Geometry):
+        geometry = Geometry(
+            layer.kernel_size, layer.stride, layer.dilation, *layer.padding, padding_mode=layer.padding_mode
+        )
+        channels, filters, groups = layer.in_channels, layer.out_channels, layer.num_groups
+        layout, dtype = layer.layout, layer.dtype.name
+        on_gpu = layer.device is not None and not layer.device.is_cpu()
+    elif channels is None or filters is None:
+        raise TypeError("explain: a Geometry needs channels=... and filters=... beside it.")
+    check_layout(layout)
+    length, batch = positive("length", length), positive("batch", batch)
+    geometry.check_length(length)
+    described = Layer(geometry, layout, channels // groups, filters // groups, groups, dtype)
+    outputs = geometry.output_length(length)
+    choice = Choice("gpu", "one thread for each output") if on_gpu else choose(described)
+    if choice.kernel == "winograd" and (shorter := too_short(geometry, batch, outputs)):
+        choice = Choice(direct(described).kernel, f"winograd gives way, {shorter}")
+    direct_multiplications = batch * outputs * filters * geometry.kernel_size * described.group_channels
+    multiplications = direct_multiplications
+    if choice.kernel == "winograd":
+        multiplications = direct_multiplications * quad_products(geometry) // (4 * geometry.kernel_size)
+    size = {"float64": 8, "float32": 4}.get(dtype, 2)
+    weights = filters * geometry.kernel_size * described.group_channels
+    moved = size * (batch * length * channels + weights + batch * outputs * filters)
+    compute = 2 * direct_multiplications / (gflops * 1e9 * {"float64": 0.5, "bfloat16": 2.0}.get(dtype, 1.0))
+    memory = moved / (gbytes * 1e9)
+    found = Explanation(
+        choice.kernel,
+        choice.why,
+        (batch, outputs, filters) if layout == "NLC" else (batch, filters, outputs),
+        2 * direct_multiplications,
+        multiplications,
+        moved,
+        "compute" if compute > memory else "memory",
+        max(compute, memory),
+    )
+    print(found)
+    return found
+
+
+def too_short(geometry: Geometry, batch: int, outputs: int) -> str | None:
+    """Returns why Winograd's kernel gives way for an input, or None; `pays` in winograd.mojo is its twin."""
+    if batch * outputs < LEAST_OUTPUTS:
+        return f"{batch * outputs} outputs are fewer than {LEAST_OUTPUTS}"
+    least = 16 * geometry.dilation // gcd(geometry.stride, geometry.dilation)
+    return f"{outputs} outputs are fewer than 16 dilations" if outputs < least else None

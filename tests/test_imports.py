@@ -15,13 +15,14 @@ PACKAGE = ROOT / "max_conv"
 # Every module of the package: the modules of the package that it may import, anywhere in it, and the packages outside
 # the standard library that it may import as it is loaded. What a module needs on some paths only, it imports there.
 MODULES: dict[str, tuple[str, str]] = {
-    "__init__": ("frontends nn ops session", ""),
+    "__init__": ("dispatch frontends nn ops session", ""),
     "layouts": ("", "numpy"),
     "geometry": ("", ""),
     "reference": ("geometry layouts", "numpy"),
     "cache": ("", ""),
     "kernel_library": ("cache", ""),
-    "ops": ("geometry kernel_library layouts", "max"),
+    "dispatch": ("geometry layouts", ""),
+    "ops": ("dispatch geometry kernel_library layouts", "max"),
     "recurrent": ("ops", "max"),
     "nn": ("geometry layouts ops", "max"),
     "session": ("", "max numpy"),

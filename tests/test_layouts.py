@@ -1,4 +1,4 @@
-"""Every layout of the data with every layout of the filter, and which kernel a layer gets."""
+"""Every layout of the data with every layout of the filter."""
 
 from typing import get_args
 
@@ -7,7 +7,6 @@ import pytest
 
 from harness import Case, check, normal, run
 from max_conv.layouts import FilterLayout, Layout, permutation, permute
-from max_conv.ops import choose_kernel
 
 LAYOUTS, FILTER_LAYOUTS = get_args(Layout), get_args(FilterLayout)
 
@@ -51,25 +50,3 @@ def test_there_and_back(source: str, target: str) -> None:
     there = permute(w, source, target)
     assert there.shape == tuple(w.shape[axis] for axis in permutation(source, target))
     np.testing.assert_array_equal(permute(there, target, source), w)
-
-
-# Data layout, channels and filters of a group, groups, kernel.
-KERNELS = [
-    ("NLC", 80, 384, 1, "dense"),
-    ("NLC", 48, 48, 16, "dense"),
-    ("NLC", 1, 512, 1, "dense"),
-    ("NLC", 1, 8, 64, "dense"),
-    ("NLC", 32, 1, 1, "lengthwise"),
-    ("NLC", 4, 7, 3, "lengthwise"),
-    ("NLC", 1, 2, 64, "lengthwise"),
-    ("NLC", 1, 1, 512, "depthwise"),
-    ("NLC", 1, 1, 8, "depthwise"),
-    ("NLC", 1, 1, 7, "lengthwise"),
-    ("NCL", 80, 384, 1, "lengthwise"),
-    ("NCL", 1, 1, 512, "lengthwise"),
-]
-
-
-@pytest.mark.parametrize(("layout", "channels", "filters", "groups", "kernel"), KERNELS)
-def test_kernel_of_a_layer(layout: Layout, channels: int, filters: int, groups: int, kernel: str) -> None:
-    assert choose_kernel(layout, channels, filters, groups) == kernel

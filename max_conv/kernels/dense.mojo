@@ -219,7 +219,7 @@ def block[
     var x = o.x.unsafe_offset(n * g.length * g.channels + group * channels)
     var scratch = Scratch[acc](0)
     var data = Rows[acc].of(window, g, x, channels, scratch)
-    var taps = min(g.kernel, max(1, SLAB // channels))
+    var taps = g.kernel if short else min(g.kernel, max(1, SLAB // channels))
     var in_slabs = taps < g.kernel or dtype != acc
     var packed_size = taps * channels * panel
     var room = Scratch[acc](packed_size + (count + rows) * panel if in_slabs else 0)
@@ -245,7 +245,7 @@ def block[
 
 
 def conv1d_dense[dtype: DType, //, write: Write[dtype], short: Bool](g: Geometry, o: Operands[dtype]):
-    """Computes a convolution of NLC data with an SCF filter; with `short`, of `BLOCK` taps times channels at most."""
+    """Computes a convolution of NLC data with an SCF filter; with `short`, in one running sum."""
     comptime acc = accumulator[dtype]
     comptime rows = tile_rows[acc]()
     comptime panel = VECTORS * simd_width_of[acc]()

@@ -10,7 +10,7 @@ from .dense import conv1d_dense
 from .depthwise import conv1d_depthwise
 from .geometry import CIRCULAR, Geometry, REFLECT, REPLICATE
 from .gpu import conv1d_gpu
-from .lanes import BLOCK, FilterSteps, Operands
+from .lanes import FilterSteps, Operands
 from .lengthwise import conv1d_lengthwise
 from .winograd import conv1d_winograd, pays
 from .paired import conv1d_paired, has_pairs
@@ -132,10 +132,7 @@ struct Conv1d:
                 raise Error("conv1d: the depthwise kernel needs one channel in and one out a group.")
             conv1d_depthwise[write](g, o)
         elif nlc and filter_layout == "SCF" and kernel != "lengthwise":
-            comptime short = kernel == "short"
-            if short and g.kernel * g.group_channels() > BLOCK:
-                raise Error("conv1d: the kernel for short sums takes ", BLOCK, " taps times channels at most.")
-            conv1d_dense[write, short](g, o)
+            conv1d_dense[write, kernel == "short"](g, o)
         else:
             comptime assert kernel != "dense" and kernel != "short"
             conv1d_lengthwise[write, nlc](g, steps, o)

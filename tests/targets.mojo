@@ -1,0 +1,135 @@
+"""Runs every CPU kernel against plain loops, on the processor that this was compiled for; prints what is wrong."""
+
+from std.math import sqrt
+from std.sys import exit
+
+from kernels.dense import conv1d_dense
+from kernels.depthwise import conv1d_depthwise
+from kernels.geometry import CIRCULAR, Geometry, REFLECT, REPLICATE, ZEROS
+from kernels.lanes import FilterSteps, Memory, Operands, accumulator
+from kernels.lengthwise import conv1d_lengthwise
+from kernels.paired import conv1d_paired, has_pairs
+from kernels.winograd import conv1d_winograd
+
+comptime KERNELS = 9
+
+
+def noise(mut state: UInt64) -> Float64:
+    """Returns a number between -1 and 1."""
+    state = state * 6364136223846793005 + 1442695040888963407
+    return Float64(state >> 40) / Float64(1 << 23) - 1
+
+
+def compare[dtype: DType, kernel: Int](g: Geometry) -> Bool:
+    """Runs one kernel on one layer of noise and tells whether it is right. Even kernels take NLC data, odd ones NCL."""
+    comptime nlc = kernel % 2 == 0
+    var state = UInt64(kernel + 1)
+    var channels = g.group_channels()
+    var x = List[Scalar[dtype]]()
+    for _ in range(g.batch * g.length * g.channels):
+        x.append(noise(state).cast[dtype]())
+    var w = List[Scalar[dtype]]()
+    for _ in range(g.kernel * channels * g.filters):
+        w.append(noise(state).cast[dtype]())
+    var bias = List[Scalar[dtype]]()
+    for _ in range(g.filters):
+        bias.append(noise(state).cast[dtype]())
+    var y = List[Scalar[dtype]](length=g.batch * g.out_length * g.filters, fill=0)
+    var out = y.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    var o = Operands[dtype](
+        x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+        w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+        bias.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+        True,
+    )
+
+    @__parameter
+    @always_inline
+    def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
+        comptime if nlc:
+            out.unsafe_offset((n * g.out_length + position) * g.filters + filter).unsafe_store(value)
+        else:
+            out.unsafe_offset((n * g.filters + filter) * g.out_length + position).unsafe_store(value)
+
+    var steps = FilterSteps(channels * g.filters, g.filters, 1)
+    comptime if kernel == 0:
+        conv1d_dense[write, False](g, o)
+    elif kernel == 2:
+        if g.kernel * channels > 128:
+            return True
+        conv1d_dense[write, True](g, o)
+    elif kernel == 4:
+        if g.groups != g.channels or g.filters != g.channels:
+            return True
+        conv1d_depthwise[write](g, o)
+    elif kernel == 6 or kernel == 1:
+        conv1d_lengthwise[write, nlc](g, steps, o)
+    elif kernel == 8 or kernel == 3:
+        conv1d_winograd[write, nlc](g, steps, o)
+    else:
+        comptime if dtype == DType.bfloat16 and has_pairs():
+            conv1d_paired[write, nlc](g, steps, o)
+        else:
+            return True
+
+    var worst = 0.0
+    for n in range(g.batch):
+        for l in range(g.out_length):
+            for f in range(g.filters):
+                var want = bias[f].cast[DType.float64]()
+                for k in range(g.kernel):
+                    var source = g.source(l * g.stride - g.pad_left + k * g.dilation)
+                    if source < 0:
+                        continue
+                    for c in range(channels):
+                        var channel = f // g.group_filters() * channels + c
+                        var at = (n * g.channels + channel) * g.length + source
+                        comptime if nlc:
+                            at = (n * g.length + source) * g.channels + channel
+                        want += x[at].cast[DType.float64]() * w[(k * channels + c) * g.filters + f].cast[DType.float64]()
+                var at = (n * g.filters + f) * g.out_length + l
+                comptime if nlc:
+                    at = (n * g.out_length + l) * g.filters + f
+                var off = abs(y[at].cast[DType.float64]() - want)
+                if not (off <= worst):  # NaN is kept
+                    worst = off
+    _ = out
+    _ = x^
+    _ = w^
+    _ = bias^
+    var limit = 1.5e-6 * sqrt(Float64(g.kernel * channels))
+    comptime if dtype == DType.bfloat16:
+        limit += 0.004 * Float64(g.kernel * channels + 1)
+    if worst <= limit:
+        return True
+    print("kernel", kernel, "is off by", worst, "of", limit, "on", g.channels, g.filters, g.kernel, g.stride, g.dilation)
+    return False
+
+
+def layer(
+    batch: Int, length: Int, channels: Int, filters: Int, groups: Int, kernel: Int, stride: Int, dilation: Int, pad: Int, mode: Int
+) -> Geometry:
+    var outputs = (length + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+    return Geometry(batch, length, outputs, channels, filters, groups, kernel, stride, dilation, pad, mode)
+
+
+def main() raises:
+    var right = True
+    var runs = 0
+    for g in [
+        layer(1, 100, 33, 65, 1, 3, 1, 1, 1, ZEROS),
+        layer(2, 61, 32, 48, 1, 11, 1, 5, 25, REFLECT),
+        layer(1, 90, 17, 5, 1, 7, 2, 3, 9, REPLICATE),
+        layer(1, 70, 24, 36, 2, 4, 3, 1, 2, CIRCULAR),
+        layer(1, 300, 1, 40, 1, 10, 5, 1, 0, ZEROS),
+        layer(1, 150, 37, 37, 37, 31, 1, 1, 15, ZEROS),
+        layer(2, 40, 16, 16, 16, 3, 2, 2, 1, ZEROS),
+        layer(1, 64, 300, 24, 1, 9, 1, 2, 8, ZEROS),
+    ]:
+        comptime for kernel in range(KERNELS):
+            right = compare[DType.float32, kernel](g) and right
+            right = compare[DType.bfloat16, kernel](g) and right
+            runs += 2
+    print("right" if right else "wrong", runs)
+    if not right:
+        exit(1)
