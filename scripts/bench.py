@@ -1,249 +1,307 @@
 #!/usr/bin/env python3
-"""Races max_conv against PyTorch and ONNX Runtime on layers of real networks.
+"""Races max_conv against PyTorch, ONNX Runtime, OpenVINO, JAX and MAX's own layer.
 
-    python scripts/bench.py [--layers NAME ...] [--rounds 7] [--threads 2] [--json FILE]
+    python scripts/bench.py [--layers NAME ...] [--contenders NAME ...] [--rounds 7] [--json FILE] [--chart FILE]
 
 Each contender runs in a process of its own, in turns, so that what the machine does besides hits all alike. Every answer
 is compared with float64 before anything is timed. A round is the median of calls that fill 50 ms; the figure of a
 contender is the median of its rounds. Absolute times drift from run to run, ratios in one run hold. Large blocks of
 memory are kept by the allocator in all processes, or page faults would be timed.
+
+`pip install 'max-conv[bench]'` brings all contenders; one that is not installed is left out. MAX compiles
+a layer, ours or its own, in 10 to 25 s and keeps it: the first run over all layers takes half an hour more than others.
 """
 
+import importlib.metadata
+import importlib.util
 import json
 import os
+import platform
+import select
+import shutil
 import signal
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import numpy as np
 
+from layers import LAYERS, Layer
+from racers import RACES, Race
+from report import LEAST, draw, epilogue_table, header, means, row, table_head, table_mean, table_row, verdict
 
-class Layer(NamedTuple):
-    """A Conv1d layer; L is the input's length."""
-
-    channels: int
-    filters: int
-    kernel_size: int
-    length: int
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
-    groups: int = 1
-
-    @property
-    def out_length(self) -> int:
-        return (self.length + 2 * self.padding - self.dilation * (self.kernel_size - 1) - 1) // self.stride + 1
-
-    @property
-    def flop(self) -> float:
-        """Floating point operations, taps in the padding included."""
-        return 2.0 * self.out_length * self.filters * self.kernel_size * self.channels / self.groups
-
-    def __str__(self) -> str:
-        text = f"{self.channels}→{self.filters} k{self.kernel_size}"
-        for letter, value, usual in (("s", self.stride, 1), ("p", self.padding, 0), ("d", self.dilation, 1)):
-            text += f" {letter}{value}" if value != usual else ""
-        return text + (f" g{self.groups}" if self.groups > 1 else "") + f" L{self.length}"
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns x (1, C, L), filter (F, C / groups, K) and bias (F,), PyTorch's layouts."""
-        random = np.random.default_rng(0)
-        shape = (self.filters, self.channels // self.groups, self.kernel_size)
-        x = random.standard_normal((1, self.channels, self.length), np.float32)
-        w = random.standard_normal(shape, np.float32) / np.sqrt(shape[1] * shape[2])
-        return x, w.astype(np.float32), random.standard_normal(self.filters, np.float32)
+HERE = Path(__file__).resolve().parent
+PATIENCE = 600
+"""Seconds after which a contender that does not answer counts as crashed: MAX compiles a layer in about 25."""
+EPILOGUE_LAYERS = ("whisper conv1", "HiFi-GAN res")
 
 
-LAYERS = {
-    "whisper conv1": Layer(80, 384, 3, 3000, padding=1),
-    "whisper conv2": Layer(384, 384, 3, 3000, stride=2, padding=1),
-    "wav2vec2 conv0": Layer(1, 512, 10, 64000, stride=5),
-    "wav2vec2 conv1": Layer(512, 512, 3, 12799, stride=2),
-    "wav2vec2 pos": Layer(768, 768, 128, 200, padding=64, groups=16),
-    "HiFi-GAN res": Layer(128, 128, 11, 6400, padding=25, dilation=5),
-    "HiFi-GAN thin": Layer(32, 32, 3, 25600, padding=1),
-    "HiFi-GAN pre": Layer(80, 512, 7, 100, padding=3),
-    "HiFi-GAN post": Layer(32, 1, 7, 25600, padding=3),
-    "DAC": Layer(192, 192, 7, 22067, padding=9, dilation=3),
-    "EnCodec in": Layer(1, 32, 7, 24000, padding=3),
-    "Mamba": Layer(1536, 1536, 4, 1024, padding=3, groups=1536),
-    "Conformer": Layer(512, 512, 31, 500, padding=15, groups=512),
-    "Vocos": Layer(512, 512, 7, 938, padding=3, groups=512),
-    "pointwise": Layer(512, 1024, 1, 500),
-    "WaveNet": Layer(64, 128, 2, 16000, dilation=64),
-}
+class Sentence(click.ClickException):
+    """An error for the person at the terminal: one sentence on stderr, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        note(self.message)
 
 
-def ours(layer: Layer, permute: bool) -> Callable[[], np.ndarray]:
-    from max.driver import Buffer
-    from max.dtype import DType
-
-    import max_conv
-    from max_conv.layouts import permute as permuted
-
-    conv = max_conv.Conv1D(
-        layer.kernel_size,
-        layer.channels,
-        layer.filters,
-        DType.float32,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
-        has_bias=True,
-        permute=permute,
-    )
-    x, w, bias = layer.arrays()
-    model = max_conv.compile(conv, weights={"weight": permuted(w, "FCS", conv.filter_layout), "bias": bias})
-    given = Buffer.from_numpy(permuted(x, "NCL", conv.layout))
-    return lambda: permuted(model(given).to_numpy(), conv.layout, "NCL") if verifying else model(given)
+def note(text: str) -> None:
+    click.echo(f"bench: {text}", err=True)
 
 
-def torch(layer: Layer, threads: int) -> Callable[[], np.ndarray]:
-    import torch
-
-    torch.set_num_threads(threads)
-    x, w, bias = (torch.from_numpy(a) for a in layer.arrays())
-
-    @torch.inference_mode()
-    def call() -> Any:
-        return torch.nn.functional.conv1d(x, w, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-
-    return call
+# The machine.
 
 
-def onnxruntime(layer: Layer, threads: int) -> Callable[[], np.ndarray]:
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
-
-    x, w, bias = layer.arrays()
-    node = helper.make_node(
-        "Conv",
-        ["x", "w", "b"],
-        ["y"],
-        strides=[layer.stride],
-        pads=[layer.padding] * 2,
-        dilations=[layer.dilation],
-        group=layer.groups,
-    )
-    values = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", x.shape), ("y", None))
-    ]
-    weights = [numpy_helper.from_array(w, "w"), numpy_helper.from_array(bias, "b")]
-    graph = helper.make_graph([node], "layer", values[:1], values[1:], weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-    return lambda: session.run(None, {"x": x})[0]
+def machine() -> dict[str, Any]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cpu = (models or [platform.processor() or platform.machine()])[0]
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
 
 
-CONTENDERS: dict[str, Callable[[Layer, int], Callable[[], Any]]] = {
-    "max_conv NLC": lambda layer, _: ours(layer, permute=False),
-    "max_conv NCL": lambda layer, _: ours(layer, permute=True),
-    "PyTorch": torch,
-    "ONNX Runtime": onnxruntime,
-}
-verifying = False
+def caches() -> dict[str, int]:
+    """Returns the bytes of all level 2 caches and of the last level's; usual ones where the system does not tell."""
+    found = {"L2": (os.cpu_count() or 1) << 20, "L3": 32 << 20}
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            level, size = (folder / "level").read_text().strip(), (folder / "size").read_text().strip()
+            if level in "23" and size.endswith("K"):
+                found[f"L{level}"] = (int(size[:-1]) << 10) * ((os.cpu_count() or 1) if level == "2" else 1)
+        except OSError:
+            continue
+    return found
 
 
-def work(contender: str, threads: int) -> None:
-    """Answers each layer's name on stdin with the seconds of a call, on stdout."""
-    global verifying
-    calls: dict[str, Callable[[], Any]] = {}
-    for line in sys.stdin:
-        name = line.strip()
-        if name not in calls:
-            calls[name] = CONTENDERS[contender](LAYERS[name], threads)
-            verifying = True
-            check(LAYERS[name], np.asarray(calls[name]()))
-            verifying = False
-        print(burst(calls[name]), flush=True)
+def measure_peaks(folder: Path) -> dict[str, Any]:
+    """Compiles and runs peaks.mojo: GFLOP/s of float32 multiply-adds, GB/s of copies in each level of memory."""
+    from mojo.run import subprocess_run_mojo
+
+    sizes = caches()
+    program = folder / "peaks"
+    # A copy that fills half a cache stays there; one of 512 MB stays in none.
+    works = [sizes["L2"] // 2, sizes["L3"] // 2, 512 << 20]
+    try:
+        command = ["build", str(HERE / "peaks.mojo"), "-o", str(program)]
+        subprocess_run_mojo(command, check=True, capture_output=True, text=True)
+        told = subprocess.run([program, *map(str, works)], check=True, capture_output=True, text=True).stdout
+    except subprocess.CalledProcessError as error:
+        raise Sentence(f"scripts/peaks.mojo does not run: {error.stderr.strip()}") from None
+    peaks = json.loads(told)
+    limits = (sizes["L2"], sizes["L3"], None)
+    levels = zip(("L2", "L3", "DRAM"), limits, peaks.pop("copy"), strict=True)
+    return peaks | {"copy": {name: {"fits": limit, "GB/s": rate} for name, limit, rate in levels}}
 
 
-def check(layer: Layer, got: np.ndarray) -> None:
-    from max_conv.reference import conv1d_ref
-
-    x, w, bias = layer.arrays()
-    options: dict[str, Any] = {"groups": layer.groups, "layout": "NCL", "filter_layout": "FCS"}
-    want = conv1d_ref(x, w, bias, stride=layer.stride, padding=layer.padding, dilation=layer.dilation, **options)
-    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
-
-
-def burst(call: Callable[[], Any]) -> float:
-    times: list[float] = []
-    call()
-    while sum(times) < 0.05 or len(times) < 3:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+# The race.
 
 
 class Racer:
     """A contender's process. It is stopped while others run: idle threads of some libraries spin for a while."""
 
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
-        self.process.send_signal(signal.SIGSTOP)
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.command = command
+        self.environment = environment
+        self.process: subprocess.Popen[str] | None = None
 
-    def ask(self, layer: str) -> float | None:
-        """Returns the seconds of a call, or None where the process died."""
+    def ask(self, question: Mapping[str, str]) -> dict[str, Any]:
+        """Returns the reply; where the process dies, that it did. The next question starts another one."""
+        if self.process is None:
+            pipe, silence = subprocess.PIPE, subprocess.DEVNULL
+            self.process = subprocess.Popen(
+                self.command, stdin=pipe, stdout=pipe, stderr=silence, text=True, env=dict(self.environment)
+            )
         assert self.process.stdin and self.process.stdout
         self.process.send_signal(signal.SIGCONT)
-        print(layer, file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            return None
-        self.process.send_signal(signal.SIGSTOP)
-        return float(answer)
+        try:
+            print(json.dumps(question), file=self.process.stdin, flush=True)
+            ready = select.select([self.process.stdout], [], [], PATIENCE)[0]
+        except BrokenPipeError:
+            ready = [self.process.stdout]
+        if not ready:
+            self.stop()
+            return {"failed": "crashed", "why": f"no answer within {PATIENCE} s"}
+        if line := self.process.stdout.readline():
+            self.process.send_signal(signal.SIGSTOP)
+            return json.loads(line)
+        status = self.process.wait()
+        self.process = None
+        why = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        return {"failed": "crashed", "why": why}
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+def missing(race: Race, name: str) -> str | None:
+    """Returns why a contender cannot take part, or None."""
+    for package in race.contenders[name].packages:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return f"the package {package} is not installed (pip install 'max-conv[bench]' brings it)"
+    if name == "torch.compile" and not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
+        return "there is no C++ compiler (g++)"
+    return None
+
+
+def start(kind: str, names: Sequence[str], threads: int, folder: Path) -> dict[str, Racer]:
+    environment = dict(
+        os.environ,
+        OMP_NUM_THREADS=str(threads),
+        NPROC=str(threads),  # XLA's threads
+        JAX_PLATFORMS="cpu",
+        TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"),
+        TORCHINDUCTOR_COMPILE_THREADS="1",  # no processes that live on
+        MALLOC_MMAP_THRESHOLD_=str(4 << 30),
+        MALLOC_TRIM_THRESHOLD_=str(8 << 30),
+        # Threads' own arenas return large blocks whatever the thresholds say: JAX took 8 ms instead of 1.
+        MALLOC_ARENA_MAX="1",
+    )
+    command = [sys.executable, str(HERE / "racers.py"), kind]
+    return {name: Racer([*command, name, str(threads)], environment) for name in names}
+
+
+def write_reference(layer: Layer, dtype: str, file: Path) -> None:
+    """Writes the float64 answer, (N, F, L): computed once for all contenders."""
+    from max_conv.reference import conv1d_ref
+
+    x, w, bias = layer.data(dtype)
+    stride, padding, dilation, groups = layer.options
+    options: dict[str, Any] = {"groups": groups, "layout": "NCL", "filter_layout": "FCS"}
+    np.save(file, conv1d_ref(x, w, bias, stride=stride, padding=padding, dilation=dilation, **options))
+
+
+def run_layer(
+    name: str, dtype: str, racers: Mapping[str, Racer], rounds: int, folder: Path
+) -> tuple[dict[str, list[float]], dict[str, dict[str, str]]]:
+    """Returns the seconds of each contender's rounds, and of those that failed how and why."""
+    reference = folder / "reference.npy"
+    write_reference(LAYERS[name], dtype, reference)
+    seconds: dict[str, list[float]] = {contender: [] for contender in racers}
+    failed: dict[str, dict[str, str]] = {}
+    for turn in range(rounds + 1):
+        for contender in list(seconds):
+            answer = racers[contender].ask({"layer": name, "reference": str(reference)})
+            if "failed" in answer:
+                failed[contender] = answer
+                del seconds[contender]
+                note(f"{contender}: {answer['failed']} on {name}: {answer['why']}")
+            elif turn:  # the first one warms up
+                seconds[contender].append(answer["seconds"])
+    reference.unlink()
+    return seconds, failed
+
+
+# The command.
+
+
+def chosen(what: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
+    for name in given:
+        if name not in known:
+            raise Sentence(f"there is no {what} {name!r}; the {what}s are {', '.join(known)}.")
+    return [name for name in known if name in given] or list(known)
+
+
+def check_files(*files: Path | None) -> None:
+    """Raises before the race what would else be lost after it."""
+    for file in files:
+        if file and not file.resolve().parent.is_dir():
+            raise Sentence(f"{file} cannot be written: there is no folder {file.resolve().parent}.")
+
+
+def taking_part(race: Race, contenders: Sequence[str]) -> dict[str, str]:
+    """Returns the versions of those who take part, by name, and tells of those who do not."""
+    versions = {}
+    for name in chosen("contender", contenders, list(race.contenders)):
+        if reason := missing(race, name):
+            note(f"{name} is left out: {reason}.")
+        else:
+            package = race.contenders[name].packages[0]
+            versions[name] = f"{package} {importlib.metadata.version(package)}"
+    if not versions:
+        raise Sentence("nobody is left to race; install a contender or ask for another one.")
+    return versions
+
+
+def compete(kind: str, layers: Sequence[str], result: dict[str, Any], folder: Path) -> None:
+    """Races layer by layer, prints what comes out and adds it to `result`."""
+    race, names = RACES[kind], list(result["versions"])
+    result["peaks"] = measure_peaks(folder)
+    racers = start(kind, names, result["threads"], folder)
+    with_table = kind != "epilogues"
+    try:
+        print("\n".join(header(result) + (table_head(race, names) if with_table else [])), flush=True)
+        for layer in layers:
+            seconds, failed = run_layer(layer, race.dtype, racers, result["rounds"], folder)
+            found = result["layers"][layer] = row(race, LAYERS[layer], seconds, failed, result["peaks"])
+            if with_table:
+                print(table_row(race, names, layer, found), flush=True)
+    finally:
+        for racer in racers.values():
+            racer.stop()
+    result["geometric means"] = means(race, result["layers"])
+    last = (
+        [table_mean(race, names, result["geometric means"])] if with_table else epilogue_table(race, result["layers"])
+    )
+    print("\n".join(last))
 
 
 @click.command()
-@click.option("--layers", multiple=True, type=click.Choice(list(LAYERS)), help="Race these layers only.")
-@click.option("--rounds", default=7, show_default=True)
+@click.option("--layers", multiple=True, metavar="NAME", help="Race this layer only (may be repeated).")
+@click.option("--contenders", multiple=True, metavar="NAME", help="Let this contender race only (may be repeated).")
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1))
 @click.option("--threads", default=os.cpu_count(), show_default=True, help="Of the peers; MAX takes all cores.")
-@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the milliseconds there, too.")
-@click.option("--worker", type=click.Choice(list(CONTENDERS)), hidden=True)
-def main(layers: tuple[str, ...], rounds: int, threads: int, file: Path | None, worker: str | None) -> None:
-    """Races max_conv against PyTorch and ONNX Runtime on layers of real networks."""
-    if worker:
-        work(worker, threads)
-        return
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
-    environment |= {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
-    command = [sys.executable, __file__, "--threads", str(threads), "--worker"]
-    racers = {name: Racer([*command, name], environment) for name in CONTENDERS}
-    best_peers = [name for name in CONTENDERS if not name.startswith("max_conv")]
-    print("| layer | shape | " + " | ".join(CONTENDERS) + " | PyTorch / NLC | best peer / NLC | best peer / NCL |")
-    print("|---|---|" + "---:|" * (len(CONTENDERS) + 3))
-    found: dict[str, dict[str, float]] = {}
-    for layer in layers or LAYERS:
-        seconds: dict[str, list[float]] = {name: [] for name in racers}
-        for turn in range(rounds + 1):
-            for name, racer in racers.items():
-                answer = racer.ask(layer)
-                if answer is None:
-                    raise SystemExit(f"bench: {name} failed on {layer}; its words are above.")
-                if turn:  # the first one warms up
-                    seconds[name].append(answer)
-        found[layer] = {name: statistics.median(times) * 1e3 for name, times in seconds.items()}
-        peer = min(found[layer][name] for name in best_peers)
-        nlc, ncl = found[layer]["max_conv NLC"], found[layer]["max_conv NCL"]
-        ratios = [found[layer]["PyTorch"] / nlc, peer / nlc, peer / ncl]
-        cells = [f"{milliseconds:.3f}" for milliseconds in found[layer].values()] + [f"{ratio:.2f}" for ratio in ratios]
-        print(f"| {layer} | {LAYERS[layer]} | " + " | ".join(cells) + " |", flush=True)
-    for racer in racers.values():
-        racer.process.kill()
+@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
+@click.option("--epilogues", is_flag=True, help="Time ours alone and with an operation behind it instead.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write everything there, too.")
+@click.option("--chart", type=click.Path(path_type=Path), help="Draw a chart there, .png or .svg.")
+@click.option("--check", is_flag=True, help=f"Exit with 1 where the best peer needs less than {LEAST} of our time.")
+def main(
+    layers: tuple[str, ...],
+    contenders: tuple[str, ...],
+    rounds: int,
+    threads: int,
+    dtype: str,
+    epilogues: bool,
+    file: Path | None,
+    chart: Path | None,
+    check: bool,
+) -> None:
+    """Races max_conv against PyTorch, ONNX Runtime, OpenVINO, JAX and MAX's own layer."""
+    if epilogues and (chart or check or dtype != "float32"):
+        raise Sentence("--epilogues races in float32 against nobody; leave out --chart, --check and --dtype.")
+    kind = "epilogues" if epilogues else dtype
+    race = RACES[kind]
+    where = chosen("layer", layers or (EPILOGUE_LAYERS if epilogues else ()), list(LAYERS))
+    check_files(file, chart)
+    if chart and chart.suffix not in (".png", ".svg"):
+        raise Sentence(f"{chart} cannot be drawn: name a file that ends in .png or .svg.")
+    if chart and not importlib.util.find_spec("matplotlib"):
+        raise Sentence("--chart needs matplotlib; pip install 'max-conv[plot]' brings it.")
+    versions = taking_part(race, contenders)
+    result: dict[str, Any] = {"machine": machine(), "versions": versions, "race": kind, "dtype": race.dtype}
+    result |= {"threads": threads, "rounds": rounds, "layers": {}}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stopped racers would stay for ever
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        compete(kind, where, result, Path(folder))
     if file:
-        file.write_text(json.dumps(found, indent=1))
+        file.write_text(json.dumps(result, indent=1))
+    if chart:
+        draw(result, race, chart)
+    lines = verdict(result["layers"], LEAST if check else 0)
+    for line in lines:
+        note(line)
+    sys.exit(1 if lines else 0)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Vectors of the accumulation type, read from and written to memory of the data's own type."""
 
 from std.atomic import Atomic
-from std.bit import log2_floor
 from std.math import iota
 from std.sys.info import simd_width_of, size_of
 from std.sys.intrinsics import masked_load, masked_store
@@ -75,17 +74,14 @@ def put[
     if lanes >= width:
         write[width](n, position, filter, value.cast[dtype]())
         return
+    # A loop, and not a vector for each power of two: what is fused into `write` is compiled once more, not five times.
     var rest = value
-    var done = 0
-    comptime for power in range(log2_floor(width) - 1, -1, -1):
-        comptime part = 1 << power
-        if lanes > 0 and lanes & part != 0:
-            comptime if nlc:
-                write[part](n, position, filter + done, rest.slice[part]().cast[dtype]())
-            else:
-                write[part](n, position + done, filter, rest.slice[part]().cast[dtype]())
-            rest = rest.shift_left[part]()
-            done += part
+    for i in range(lanes):
+        comptime if nlc:
+            write[1](n, position, filter + i, rest[0].cast[dtype]())
+        else:
+            write[1](n, position + i, filter, rest[0].cast[dtype]())
+        rest = rest.shift_left[1]()
 
 
 struct Scratch[dtype: DType](Movable):

@@ -216,9 +216,10 @@ def tile[
     """Sums the products of `rows` quads and one panel of filters over channels and groups, for each point."""
     comptime width = simd_width_of[acc]()
     comptime panel = VECTORS * width
+    comptime point_size = tile_rows[acc]() * panel
     var step = ceildiv(channels, ceildiv(channels, SUM))
     for p in range(POINTS):
-        var out = sums.unsafe_offset(p * rows * panel)
+        var out = sums.unsafe_offset(p * point_size)
         var first = True
         for group in range(plan.counts[p]):
             var product = plan.bases[p] + group
@@ -250,11 +251,12 @@ def tile[
 @always_inline
 def outputs[
     acc: DType, width: Int, //
-](sums: Memory[acc], plane: Int, bias: SIMD[acc, width]) -> Array[SIMD[acc, width], QUAD]:
+](sums: Memory[acc], bias: SIMD[acc, width]) -> Array[SIMD[acc, width], QUAD]:
     """Brings the sums of one quad back from the points."""
+    comptime point_size = tile_rows[acc]() * VECTORS * width
     var m = Array[SIMD[acc, width], POINTS](fill=SIMD[acc, width](0))
     comptime for p in range(POINTS):
-        m[p] = sums.unsafe_offset(p * plane).unsafe_load[width=width]()
+        m[p] = sums.unsafe_offset(p * point_size).unsafe_load[width=width]()
     var even = m[1] + m[2]
     var odd = m[1] - m[2]
     var y = Array[SIMD[acc, width], QUAD](fill=bias)
@@ -263,46 +265,6 @@ def outputs[
     y[2] += SIMD[acc, width](0.25).fma(m[4], SIMD[acc, width](4).fma(m[5], even))
     y[3] += SIMD[acc, width](0.125).fma(m[4], SIMD[acc, width](-8).fma(m[5], odd + m[3]))
     return y^
-
-
-@always_inline
-def quads[
-    dtype: DType, acc: DType, //, write: Write[dtype], rows: Int
-](
-    g: Geometry,
-    plan: Plan,
-    first: Int,
-    valid: Int,
-    data: Memory[acc],
-    row_size: Int,
-    plane: Int,
-    filter: Memory[acc],
-    sums: Memory[acc],
-    o: Operands[dtype],
-    n: Int,
-    panel_filter: Int,
-    lanes: Int,
-):
-    """Computes `valid` of `rows` quads from number `first` on, of a panel of filters whose first is `panel_filter`."""
-    comptime width = simd_width_of[acc]()
-    comptime panel = VECTORS * width
-    tile[rows](data, row_size, plane, filter, g.group_channels(), plan, sums)
-    var bias = Array[SIMD[acc, width], VECTORS](fill=SIMD[acc, width](0))
-    comptime for j in range(VECTORS):
-        bias[j] = o.bias_at[acc, width](panel_filter + j * width, lanes - j * width)
-    for i in range(min(rows, valid)):
-        var position = first_output(plan, first + i)
-        var inside = lanes >= panel and position + (QUAD - 1) * plan.spacing < g.out_length
-        comptime for j in range(VECTORS):
-            var y = outputs(sums.unsafe_offset(i * panel + j * width), rows * panel, bias[j])
-            var f = panel_filter + j * width
-            if inside:
-                comptime for k in range(QUAD):
-                    write[width](n, position + k * plan.spacing, f, y[k].cast[dtype]())
-            else:
-                comptime for k in range(QUAD):
-                    if position + k * plan.spacing < g.out_length:
-                        put[write, True](n, position + k * plan.spacing, f, y[k], lanes - j * width)
 
 
 @always_inline
@@ -410,20 +372,38 @@ def panel_quads[
     lanes: Int,
 ):
     """Computes quads `first .. first + count - 1` of one panel of filters."""
+    comptime width = simd_width_of[acc]()
+    comptime panel = VECTORS * width
     comptime rows = tile_rows[acc]()
+    var channels = g.group_channels()
     var i = 0
     while i < count:
         var left = count - i
         var x = data.unsafe_offset(i * row_size)
+        var done = rows
         if left > rows // 2 + rows // 4:
-            quads[write, rows](g, plan, first + i, left, x, row_size, plane, filter, sums, o, n, f, lanes)
-            i += rows
+            tile[rows](x, row_size, plane, filter, channels, plan, sums)
         elif left > rows // 4:
-            quads[write, rows // 2](g, plan, first + i, left, x, row_size, plane, filter, sums, o, n, f, lanes)
-            i += rows // 2
+            tile[rows // 2](x, row_size, plane, filter, channels, plan, sums)
+            done = rows // 2
         else:
-            quads[write, rows // 4](g, plan, first + i, left, x, row_size, plane, filter, sums, o, n, f, lanes)
-            i += rows // 4
+            tile[rows // 4](x, row_size, plane, filter, channels, plan, sums)
+            done = rows // 4
+        for q in range(min(done, left)):
+            var position = first_output(plan, first + i + q)
+            var inside = position + (QUAD - 1) * plan.spacing < g.out_length and lanes >= panel
+            for j in range(VECTORS):
+                var filters = lanes - j * width
+                var bias = o.bias_at[acc, width](f + j * width, filters)
+                var y = outputs(sums.unsafe_offset(q * panel + j * width), bias)
+                if inside:
+                    comptime for k in range(QUAD):
+                        write[width](n, position + k * plan.spacing, f + j * width, y[k].cast[dtype]())
+                else:
+                    for k in range(QUAD):
+                        if position + k * plan.spacing < g.out_length:
+                            put[write, True](n, position + k * plan.spacing, f + j * width, y[k], filters)
+        i += done
 
 
 def pays(g: Geometry, least: Int) -> Bool:
