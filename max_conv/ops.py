@@ -89,7 +89,8 @@ def conv1d(
     numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, mode, groups)
     scalars = [ops.constant(number, DType.int64, device=DeviceRef.CPU()) for number in numbers]
     sizes = {"N": batch, "L": Dim(geometry.output_length(length)), "C": Dim(filters)}
-    y = emit(x, filter, bias, scalars, [sizes[axis] for axis in layout], kernel, layout, filter_layout)
+    shape = [sizes[axis] for axis in layout]
+    y = emit(x, filter, bias, scalars, shape, kernel, layout, filter_layout, whole=filters // groups % 32 == 0)
     return y if batched else ops.squeeze(y, 0)
 
 
@@ -102,7 +103,9 @@ def emit(
     kernel: str,
     layout: str,
     filter_layout: str,
+    *,
     least: int = LEAST_OUTPUTS,
+    whole: bool = False,
 ) -> TensorValue:
     """Emits the operation, unchecked.
 
@@ -111,13 +114,14 @@ def emit(
         scalars: stride, dilation, left, right, the number of the padding mode, and groups, int64, on the CPU.
         shape: The output's.
         least: Outputs below which "winograd" gives way to another kernel; 0 takes it always.
+        whole: Whether the filters of a group are a multiple of 32: less has to be compiled.
     """
     (y,) = custom_op(
         "max_conv.conv1d",
         x.device,
         [x, filter, bias, *scalars],
         [TensorType(x.dtype, shape, x.device)],
-        {"kernel": kernel, "least": least, "layout": layout, "filter_layout": filter_layout},
+        {"kernel": kernel, "least": least, "whole": whole, "layout": layout, "filter_layout": filter_layout},
     )
     return y
 
@@ -127,7 +131,7 @@ def custom_op(
     device: DeviceRef,
     operands: Sequence[TensorValue],
     results: Sequence[TensorType],
-    parameters: Mapping[str, str | int] | None = None,
+    parameters: Mapping[str, str | int | bool] | None = None,
 ) -> list[TensorValue]:
     """Emits one of this package's kernels into the current graph, and tells the graph where they are."""
     graph = Graph.current

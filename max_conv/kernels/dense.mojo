@@ -197,7 +197,7 @@ def pack[
 
 
 def block[
-    dtype: DType, //, write: Write[dtype], short: Bool
+    dtype: DType, //, write: Write[dtype], short: Bool, whole: Bool
 ](
     g: Geometry,
     o: Operands[dtype],
@@ -224,7 +224,8 @@ def block[
     var packed_size = taps * channels * panel
     var room = Scratch[acc](packed_size + (count + rows) * panel if in_slabs else 0)
     var packed = room.data()
-    for f in range(first_filter, end_filter, panel):
+    var f = first_filter
+    while f < end_filter:
         var filter = group * g.group_filters() + f
         var lanes = end_filter - f
         for tap in range(0, g.kernel, taps):
@@ -234,18 +235,23 @@ def block[
             if in_slabs:
                 pack(rows_of_filter, g.filters, (end - tap) * channels, lanes, packed)
                 w = Panel[acc](packed, panel, tap, end, packed.unsafe_offset(packed_size))
-            if lanes >= panel:
+            if whole or lanes >= panel:
                 column[write, short, VECTORS, False](g, data, w, o, n, first, count, filter, lanes)
-            elif lanes > width:
-                column[write, short, VECTORS, True](g, data, w, o, n, first, count, filter, lanes)
             else:
-                column[write, short, 1, True](g, data, w, o, n, first, count, filter, lanes)
+                comptime if not whole:
+                    column[write, short, 1, True](g, data, w, o, n, first, count, filter, min(lanes, width))
+        f += panel if whole or lanes >= panel else width
     _ = scratch^
     _ = room^
 
 
-def conv1d_dense[dtype: DType, //, write: Write[dtype], short: Bool](g: Geometry, o: Operands[dtype]):
-    """Computes a convolution of NLC data with an SCF filter; with `short`, in one running sum."""
+def conv1d_dense[
+    dtype: DType, //, write: Write[dtype], short: Bool, whole: Bool = False
+](g: Geometry, o: Operands[dtype]):
+    """Computes a convolution of NLC data with an SCF filter; with `short`, in one running sum.
+
+    `whole` says that the filters of a group are a multiple of 32, and leaves the tiles for others uncompiled.
+    """
     comptime acc = accumulator[dtype]
     comptime rows = tile_rows[acc]()
     comptime panel = VECTORS * simd_width_of[acc]()
@@ -271,6 +277,6 @@ def conv1d_dense[dtype: DType, //, write: Write[dtype], short: Bool](g: Geometry
         var n = i // (splits * blocks * g.groups)
         var first = index * tiles // blocks * rows
         var end = min((index + 1) * tiles // blocks * rows, g.out_length)
-        block[write, short](g, o, n, group, first, end - first, part * split, min((part + 1) * split, g.group_filters()))
+        block[write, short, whole](g, o, n, group, first, end - first, part * split, min((part + 1) * split, g.group_filters()))
 
     spread(task, tasks, threads)

@@ -186,16 +186,18 @@ def band[
         if left > max(1, vectors // 2) * width:
             tile[write, filters, vectors, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
             done += vectors * width
-        elif left > width:
-            tile[write, filters, vectors // 2, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
-            done += vectors // 2 * width
-        else:
-            tile[write, filters, 1, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
-            done += width
+            continue
+        comptime if vectors // 2 > 1:
+            if left > width:
+                tile[write, filters, vectors // 2, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
+                done += vectors // 2 * width
+                continue
+        tile[write, filters, 1, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
+        done += width
 
 
 def block[
-    dtype: DType, //, write: Write[dtype], nlc: Bool
+    dtype: DType, //, write: Write[dtype], nlc: Bool, whole: Bool
 ](
     g: Geometry,
     steps: FilterSteps,
@@ -227,20 +229,24 @@ def block[
         var f = first_filter
         while f < end_filter:
             var filter = group * g.group_filters() + f
-            if end_filter - f >= filters:
+            if whole or end_filter - f >= filters:
                 band[write, filters, TILE, nlc](g, data, channel_size, taps, steps, o, n, first, count, filter)
                 f += filters
             else:
-                band[write, 1, WIDE, nlc](g, data, channel_size, taps, steps, o, n, first, count, filter)
-                f += 1
+                comptime if not whole:
+                    band[write, 1, WIDE, nlc](g, data, channel_size, taps, steps, o, n, first, count, filter)
+                    f += 1
     _ = scratch^
     _ = table^
 
 
 def conv1d_lengthwise[
-    dtype: DType, //, write: Write[dtype], nlc: Bool
+    dtype: DType, //, write: Write[dtype], nlc: Bool, whole: Bool = False
 ](g: Geometry, steps: FilterSteps, o: Operands[dtype]):
-    """Computes a convolution of NLC or NCL data with a filter of any layout."""
+    """Computes a convolution of NLC or NCL data with a filter of any layout.
+
+    `whole` says that the filters of a group are a multiple of 32, and leaves the tiles of one filter uncompiled.
+    """
     comptime acc = accumulator[dtype]
     comptime lanes = WIDE * simd_width_of[acc]()
     var threads = workers(g.batch * g.out_length * g.filters * g.kernel * g.group_channels())
@@ -266,7 +272,7 @@ def conv1d_lengthwise[
         var part = i % splits
         var at = i // splits % bundles
         var first = i // (splits * bundles) % blocks * positions
-        block[write, nlc](
+        block[write, nlc, whole](
             g,
             steps,
             o,

@@ -55,12 +55,18 @@ def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
 struct Conv1d:
     """A convolution of (N, L, C) or (N, C, L) data. `kernel` is chosen in Python, where sizes are known.
 
-    What it gives way to for fewer than `least` outputs needs no second op in the graph.
+    What it gives way to for fewer than `least` outputs needs no second op in the graph. `whole` says that the filters of
+    a group are a multiple of 32.
     """
 
     @staticmethod
     def execute[
-        target: StaticString, kernel: StaticString, least: Int, layout: StaticString, filter_layout: StaticString
+        target: StaticString,
+        kernel: StaticString,
+        least: Int,
+        whole: Bool,
+        layout: StaticString,
+        filter_layout: StaticString,
     ](
         output: FusedOutputTensor[rank=3, ...],
         x: InputTensor[dtype=output.dtype, rank=3, ...],
@@ -116,6 +122,8 @@ struct Conv1d:
         var outer = w.dim_size(1) * inner
         var size = [outer, inner, 1]
         var steps = FilterSteps(size[tap_axis], size[channel_axis], size[filter_axis])
+        if whole and g.group_filters() % 32 != 0:
+            raise Error("conv1d: the graph was built for a multiple of 32 filters a group, not ", g.group_filters(), ".")
         comptime if not is_cpu[target]():
             conv1d_gpu[write, nlc](g, steps, o, ctx)
             return
@@ -132,10 +140,10 @@ struct Conv1d:
                 raise Error("conv1d: the depthwise kernel needs one channel in and one out a group.")
             conv1d_depthwise[write](g, o)
         elif nlc and filter_layout == "SCF" and kernel != "lengthwise":
-            conv1d_dense[write, kernel == "short"](g, o)
+            conv1d_dense[write, kernel == "short", whole](g, o)
         else:
             comptime assert kernel != "dense" and kernel != "short"
-            conv1d_lengthwise[write, nlc](g, steps, o)
+            conv1d_lengthwise[write, nlc, whole](g, steps, o)
 
 
 @extensibility.register("max_conv.lstm")
