@@ -18,7 +18,14 @@ __version__ = "0.1.0"
 __all__ = ["Conv1D", "Model", "compile", "conv1d", "explain", "frontends", "load"]
 
 # MAX takes a second to import: each name is loaded when it is first used.
-_HOMES = {"Conv1D": "nn", "Model": "session", "compile": "session", "conv1d": "ops", "explain": "dispatch", "load": "session"}
+_HOMES = {
+    "Conv1D": "nn",
+    "Model": "session",
+    "compile": "session",
+    "conv1d": "ops",
+    "explain": "dispatch",
+    "load": "session",
+}
 
 
 def __getattr__(name: str) -> Any:

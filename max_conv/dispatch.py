@@ -10,6 +10,8 @@ from .layouts import Layout, check_layout
 LEAST_OUTPUTS = 256
 """Outputs of all batch items together from which a transformed filter is worth making; see `winograd`."""
 
+BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -163,16 +165,20 @@ def explain(
     on_gpu = False
     geometry = layer
     if not isinstance(layer, Geometry):
-        geometry = Geometry(
-            layer.kernel_size, layer.stride, layer.dilation, *layer.padding, padding_mode=layer.padding_mode
-        )
+        left, right = layer.padding
+        geometry = Geometry(layer.kernel_size, layer.stride, layer.dilation, left, right, layer.padding_mode)
         channels, filters, groups = layer.in_channels, layer.out_channels, layer.num_groups
         layout, dtype = layer.layout, layer.dtype.name
         on_gpu = layer.device is not None and not layer.device.is_cpu()
     elif channels is None or filters is None:
         raise TypeError("explain: a Geometry needs channels=... and filters=... beside it.")
     check_layout(layout)
-    length, batch = positive("length", length), positive("batch", batch)
+    if dtype not in BYTES:
+        raise ValueError(f"explain: dtype must be one of {', '.join(BYTES)}, but is {dtype!r}.")
+    length, batch, groups = positive("length", length), positive("batch", batch), positive("groups", groups)
+    channels, filters = positive("channels", channels), positive("filters", filters)
+    if channels % groups or filters % groups:
+        raise ValueError(f"explain: {groups} groups must divide channels={channels} and filters={filters}.")
     geometry.check_length(length)
     described = Layer(geometry, layout, channels // groups, filters // groups, groups, dtype)
     outputs = geometry.output_length(length)
@@ -183,9 +189,8 @@ def explain(
     multiplications = direct_multiplications
     if choice.kernel == "winograd":
         multiplications = direct_multiplications * quad_products(geometry) // (4 * geometry.kernel_size)
-    size = {"float64": 8, "float32": 4}.get(dtype, 2)
     weights = filters * geometry.kernel_size * described.group_channels
-    moved = size * (batch * length * channels + weights + batch * outputs * filters)
+    moved = BYTES[dtype] * (batch * length * channels + weights + batch * outputs * filters)
     compute = 2 * direct_multiplications / (gflops * 1e9 * {"float64": 0.5, "bfloat16": 2.0}.get(dtype, 1.0))
     memory = moved / (gbytes * 1e9)
     found = Explanation(

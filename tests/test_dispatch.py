@@ -51,7 +51,16 @@ def test_kernel_of_a_layer(
 
 @pytest.mark.parametrize(
     ("kernel_size", "stride", "dilation", "products"),
-    [(1, 1, 1, 4), (2, 1, 64, 5), (3, 1, 1, 6), (4, 1, 3, 10), (11, 1, 5, 23), (3, 2, 1, 9), (3, 2, 2, 6), (2, 5, 1, 8)],
+    [
+        (1, 1, 1, 4),
+        (2, 1, 64, 5),
+        (3, 1, 1, 6),
+        (4, 1, 3, 10),
+        (11, 1, 5, 23),
+        (3, 2, 1, 9),
+        (3, 2, 2, 6),
+        (2, 5, 1, 8),
+    ],
 )
 def test_quad_products(kernel_size: int, stride: int, dilation: int, products: int) -> None:
     assert quad_products(Geometry.of(kernel_size, stride=stride, dilation=dilation)) == products
@@ -98,6 +107,16 @@ def test_a_layer_on_a_gpu() -> None:
     [
         (TypeError, "explain: a Geometry needs channels=... and filters=... beside it.", {"length": 3}),
         (ValueError, "conv1d: length must be at least 1, but is 0.", {"length": 0, "channels": 1, "filters": 1}),
+        (
+            ValueError,
+            "explain: 2 groups must divide channels=3 and filters=4.",
+            {"length": 9, "channels": 3, "filters": 4, "groups": 2},
+        ),
+        (
+            ValueError,
+            "explain: dtype must be one of float32, float64, float16, bfloat16, but is 'int8'.",
+            {"length": 9, "channels": 1, "filters": 1, "dtype": "int8"},
+        ),
     ],
 )
 def test_bad_arguments(error: type[Exception], message: str, arguments: dict[str, int]) -> None:
