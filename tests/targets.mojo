@@ -86,7 +86,8 @@ def compare[dtype: DType, kernel: Int](g: Geometry) -> Bool:
                         var at = (n * g.channels + channel) * g.length + source
                         comptime if nlc:
                             at = (n * g.length + source) * g.channels + channel
-                        want += x[at].cast[DType.float64]() * w[(k * channels + c) * g.filters + f].cast[DType.float64]()
+                        var value = w[(k * channels + c) * g.filters + f]
+                        want += x[at].cast[DType.float64]() * value.cast[DType.float64]()
                 var at = (n * g.filters + f) * g.out_length + l
                 comptime if nlc:
                     at = (n * g.out_length + l) * g.filters + f
@@ -102,12 +103,21 @@ def compare[dtype: DType, kernel: Int](g: Geometry) -> Bool:
         limit += 0.004 * Float64(g.kernel * channels + 1)
     if worst <= limit:
         return True
-    print("kernel", kernel, "is off by", worst, "of", limit, "on", g.channels, g.filters, g.kernel, g.stride, g.dilation)
+    print("kernel", kernel, "is off by", worst, "of", limit, "on", g.channels, g.filters, g.kernel, g.stride)
     return False
 
 
 def layer(
-    batch: Int, length: Int, channels: Int, filters: Int, groups: Int, kernel: Int, stride: Int, dilation: Int, pad: Int, mode: Int
+    batch: Int,
+    length: Int,
+    channels: Int,
+    filters: Int,
+    groups: Int,
+    kernel: Int,
+    stride: Int,
+    dilation: Int,
+    pad: Int,
+    mode: Int,
 ) -> Geometry:
     var outputs = (length + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
     return Geometry(batch, length, outputs, channels, filters, groups, kernel, stride, dilation, pad, mode)

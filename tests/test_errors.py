@@ -306,8 +306,8 @@ def test_nothing_is_emitted_before_an_error(batch: list[int]) -> None:
 
 GEOMETRY = {"stride": 1, "dilation": 1, "left": 0, "right": 0, "mode": 0, "groups": 1, "depthwise_groups": 8}
 SIZES = {"any": (1, 9, 4), "reflect": (1, 9, 4), "circular": (1, 9, 4), "replicate": (1, 9, 4)}
-SIZES |= {"dense_x": (1, 9, 8), "depthwise_x": (1, 9, 8)}
-OUTPUTS = {"dense": (1, 7, 8), "depthwise": (1, 7, 8)}
+SIZES |= {"dense_x": (1, 9, 8), "depthwise_x": (1, 9, 8), "dense_w": (3, 8, 32)}
+OUTPUTS = {"dense": (1, 7, 32), "depthwise": (1, 7, 8)}
 KERNEL_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "short": (
         {"any": (1, 2, 4)},
@@ -347,7 +347,11 @@ KERNEL_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "stride": ({"stride": 0}, "conv1d: kernel_size, stride, dilation and the filter's sizes must be at least 1"),
     "dilation": ({"dilation": 0}, "conv1d: kernel_size, stride, dilation and the filter's sizes must be at least 1"),
     "padding": ({"left": -1}, "conv1d: padding must not be negative"),
-    "output": ({"dense": (1, 6, 8)}, "conv1d: the output has 6 positions, not 7"),
+    "output": ({"dense": (1, 6, 32)}, "conv1d: the output has 6 positions, not 7"),
+    "whole": (
+        {"dense_w": (3, 8, 8), "dense": (1, 7, 8)},
+        "conv1d: the graph was built for a multiple of 32 filters, not 8 a group",
+    ),
     "depthwise": (
         {"depthwise_x": (1, 9, 4), "depthwise_groups": 4},
         "conv1d: the depthwise kernel needs one channel in and one out a group",
@@ -363,18 +367,17 @@ def model() -> Model:
     outputs = [TensorType(DType.int8, [f"n{i}", f"l{i}", f"f{i}"], HOST) for i in range(10, 10 + len(OUTPUTS))]
     with Graph("errors", input_types=[*inputs, *[scalar] * len(GEOMETRY), *outputs]) as graph:
         values = [value.tensor for value in graph.inputs]
-        any_x, reflect_x, circular_x, replicate_x, dense_x, depthwise_x = values[:6]
-        scalars, depthwise_groups, (dense, depthwise) = values[6:12], values[12], values[13:]
+        any_x, reflect_x, circular_x, replicate_x, dense_x, depthwise_x, dense_w = values[:7]
+        scalars, depthwise_groups, (dense, depthwise) = values[7:13], values[13], values[14:]
         w = ops.constant(normal(3, 4, 8), F32, device=HOST)
         one_a_group = ops.constant(normal(3, 1, 8), F32, device=HOST)
         none = ops.constant([], F32, device=HOST)
-        w8 = ops.constant(normal(3, 8, 8), F32, device=HOST)
         graph.output(
             conv1d(any_x, w),
             conv1d(reflect_x, w, padding=3, padding_mode="reflect"),
             conv1d(circular_x, w, padding=(5, 0), padding_mode="circular"),
             conv1d(replicate_x, w, padding=2, padding_mode="replicate"),
-            emit(dense_x, w8, none, scalars, dense.shape, "dense", "NLC", "SCF"),
+            emit(dense_x, dense_w, none, scalars, dense.shape, "dense", "NLC", "SCF", whole=True),
             emit(
                 depthwise_x,
                 one_a_group,
@@ -397,7 +400,7 @@ def run_with(model: Model, spoiled: dict[str, Any]) -> list[Any]:
 
 
 def test_kernel_takes_what_is_right(model: Model) -> None:
-    shapes = [(1, 7, 8), (1, 13, 8), (1, 12, 8), (1, 11, 8), (1, 7, 8), (1, 7, 8)]
+    shapes = [(1, 7, 8), (1, 13, 8), (1, 12, 8), (1, 11, 8), (1, 7, 32), (1, 7, 8)]
     assert [y.shape for y in run_with(model, {})] == shapes
     # The shortest inputs that each mode takes.
     run_with(model, {"any": (1, 3, 4), "reflect": (1, 4, 4), "circular": (1, 5, 4), "replicate": (1, 1, 4)})

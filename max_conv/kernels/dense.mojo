@@ -111,7 +111,10 @@ def tile[
         channels *= taps
         taps = min(taps, 1)
     comptime if short:
-        accumulate[rows, vectors, partial](total, xt, tap_step, x.output_step, wt, channels * w.row_size, w.row_size, taps, channels, rest)
+        var tap_size = channels * w.row_size
+        accumulate[rows, vectors, partial](
+            total, xt, tap_step, x.output_step, wt, tap_size, w.row_size, taps, channels, rest
+        )
     else:
         var channel_block = min(channels, BLOCK)
         var tap_block = BLOCK // max(1, channel_block)
@@ -263,7 +266,8 @@ def conv1d_dense[
     # A block reads its filters from cache once for each of its tiles, so blocks are long, and work is cut along the
     # filters where blocks alone are too few to go round evenly.
     var tile_bytes = g.group_channels() * g.stride * rows * size_of[Scalar[acc]]()
-    var block_tiles = min(min(16 if g.kernel * g.group_channels() > SLAB else 8, WINDOW_BYTES // tile_bytes), g.batch * g.groups * tiles * panels // target)
+    var longest = min(16 if g.kernel * g.group_channels() > SLAB else 8, WINDOW_BYTES // tile_bytes)
+    var block_tiles = min(longest, g.batch * g.groups * tiles * panels // target)
     var blocks = ceildiv(tiles, max(1, block_tiles))
     var splits = min(panels, ceildiv(target, g.batch * g.groups * blocks))
     var split = ceildiv(panels, splits) * panel
@@ -277,6 +281,7 @@ def conv1d_dense[
         var n = i // (splits * blocks * g.groups)
         var first = index * tiles // blocks * rows
         var end = min((index + 1) * tiles // blocks * rows, g.out_length)
-        block[write, short, whole](g, o, n, group, first, end - first, part * split, min((part + 1) * split, g.group_filters()))
+        var end_filter = min((part + 1) * split, g.group_filters())
+        block[write, short, whole](g, o, n, group, first, end - first, part * split, end_filter)
 
     spread(task, tasks, threads)

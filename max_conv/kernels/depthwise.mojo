@@ -127,7 +127,8 @@ def conv1d_depthwise[dtype: DType, //, write: Write[dtype]](g: Geometry, o: Oper
     comptime channels = CHANNEL_VECTORS * simd_width_of[accumulator[dtype]]()
     var threads = workers(g.batch * g.out_length * g.channels * g.kernel)
     var columns = ceildiv(g.channels, channels)
-    var blocks = max(ceildiv(g.out_length, POSITIONS), min(ceildiv(g.out_length, ROWS), ceildiv(4 * threads, g.batch * columns)))
+    var most = ceildiv(g.out_length, ROWS)
+    var blocks = max(ceildiv(g.out_length, POSITIONS), min(most, ceildiv(4 * threads, g.batch * columns)))
     var positions = ceildiv(ceildiv(g.out_length, blocks), ROWS) * ROWS
     blocks = ceildiv(g.out_length, positions)
     var tasks = g.batch * blocks * columns

@@ -59,7 +59,9 @@ def store[dtype: DType, //, acc: DType, width: Int, partial: Bool](
         p.unsafe_store(value.cast[dtype]())
 
 
-comptime Write[dtype: DType] = def[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]) capturing -> None
+comptime Write[dtype: DType] = def[width: Int](
+    n: Int, position: Int, filter: Int, value: SIMD[dtype, width]
+) capturing -> None
 """Stores `width` output values, of neighbouring filters in NLC data and of neighbouring positions in NCL data.
 
 The graph compiler puts the operations that follow the convolution in here, so outputs are written once.

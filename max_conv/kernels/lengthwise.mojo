@@ -188,9 +188,10 @@ def band[
             done += vectors * width
             continue
         comptime if vectors // 2 > 1:
+            comptime half = vectors // 2
             if left > width:
-                tile[write, filters, vectors // 2, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
-                done += vectors // 2 * width
+                tile[write, filters, half, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
+                done += half * width
                 continue
         tile[write, filters, 1, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
         done += width

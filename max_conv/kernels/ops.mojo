@@ -25,7 +25,8 @@ def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
         raise Error("conv1d: padding must not be negative.")
     if g.groups < 1 or g.groups * filter_channels != g.channels or g.filters % g.groups != 0:
         raise Error(
-            "conv1d: x has ", g.channels, " channels, but the filter takes ", filter_channels, " for each of ", g.groups,
+            "conv1d: x has ", g.channels, " channels, but the filter takes ", filter_channels, " for each of ",
+            g.groups,
             " groups and gives ", g.filters, "; pass what the graph was built for.",
         )
     var reach = (g.kernel - 1) * g.dilation + 1
@@ -55,8 +56,8 @@ def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
 struct Conv1d:
     """A convolution of (N, L, C) or (N, C, L) data. `kernel` is chosen in Python, where sizes are known.
 
-    What it gives way to for fewer than `least` outputs needs no second op in the graph. `whole` says that the filters of
-    a group are a multiple of 32.
+    What it gives way to for fewer than `least` outputs needs no second op in the graph. `whole` says that the filters
+    of a group are a multiple of 32.
     """
 
     @staticmethod
@@ -123,7 +124,7 @@ struct Conv1d:
         var size = [outer, inner, 1]
         var steps = FilterSteps(size[tap_axis], size[channel_axis], size[filter_axis])
         if whole and g.group_filters() % 32 != 0:
-            raise Error("conv1d: the graph was built for a multiple of 32 filters a group, not ", g.group_filters(), ".")
+            raise Error("conv1d: the graph was built for a multiple of 32 filters, not ", g.group_filters(), " a group.")
         comptime if not is_cpu[target]():
             conv1d_gpu[write, nlc](g, steps, o, ctx)
             return

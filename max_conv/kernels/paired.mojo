@@ -45,7 +45,7 @@ def dot[
 def pack[
     dtype: DType, //
 ](g: Geometry, w: Memory[dtype], steps: FilterSteps, tap: Int, lanes: Int, target: Memory[dtype]):
-    """Writes one tap of one panel, whose first filter `w` points at: (pair of channels, filter, channel of the pair)."""
+    """Writes one tap of a panel, whose first filter `w` points at: (pair of channels, filter, channel of the pair)."""
     var channels = g.group_channels()
     for c in range(0, channels, 2):
         comptime for j in range(VECTORS):
@@ -146,7 +146,7 @@ def block[
     filter: Memory[dtype],
     panel_size: Int,
 ):
-    """Computes `count` positions from `first` on, of panels `panel .. end_panel - 1` of one group, packed in `filter`."""
+    """Computes `count` positions from `first` on, of a group's panels `panel .. end_panel - 1`, packed in `filter`."""
     var channels = g.group_channels()
     # A pair must not reach into the next row, nor a tile beyond the last one.
     var row_size = ceildiv(channels, 2) * 2
