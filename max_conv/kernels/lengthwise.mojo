@@ -208,7 +208,6 @@ def block[
     end_group: Int,
     first: Int,
     count: Int,
-    positions: Int,
     first_filter: Int,
     end_filter: Int,
 ):
@@ -216,9 +215,10 @@ def block[
     comptime acc = accumulator[dtype]
     comptime filters = tile_filters[acc]()
     var channels = g.group_channels()
-    var lines = Lines.of(g, first, positions)
+    var lines = Lines.of(g, first, count)
     var channel_size = lines.count * lines.length
-    var scratch = Scratch[acc](channels * channel_size)
+    # Tiles may run past `count`: what they read there is never stored, but must be memory.
+    var scratch = Scratch[acc](channels * channel_size + WIDE * simd_width_of[acc]())
     var data = scratch.data()
     var table = List[Int](capacity=g.kernel)
     for k in range(g.kernel):
@@ -282,7 +282,6 @@ def conv1d_lengthwise[
             (at + 1) * g.groups // bundles,
             first,
             min(positions, g.out_length - first),
-            positions,
             part * split,
             min((part + 1) * split, g.group_filters()),
         )
