@@ -62,7 +62,7 @@ def winograd(layer: Layer) -> Choice | None:
         return None  # the transforms take more than is saved
     if products * layer.group_channels > 12288:
         return None  # a panel of the transformed filter would exceed 1.5 MiB
-    spacing = layer.geometry.dilation // gcd(layer.geometry.stride, layer.geometry.dilation)
+    spacing = quad_spacing(layer.geometry)
     rows = 4 * spacing * layer.geometry.stride + layer.geometry.reach
     if layer.layout == "NCL" and max(rows, products * spacing) * layer.group_channels > 128 * 1024:
         return None  # NCL data is turned in blocks of whole quads, which would exceed 512 KiB
@@ -80,6 +80,11 @@ def direct(layer: Layer) -> Choice:
     if layer.geometry.kernel_size * layer.group_channels <= 128:
         return Choice("short", "filters fill the vectors, and one running sum takes all taps and channels")
     return Choice("dense", "filters fill the vectors")
+
+
+def quad_spacing(geometry: Geometry) -> int:
+    """Returns how many outputs the outputs of a quad stand apart."""
+    return geometry.dilation // gcd(geometry.stride, geometry.dilation)
 
 
 def quad_products(geometry: Geometry) -> int:
@@ -211,5 +216,4 @@ def too_short(geometry: Geometry, batch: int, outputs: int) -> str | None:
     """Returns why Winograd's kernel gives way for an input, or None; `pays` in winograd.mojo is its twin."""
     if batch * outputs < LEAST_OUTPUTS:
         return f"{batch * outputs} outputs are fewer than {LEAST_OUTPUTS}"
-    least = 16 * geometry.dilation // gcd(geometry.stride, geometry.dilation)
-    return f"{outputs} outputs are fewer than 16 dilations" if outputs < least else None
+    return f"{outputs} outputs are fewer than 16 dilations" if outputs < 16 * quad_spacing(geometry) else None
