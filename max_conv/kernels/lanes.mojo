@@ -1,7 +1,7 @@
 """Vectors of the accumulation type, read from and written to memory of the data's own type."""
 
 from std.atomic import Atomic
-from std.math import iota
+from std.math import ceildiv, iota
 from std.sys.info import simd_width_of, size_of
 from std.sys.intrinsics import masked_load, masked_store
 
@@ -12,6 +12,9 @@ comptime Memory[dtype: DType] = Pointer[Scalar[dtype], MutUntrackedOrigin]
 
 comptime BLOCK = 128
 """Terms in one running sum. Sums of blocks keep the rounding error near sqrt(terms) instead of growing with terms."""
+
+comptime FILTER_BYTES = 1536 * 1024
+"""Transformed or packed filters that are held at a time, for each thread."""
 
 comptime SMALL = 1 << 16
 """Multiplications below which waking a second thread costs more than it saves."""
@@ -184,3 +187,9 @@ def phases[
 def workers(work: Int) -> Int:
     """Returns how many threads `work` multiplications should be spread over."""
     return 1 if work < SMALL else parallelism_level(None)
+
+
+def panels_at_a_time(panels: Int, bytes: Int, threads: Int) -> Int:
+    """Returns how many panels of filters, of `bytes` each, are transformed or packed before they are used."""
+    var most = max(1, threads * FILTER_BYTES // bytes)
+    return ceildiv(panels, ceildiv(panels, most))

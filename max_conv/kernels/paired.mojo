@@ -7,10 +7,10 @@ of a float32 multiply-add. The filter is packed in pairs of channels, panel by p
 from std.math import ceildiv
 from std.memory import bitcast
 from std.sys import llvm_intrinsic
-from std.sys.info import CompilationTarget, simd_width_of
+from std.sys.info import CompilationTarget, simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import FilterSteps, Memory, Operands, Scratch, Write, gathered, phases, put, workers
+from .lanes import FilterSteps, Memory, Operands, Scratch, Write, gathered, panels_at_a_time, phases, put, workers
 from .turn import turn_out
 from .window import Window
 
@@ -21,8 +21,6 @@ comptime ROWS = 14
 comptime SHORT_ROWS = 4
 comptime PAIRS = 64
 """Pairs in one running sum."""
-comptime FILTER_BYTES = 1536 * 1024
-"""Packed filters that are held at a time, for each thread."""
 comptime BLOCK_BYTES = 256 * 1024
 """Rows of a block's window."""
 
@@ -194,8 +192,7 @@ def conv1d_paired[
     var panel_size = g.kernel * tap_size
     var panels = ceildiv(g.group_filters(), PANEL)
     var threads = workers(g.batch * g.out_length * g.filters * g.kernel * channels)
-    var chunk = max(1, threads * FILTER_BYTES // (2 * panel_size))
-    chunk = ceildiv(panels, ceildiv(panels, chunk))
+    var chunk = panels_at_a_time(panels, panel_size * size_of[Scalar[dtype]](), threads)
     var filters = Scratch[dtype](chunk * panel_size)
     var filter = filters.data()
     var tiles = ceildiv(g.out_length, ROWS)

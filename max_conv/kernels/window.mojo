@@ -139,6 +139,6 @@ struct Rows[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
         return Self(rows, window.row_step(g) * channels, window.tap_step(g) * channels)
 
     @always_inline
-    def skip(self, outputs: Int, channels: Int = 0) -> Self:
-        """Moves on by some outputs and channels."""
-        return Self(self.data.unsafe_offset(outputs * self.output_step + channels), self.output_step, self.tap_step)
+    def skip(self, outputs: Int) -> Self:
+        """Moves on by some outputs."""
+        return Self(self.data.unsafe_offset(outputs * self.output_step), self.output_step, self.tap_step)

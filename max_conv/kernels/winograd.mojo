@@ -9,7 +9,8 @@ from std.sys.info import simd_width_of, size_of
 
 from .dense import tile_rows
 from .geometry import Geometry
-from .lanes import FilterSteps, Memory, Operands, Scratch, Write, accumulator, gathered, load, phases, put, workers
+from .lanes import FilterSteps, Memory, Operands, Scratch, Write, accumulator, gathered, load
+from .lanes import panels_at_a_time, phases, put, workers
 from .points import Plan, POINTS, QUAD, TAPS, data_points, filter_points, first_output, outputs
 from .turn import turn_out
 from .window import Window
@@ -17,8 +18,6 @@ from .window import Window
 comptime VECTORS = 2
 comptime SUM = 32
 """Terms in one running sum. Transforms cost accuracy, shorter sums win it back."""
-comptime FILTER_BYTES = 1536 * 1024
-"""Transformed filters that are held at a time, for each thread."""
 comptime DATA_BYTES = 320 * 1024
 """Transformed data of one block."""
 
@@ -288,8 +287,7 @@ def conv1d_winograd[
     var panel_size = products * channels * panel
     var panels = ceildiv(g.group_filters(), panel)
     var threads = workers(g.batch * g.out_length * g.filters * g.kernel * channels)
-    var chunk = max(1, threads * FILTER_BYTES // (panel_size * size_of[Scalar[acc]]()))
-    chunk = ceildiv(panels, ceildiv(panels, chunk))
+    var chunk = panels_at_a_time(panels, panel_size * size_of[Scalar[acc]](), threads)
     var filters = Scratch[acc](chunk * panel_size)
     var filter = filters.data()
     var total = ceildiv(g.out_length, plan.spacing * QUAD) * plan.spacing
