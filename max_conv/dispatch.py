@@ -1,7 +1,7 @@
 """Which CPU kernel a layer gets, and why. The measurements behind the gates stand in ARCHITECTURE.md."""
 
 from dataclasses import dataclass
-from math import ceil, gcd
+from math import gcd
 from typing import Any
 
 from .geometry import Geometry, positive
@@ -87,17 +87,27 @@ def quad_spacing(geometry: Geometry) -> int:
     return geometry.dilation // gcd(geometry.stride, geometry.dilation)
 
 
+def tap_groups(geometry: Geometry) -> list[tuple[int, ...]]:
+    """Returns the taps that Winograd's kernel takes together: threes of the same phase of the stride, and their rests.
+
+    >>> tap_groups(Geometry.of(4)), tap_groups(Geometry.of(3, stride=2))
+    ([(0, 1, 2), (3,)], [(0, 2), (1,)])
+    """
+    step = geometry.stride // gcd(geometry.stride, geometry.dilation)
+    phases = [range(phase, geometry.kernel_size, step) for phase in range(min(step, geometry.kernel_size))]
+    groups = [tuple(taps[i : i + 3]) for taps in phases for i in range(0, len(taps), 3)]
+    return sorted(groups, key=len, reverse=True)
+
+
 def quad_products(geometry: Geometry) -> int:
     """Returns the multiplications that Winograd's kernel needs for four outputs, one channel and one filter.
 
-    Taps that meet the same phase of the stride are taken in threes, which cost 6; a rest of two costs 5, of one 4.
+    Three taps cost 6, a rest of two costs 5, of one 4.
 
     >>> quad_products(Geometry.of(11)), quad_products(Geometry.of(3, stride=2))
     (23, 9)
     """
-    step = geometry.stride // gcd(geometry.stride, geometry.dilation)
-    taps = [ceil((geometry.kernel_size - phase) / step) for phase in range(min(step, geometry.kernel_size))]
-    return sum(6 * (count // 3) + (0, 4, 5)[count % 3] for count in taps)
+    return sum(len(group) + 3 for group in tap_groups(geometry))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from .dispatch import LEAST_OUTPUTS, Layer, choose
 from .geometry import PADDING_MODES, Geometry, Padding, positive
 from .kernel_library import kernel_library
 from .layouts import FilterLayout, Layout, check_filter_layout, check_layout, permute
+from .packing import packed
 
 DTYPES = (DType.float32, DType.float64, DType.float16, DType.bfloat16)
 
@@ -75,18 +76,22 @@ def conv1d(
     if isinstance(length, StaticDim):
         geometry.check_length(int(length))
 
-    x, filter = _in_graph(x), _in_graph(filter)
+    x = _in_graph(x)
     if batched := x.rank == 3:
         batch = x.shape[0]
     else:
         x, batch = ops.unsqueeze(x, 0), Dim(1)
     layer = Layer(geometry, layout, group_channels, filters // groups, groups, x.dtype.name)
     kernel = choose(layer).kernel
-    if layout == "NLC" and kernel != "lengthwise":
-        filter, filter_layout = permute(filter, filter_layout, "SCF"), "SCF"
+    if (prepared := packed(filter, kernel, layer, filter_layout)) is not None:
+        filter, filter_layout = prepared, "packed"
+    else:
+        filter = _in_graph(filter)
+        if layout == "NLC" and kernel != "lengthwise":
+            filter, filter_layout = permute(filter, filter_layout, "SCF"), "SCF"
     bias = ops.constant([], x.dtype, device=x.device) if bias is None else _in_graph(bias)
     mode = PADDING_MODES.index(padding_mode)
-    numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, mode, groups)
+    numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, mode, groups, taps)
     scalars = [ops.constant(number, DType.int64, device=DeviceRef.CPU()) for number in numbers]
     sizes = {"N": batch, "L": Dim(geometry.output_length(length)), "C": Dim(filters)}
     shape = [sizes[axis] for axis in layout]
@@ -111,7 +116,7 @@ def emit(
 
     Args:
         bias: (F,), or (0,) for none.
-        scalars: stride, dilation, left, right, the number of the padding mode, and groups, int64, on the CPU.
+        scalars: stride, dilation, left, right, the number of the padding mode, groups and kernel_size, int64, on the CPU.
         shape: The output's.
         least: Outputs below which "winograd" gives way to another kernel; 0 takes it always.
         whole: Whether the filters of a group are a multiple of 32: less has to be compiled.

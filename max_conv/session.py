@@ -22,6 +22,9 @@ from max.dtype import DType
 from max.engine import InferenceSession, read
 from max.graph import DeviceRef, Graph, StaticDim, SymbolicDim, TensorType
 
+from .idle import first_run
+from .packing import aligned, collected, with_packed
+
 FORMAT = 1
 NOT_IN_NUMPY = (DType.bfloat16,)
 
@@ -77,7 +80,7 @@ class Model:
         self._check(buffers)
         buffers = [buffer.to(self._devices[port.device]) for buffer, port in zip(buffers, self.inputs, strict=True)]
         try:
-            results = self._model.execute(*buffers)
+            results = first_run(self._model.execute, *buffers)
         except (ValueError, RuntimeError) as error:
             # The kernels' own sentences come wrapped in a page about the graph.
             if sentence := re.search(r"^(conv1d|lstm): .*$", str(error), re.MULTILINE):
@@ -194,7 +197,10 @@ def compile(
     >>> compile(layer)(np.ones((1, 4, 1), np.float32)).ravel().tolist()
     [2.0, 3.0, 3.0, 2.0]
     """
-    graph, names, weights = _trace(model, inputs, weights)
+    with collected() as packings:
+        graph, names, weights = _trace(model, inputs, weights)
+    if packings:
+        weights = with_packed(packings, weights, getattr(graph, "_weights", {}), _array)
     ports = [_port(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
     outputs = [_port(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
     buffers = _fitting(graph, weights)
@@ -344,13 +350,19 @@ def _buffer(value: Any, what: str) -> Buffer:
     raise TypeError(f"model: {what} must be an array (NumPy or DLPack), but is a {type(value).__name__}.")
 
 
+def _array(value: Any) -> np.ndarray:
+    return value if isinstance(value, np.ndarray) else _buffer(value, "a weight").to(CPU()).to_numpy()
+
+
 def _bytes_of(buffer: Buffer) -> np.ndarray:
     host = buffer.to(CPU())
     return host.view(DType.uint8, [host.num_elements * host.dtype.size_in_bytes]).to_numpy()
 
 
 def _from_bytes(data: bytes, entry: Mapping[str, Any]) -> Buffer:
-    return Buffer.from_numpy(np.frombuffer(data, np.uint8)).view(DType[entry["dtype"]], entry["shape"])
+    room = aligned((len(data),), np.uint8)
+    room[:] = np.frombuffer(data, np.uint8)
+    return Buffer.from_numpy(room).view(DType[entry["dtype"]], entry["shape"])
 
 
 def _cpu_features() -> set[str]:

@@ -1,23 +1,54 @@
 """Runs every CPU kernel against plain loops, on the processor that this was compiled for; prints what is wrong."""
 
-from std.math import sqrt
+from std.math import ceildiv, sqrt
 from std.sys import exit
+from std.sys.info import simd_width_of
 
 from kernels.dense import conv1d_dense
 from kernels.depthwise import conv1d_depthwise
 from kernels.geometry import CIRCULAR, Geometry, REFLECT, REPLICATE, ZEROS
-from kernels.lanes import FilterSteps, Memory, Operands, accumulator
+from kernels.lanes import PACK, FilterSteps, Memory, Operands, accumulator
 from kernels.lengthwise import conv1d_lengthwise
 from kernels.paired import conv1d_paired, has_pairs
+from kernels.points import Plan, TAPS, filter_points
 from kernels.winograd import conv1d_winograd
 
-comptime KERNELS = 9
+comptime KERNELS = 13
 
 
 def noise(mut state: UInt64) -> Float64:
     """Returns a number between -1 and 1."""
     state = state * 6364136223846793005 + 1442695040888963407
     return Float64(state >> 40) / Float64(1 << 23) - 1
+
+
+def packed[dtype: DType, //, points: Bool](g: Geometry, w: List[Scalar[dtype]]) -> List[Scalar[dtype]]:
+    """Packs an SCF filter: (group and panel, tap or product, channel, filter), as `max_conv/packing.py` does."""
+    comptime width = simd_width_of[dtype]()
+    var plan = Plan(g)
+    var rows = plan.products() if points else g.kernel
+    var channels = g.group_channels()
+    var panels = ceildiv(g.group_filters(), PACK)
+    var to = List[Scalar[dtype]](length=g.groups * panels * rows * channels * PACK, fill=0)
+    for f in range(g.filters):
+        var in_group = f % g.group_filters()
+        var panel = f // g.group_filters() * panels + in_group // PACK
+        for c in range(channels):
+            var at = (panel * rows * channels + c) * PACK + in_group % PACK
+            comptime if not points:
+                for k in range(g.kernel):
+                    to[at + k * channels * PACK] = w[(k * channels + c) * g.filters + f]
+            else:
+                for group in range(len(plan.sizes)):
+                    comptime for size in range(1, TAPS + 1):
+                        if plan.sizes[group] == size:
+                            var taps = Array[SIMD[dtype, width], size](fill=0)
+                            comptime for k in range(size):
+                                taps[k] = w[((plan.first[group] + k * plan.step) * channels + c) * g.filters + f]
+                            var values = filter_points[size](taps)
+                            comptime for p in range(size + TAPS):
+                                to[at + (plan.bases[p] + group) * channels * PACK] = values[p][0]
+    return to^
 
 
 def compare[dtype: DType, kernel: Int](g: Geometry) -> Bool:
@@ -31,6 +62,7 @@ def compare[dtype: DType, kernel: Int](g: Geometry) -> Bool:
     var w = List[Scalar[dtype]]()
     for _ in range(g.kernel * channels * g.filters):
         w.append(noise(state).cast[dtype]())
+    var plain = w.copy()
     var bias = List[Scalar[dtype]]()
     for _ in range(g.filters):
         bias.append(noise(state).cast[dtype]())
@@ -66,11 +98,23 @@ def compare[dtype: DType, kernel: Int](g: Geometry) -> Bool:
         conv1d_lengthwise[write, nlc](g, steps, o)
     elif kernel == 8 or kernel == 3:
         conv1d_winograd[write, nlc](g, steps, o)
-    else:
+    elif kernel == 10 or kernel == 12:
+        comptime if dtype == accumulator[dtype]:
+            w = packed[kernel == 12](g, w)
+            o.w = w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+            comptime if kernel == 10:
+                conv1d_dense[write, False, packed=True](g, o)
+            else:
+                conv1d_winograd[write, nlc, packed=True](g, steps, o)
+        else:
+            return True
+    elif kernel == 5 or kernel == 7:
         comptime if dtype == DType.bfloat16 and has_pairs():
             conv1d_paired[write, nlc](g, steps, o)
         else:
             return True
+    else:
+        return True
 
     var worst = 0.0
     for n in range(g.batch):
@@ -86,7 +130,7 @@ def compare[dtype: DType, kernel: Int](g: Geometry) -> Bool:
                         var at = (n * g.channels + channel) * g.length + source
                         comptime if nlc:
                             at = (n * g.length + source) * g.channels + channel
-                        var value = w[(k * channels + c) * g.filters + f]
+                        var value = plain[(k * channels + c) * g.filters + f]
                         want += x[at].cast[DType.float64]() * value.cast[DType.float64]()
                 var at = (n * g.filters + f) * g.out_length + l
                 comptime if nlc:

@@ -304,9 +304,10 @@ def test_nothing_is_emitted_before_an_error(batch: list[int]) -> None:
 
 # What only the run can tell: one graph, in which each row spoils one input.
 
-GEOMETRY = {"stride": 1, "dilation": 1, "left": 0, "right": 0, "mode": 0, "groups": 1, "depthwise_groups": 8}
+GEOMETRY = {"stride": 1, "dilation": 1, "left": 0, "right": 0, "mode": 0, "groups": 1}
+GEOMETRY |= {"kernel_size": 3, "depthwise_groups": 8}
 SIZES = {"any": (1, 9, 4), "reflect": (1, 9, 4), "circular": (1, 9, 4), "replicate": (1, 9, 4)}
-SIZES |= {"dense_x": (1, 9, 8), "depthwise_x": (1, 9, 8), "dense_w": (3, 8, 32)}
+SIZES |= {"dense_x": (1, 9, 8), "depthwise_x": (1, 9, 8), "dense_w": (3, 8, 32), "packed_w": (1, 6, 256)}
 OUTPUTS = {"dense": (1, 7, 32), "depthwise": (1, 7, 8)}
 KERNEL_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "short": (
@@ -352,6 +353,10 @@ KERNEL_ROWS: dict[str, tuple[dict[str, Any], str]] = {
         {"dense_w": (3, 8, 8), "dense": (1, 7, 8)},
         "conv1d: the graph was built for a multiple of 32 filters, not 8 a group",
     ),
+    "packed": (
+        {"packed_w": (1, 3, 256)},
+        "conv1d: the packed filter must have shape (1, 6, 256) for these sizes; pass what max_conv.compile packed",
+    ),
     "depthwise": (
         {"depthwise_x": (1, 9, 4), "depthwise_groups": 4},
         "conv1d: the depthwise kernel needs one channel in and one out a group",
@@ -367,8 +372,8 @@ def model() -> Model:
     outputs = [TensorType(DType.int8, [f"n{i}", f"l{i}", f"f{i}"], HOST) for i in range(10, 10 + len(OUTPUTS))]
     with Graph("errors", input_types=[*inputs, *[scalar] * len(GEOMETRY), *outputs]) as graph:
         values = [value.tensor for value in graph.inputs]
-        any_x, reflect_x, circular_x, replicate_x, dense_x, depthwise_x, dense_w = values[:7]
-        scalars, depthwise_groups, (dense, depthwise) = values[7:13], values[13], values[14:]
+        any_x, reflect_x, circular_x, replicate_x, dense_x, depthwise_x, dense_w, packed_w = values[:8]
+        scalars, depthwise_groups, (dense, depthwise) = values[8:15], values[15], values[16:]
         w = ops.constant(normal(3, 4, 8), F32, device=HOST)
         one_a_group = ops.constant(normal(3, 1, 8), F32, device=HOST)
         none = ops.constant([], F32, device=HOST)
@@ -382,12 +387,13 @@ def model() -> Model:
                 depthwise_x,
                 one_a_group,
                 none,
-                [*scalars[:5], depthwise_groups],
+                [*scalars[:5], depthwise_groups, scalars[6]],
                 depthwise.shape,
                 "depthwise",
                 "NLC",
                 "SCF",
             ),
+            emit(dense_x, packed_w, none, scalars, dense.shape, "winograd", "NLC", "packed"),
         )
     return compiled(graph)
 
@@ -400,7 +406,7 @@ def run_with(model: Model, spoiled: dict[str, Any]) -> list[Any]:
 
 
 def test_kernel_takes_what_is_right(model: Model) -> None:
-    shapes = [(1, 7, 8), (1, 13, 8), (1, 12, 8), (1, 11, 8), (1, 7, 32), (1, 7, 8)]
+    shapes = [(1, 7, 8), (1, 13, 8), (1, 12, 8), (1, 11, 8), (1, 7, 32), (1, 7, 8), (1, 7, 32)]
     assert [y.shape for y in run_with(model, {})] == shapes
     # The shortest inputs that each mode takes.
     run_with(model, {"any": (1, 3, 4), "reflect": (1, 4, 4), "circular": (1, 5, 4), "replicate": (1, 1, 4)})

@@ -19,9 +19,11 @@ from max.engine import InferenceSession, Model
 from max.graph import DeviceRef, Graph, Module, TensorType
 
 from conftest import DEFAULT
-from max_conv.geometry import PADDING_MODES
+from max_conv import dispatch
+from max_conv.geometry import PADDING_MODES, Geometry
 from max_conv.kernel_library import kernel_library
 from max_conv.ops import emit
+from max_conv.packing import Packing
 from max_conv.reference import conv1d_ref
 
 GUARD = 1024
@@ -45,6 +47,9 @@ WAYS: tuple[Way, ...] = (
     ("lengthwise", "NCL", "FCS"),
     ("winograd", "NLC", "SCF"),
     ("winograd", "NCL", "FCS"),
+    ("dense", "NLC", "packed"),
+    ("winograd", "NLC", "packed"),
+    ("winograd", "NCL", "packed"),
     ("paired", "NLC", "SCF"),
     ("paired", "NCL", "FCS"),
 )
@@ -122,9 +127,11 @@ def layers(draw: st.DrawFn) -> Layer:
     )
 
 
-def fits(kernel: str, layer: Layer, dtype: DType) -> bool:
-    """Tells whether a kernel takes a layer; where it does not, it raises."""
-    match kernel:
+def fits(way: Way, layer: Layer, dtype: DType) -> bool:
+    """Tells whether a kernel takes a layer; where it does not, it raises or does not compile."""
+    if way[2] == "packed" and dtype not in (DType.float32, DType.float64):
+        return False
+    match way[0]:
         case "depthwise":
             return layer.group_channels == layer.group_filters == 1
         case "short":
@@ -145,13 +152,15 @@ def models() -> dict[tuple[DType, Way], Model]:
             TensorType(dtype, ["n", "l", "c"], cpu),
             TensorType(dtype, ["k", "cg", "f"], cpu),
             TensorType(dtype, ["b"], cpu),
-            TensorType(DType.int8, ["lo"], cpu),
-            *[TensorType(DType.int64, [], cpu)] * 6,
+            TensorType(DType.int8, ["lo", "fo"], cpu),
+            *[TensorType(DType.int64, [], cpu)] * 7,
         ]
         for way in WAYS:
-            if way[0] == "paired" and dtype != DType.bfloat16:
-                continue
             kernel, layout, filter_layout = way
+            if (kernel == "paired" and dtype != DType.bfloat16) or (
+                filter_layout == "packed" and dtype not in (DType.float32, DType.float64)
+            ):
+                continue
             names[dtype, way] = name = "_".join((dtype.name, *way))
             given = types[:]
             if layout == "NCL":
@@ -160,7 +169,7 @@ def models() -> dict[tuple[DType, Way], Model]:
                 given[1] = TensorType(dtype, ["f", "cg", "k"], cpu)
             with Graph(name, input_types=given, module=module) as graph:
                 x, w, bias, out, *scalars = (value.tensor for value in graph.inputs)
-                sizes = {"N": x.shape[0], "L": out.shape[0], "C": w.shape[filter_layout.index("F")]}
+                sizes = {"N": x.shape[0], "L": out.shape[0], "C": out.shape[1]}
                 shape = [sizes[axis] for axis in layout]
                 graph.output(emit(x, w, bias, scalars, shape, kernel, layout, filter_layout, least=0))
     loaded = InferenceSession(devices=[CPU()]).load_all(module, custom_extensions=[kernel_library()])
@@ -221,19 +230,29 @@ def compare(layer: Layer, dtype: DType) -> None:
     rounding = ROUNDING[dtype] * np.abs(want) + 2.0**-24 * (dtype == DType.float16)
 
     mode = PADDING_MODES.index(layer.padding_mode)
-    numbers = (layer.stride, layer.dilation, *layer.padding, mode, layer.groups)
+    numbers = (layer.stride, layer.dilation, *layer.padding, mode, layer.groups, layer.kernel_size)
     scalars = [Buffer.from_numpy(np.array(number, np.int64)) for number in numbers]
-    out_length = Buffer.from_numpy(np.zeros(want.shape[1], np.int8))
+    out_length = Buffer.from_numpy(np.zeros(want.shape[1:], np.int8))
     held = {"NLC": x, "NCL": x.transpose(0, 2, 1), "SCF": w, "FCS": w.transpose(2, 1, 0), "F": bias}
     buffers = {name: guarded(bits, dtype, int(random.integers(0, 64))) for name, bits in held.items()}
     for kernel, layout, filter_layout in WAYS:
-        if not fits(kernel, layer, dtype) or random.random() < SKIPPED:
+        if not fits((kernel, layout, filter_layout), layer, dtype) or random.random() < SKIPPED:
             continue
+        if filter_layout == "packed":
+            described = dispatch.Layer(
+                Geometry(layer.kernel_size, layer.stride, layer.dilation, *layer.padding, "zeros"),
+                "NLC",
+                layer.group_channels,
+                layer.group_filters,
+                layer.groups,
+            )
+            filter = Packing("weight", kernel, described, "SCF")(w)
+            buffers["packed"] = guarded(filter, dtype, int(random.integers(0, 64)))
         operands = [buffers[layout], buffers[filter_layout], buffers["F"], out_length, *scalars]
         out = answer(models()[dtype, (kernel, layout, filter_layout)], operands, dtype)
         if layout == "NCL":
             out = out.transpose(0, 2, 1)
-        name = f"{kernel} {layout}"
+        name = f"{kernel} {layout} {filter_layout}"
         assert out.shape == want.shape, name
         # Winograd's transforms lose digits whatever the number of channels: it is chosen from 32 on.
         terms = layer.kernel_size * max(layer.group_channels, 32 if kernel == "winograd" else 1)

@@ -8,7 +8,7 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, Memory, Operands, Scratch, Write, accumulator, load, put, spread, workers
+from .lanes import BLOCK, PACK, Memory, Operands, Scratch, Write, accumulator, load, put, spread, workers
 from .window import Rows, Window
 
 comptime VECTORS = 2
@@ -70,7 +70,7 @@ def accumulate[
 
 @always_inline
 def tile[
-    dtype: DType, acc: DType, //, write: Write[dtype], short: Bool, rows: Int, vectors: Int, partial: Bool
+    dtype: DType, acc: DType, //, write: Write[dtype], short: Bool, rows: Int, vectors: Int, partial: Bool, packed: Bool
 ](
     g: Geometry,
     x: Rows[acc],
@@ -112,7 +112,7 @@ def tile[
         taps = min(taps, 1)
     comptime if short:
         var tap_size = channels * w.row_size
-        accumulate[rows, vectors, partial](
+        accumulate[rows, vectors, partial and not packed](
             total, xt, tap_step, x.output_step, wt, tap_size, w.row_size, taps, channels, rest
         )
     else:
@@ -121,7 +121,7 @@ def tile[
         for tap in range(0, taps, tap_block):
             for channel in range(0, channels, channel_block):
                 var sum = Array[SIMD[acc, width], rows * vectors](fill=SIMD[acc, width](0))
-                accumulate[rows, vectors, partial](
+                accumulate[rows, vectors, partial and not packed](
                     sum,
                     xt.unsafe_offset(tap * tap_step + channel),
                     tap_step,
@@ -151,7 +151,7 @@ def tile[
 
 @always_inline
 def column[
-    dtype: DType, acc: DType, //, write: Write[dtype], short: Bool, vectors: Int, partial: Bool
+    dtype: DType, acc: DType, //, write: Write[dtype], short: Bool, vectors: Int, partial: Bool, packed: Bool
 ](
     g: Geometry,
     x: Rows[acc],
@@ -171,12 +171,12 @@ def column[
         var left = count - done
         var sums = w.sums.unsafe_offset(done * vectors * width)
         if left > 2 * SHORT_ROWS:
-            tile[write, short, rows, vectors, partial](
+            tile[write, short, rows, vectors, partial, packed](
                 g, x.skip(done), w, o, n, first + done, min(left, rows), filter, lanes, sums
             )
             done += rows
         else:
-            tile[write, short, SHORT_ROWS, vectors, partial](
+            tile[write, short, SHORT_ROWS, vectors, partial, packed](
                 g, x.skip(done), w, o, n, first + done, min(left, SHORT_ROWS), filter, lanes, sums
             )
             done += SHORT_ROWS
@@ -200,7 +200,7 @@ def pack[
 
 
 def block[
-    dtype: DType, //, write: Write[dtype], short: Bool, whole: Bool
+    dtype: DType, //, write: Write[dtype], short: Bool, whole: Bool, packed: Bool
 ](
     g: Geometry,
     o: Operands[dtype],
@@ -224,34 +224,44 @@ def block[
     var data = Rows[acc].of(window, g, x, channels, scratch)
     var taps = g.kernel if short else min(g.kernel, max(1, SLAB // channels))
     var in_slabs = taps < g.kernel or dtype != acc
-    var packed_size = taps * channels * panel
-    var room = Scratch[acc](packed_size + (count + rows) * panel if in_slabs else 0)
-    var packed = room.data()
+    var copy_size = 0 if packed or not in_slabs else taps * channels * panel
+    var room = Scratch[acc](copy_size + (count + rows) * panel if in_slabs else 0)
+    var copy = room.data()
+    var sums = copy.unsafe_offset(copy_size)
+    var packed_size = g.kernel * channels * PACK
+    var packed_group = group * ceildiv(g.group_filters(), PACK)
     var f = first_filter
     while f < end_filter:
         var filter = group * g.group_filters() + f
         var lanes = end_filter - f
         for tap in range(0, g.kernel, taps):
             var end = min(tap + taps, g.kernel)
-            var rows_of_filter = o.w.unsafe_offset(tap * channels * g.filters + filter)
-            var w = Panel[acc](rows_of_filter.unsafe_bitcast[Scalar[acc]](), g.filters, tap, end, packed)
-            if in_slabs:
-                pack(rows_of_filter, g.filters, (end - tap) * channels, lanes, packed)
-                w = Panel[acc](packed, panel, tap, end, packed.unsafe_offset(packed_size))
+            var w = Panel[acc](copy, panel, tap, end, sums)
+            comptime if packed:
+                w.data = o.w.unsafe_offset((packed_group + f // PACK) * packed_size).unsafe_bitcast[Scalar[acc]]()
+                w.data = w.data.unsafe_offset(tap * channels * PACK + f % PACK)
+                w.row_size = PACK
+            else:
+                var in_place = o.w.unsafe_offset(tap * channels * g.filters + filter)
+                if in_slabs:
+                    pack(in_place, g.filters, (end - tap) * channels, lanes, copy)
+                else:
+                    w.data = in_place.unsafe_bitcast[Scalar[acc]]()
+                    w.row_size = g.filters
             if whole or lanes >= panel:
-                column[write, short, VECTORS, False](g, data, w, o, n, first, count, filter, lanes)
+                column[write, short, VECTORS, False, packed](g, data, w, o, n, first, count, filter, lanes)
             else:
                 comptime if not whole:
-                    column[write, short, 1, True](g, data, w, o, n, first, count, filter, min(lanes, width))
+                    column[write, short, 1, True, packed](g, data, w, o, n, first, count, filter, min(lanes, width))
         f += panel if whole or lanes >= panel else width
     _ = scratch^
     _ = room^
 
 
 def conv1d_dense[
-    dtype: DType, //, write: Write[dtype], short: Bool, whole: Bool = False
+    dtype: DType, //, write: Write[dtype], short: Bool, whole: Bool = False, packed: Bool = False
 ](g: Geometry, o: Operands[dtype]):
-    """Computes a convolution of NLC data with an SCF filter; with `short`, in one running sum.
+    """Computes a convolution of NLC data with an SCF filter, or a `packed` one; with `short`, in one running sum.
 
     `whole` says that the filters of a group are a multiple of 32, and leaves the tiles for others uncompiled.
     """
@@ -282,6 +292,6 @@ def conv1d_dense[
         var first = index * tiles // blocks * rows
         var end = min((index + 1) * tiles // blocks * rows, g.out_length)
         var end_filter = min((part + 1) * split, g.group_filters())
-        block[write, short, whole](g, o, n, group, first, end - first, part * split, end_filter)
+        block[write, short, whole, packed](g, o, n, group, first, end - first, part * split, end_filter)
 
     spread(task, tasks, threads)

@@ -13,6 +13,9 @@ comptime Memory[dtype: DType] = Pointer[Scalar[dtype], MutUntrackedOrigin]
 comptime BLOCK = 128
 """Terms in one running sum. Sums of blocks keep the rounding error near sqrt(terms) instead of growing with terms."""
 
+comptime PACK = 32
+"""Filters side by side in a packed filter (`max_conv/packing.py`): two vectors of float32 in AVX-512."""
+
 comptime FILTER_BYTES = 1536 * 1024
 """Transformed or packed filters that are held at a time, for each thread."""
 

@@ -2,6 +2,7 @@
 
 import extensibility
 from extensibility import InputTensor, OutputTensor, _FusedOutputTensor as FusedOutputTensor
+from std.math import ceildiv
 from std.utils.index import IndexList
 from max.gpu.host import DeviceContext
 from max.gpu.host.info import is_cpu
@@ -10,8 +11,9 @@ from .dense import conv1d_dense
 from .depthwise import conv1d_depthwise
 from .geometry import CIRCULAR, Geometry, REFLECT, REPLICATE
 from .gpu import conv1d_gpu
-from .lanes import FilterSteps, Operands
+from .lanes import PACK, FilterSteps, Operands, accumulator
 from .lengthwise import conv1d_lengthwise
+from .points import Plan
 from .winograd import conv1d_winograd, pays
 from .paired import conv1d_paired, has_pairs
 from .lstm import GATES, Lstm, lstm_cpu, lstm_gpu
@@ -57,7 +59,8 @@ struct Conv1d:
     """A convolution of (N, L, C) or (N, C, L) data. `kernel` is chosen in Python, where sizes are known.
 
     What it gives way to for fewer than `least` outputs needs no second op in the graph. `whole` says that the filters
-    of a group are a multiple of 32.
+    of a group are a multiple of 32. A filter of layout "packed" is what `max_conv/packing.py` made of it for the
+    kernel, and its kernel size is `kernel_size`, which is not read otherwise.
     """
 
     @staticmethod
@@ -79,29 +82,44 @@ struct Conv1d:
         pad_right: Scalar[DType.int64],
         mode: Scalar[DType.int64],
         groups: Scalar[DType.int64],
+        kernel_size: Scalar[DType.int64],
         ctx: DeviceContext,
     ) raises:
         comptime dtype = output.dtype
         comptime nlc = layout == "NLC"
         comptime length = 1 if nlc else 2
         comptime channel = 3 - length
-        comptime tap_axis = filter_layout.find("S")
-        comptime channel_axis = filter_layout.find("C")
-        comptime filter_axis = filter_layout.find("F")
+        comptime packed = filter_layout == "packed"
+        comptime tap_axis = 0 if packed else filter_layout.find("S")
+        comptime channel_axis = 1 if packed else filter_layout.find("C")
+        comptime filter_axis = 2 if packed else filter_layout.find("F")
         var g = Geometry(
             batch=x.dim_size(0),
             length=x.dim_size(length),
             out_length=output.dim_size(length),
             channels=x.dim_size(channel),
-            filters=w.dim_size(filter_axis),
+            filters=output.dim_size(channel) if packed else w.dim_size(filter_axis),
             groups=Int(groups),
-            kernel=w.dim_size(tap_axis),
+            kernel=Int(kernel_size) if packed else w.dim_size(tap_axis),
             stride=Int(stride),
             dilation=Int(dilation),
             pad_left=Int(pad_left),
             mode=Int(mode),
         )
-        check(g, Int(pad_right), w.dim_size(channel_axis))
+        check(g, Int(pad_right), g.channels // max(1, g.groups) if packed else w.dim_size(channel_axis))
+        comptime if packed:
+            var rows = Plan(g).products() if kernel == "winograd" else g.kernel
+            var wanted = [g.groups * ceildiv(g.group_filters(), PACK), rows, g.group_channels() * PACK]
+            if w.dim_size(0) != wanted[0] or w.dim_size(1) != wanted[1] or w.dim_size(2) != wanted[2]:
+                raise Error(
+                    "conv1d: the packed filter must have shape (",
+                    wanted[0],
+                    ", ",
+                    wanted[1],
+                    ", ",
+                    wanted[2],
+                    ") for these sizes; pass what max_conv.compile packed.",
+                )
         if g.batch == 0:
             return
         var o = Operands[dtype](
@@ -125,12 +143,20 @@ struct Conv1d:
         var steps = FilterSteps(size[tap_axis], size[channel_axis], size[filter_axis])
         if whole and g.group_filters() % 32 != 0:
             raise Error("conv1d: the graph was built for a multiple of 32 filters, not ", g.group_filters(), " a group.")
+        comptime if packed:
+            comptime assert is_cpu[target]() and dtype == accumulator[dtype]
+            comptime if kernel == "winograd":
+                conv1d_winograd[write, nlc, packed, whole](g, steps, o)
+            else:
+                comptime assert nlc and (kernel == "dense" or kernel == "short")
+                conv1d_dense[write, kernel == "short", whole, packed](g, o)
+            return
         comptime if not is_cpu[target]():
             conv1d_gpu[write, nlc](g, steps, o, ctx)
             return
         comptime if kernel == "winograd":
             if least == 0 or pays(g, least):
-                conv1d_winograd[write, nlc](g, steps, o)
+                conv1d_winograd[write, nlc, False, whole](g, steps, o)
                 return
         comptime if kernel == "paired" and dtype == DType.bfloat16 and has_pairs():
             conv1d_paired[write, nlc](g, steps, o)

@@ -10,7 +10,7 @@ from std.sys.info import simd_width_of, size_of
 from .dense import tile_rows
 from .geometry import Geometry
 from .lanes import FilterSteps, Memory, Operands, Scratch, Write, accumulator, gathered, load
-from .lanes import panels_at_a_time, phases, put, workers
+from .lanes import PACK, panels_at_a_time, phases, put, spread, workers
 from .points import Plan, POINTS, QUAD, TAPS, data_points, filter_points, first_output, outputs
 from .turn import turn_out
 from .window import Window
@@ -88,22 +88,36 @@ def transform_data[
         c += width
 
 
+@fieldwise_init
+struct Panels[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
+    """The transformed filter: a row of `lanes` filters for each product and channel, then those of the next filters."""
+
+    var data: Memory[Self.acc]
+    var lanes: Int
+    var rows: Int
+
+    @always_inline
+    def at(self, filter: Int) -> Memory[Self.acc]:
+        """Returns where the first row of a filter and its neighbours stands."""
+        return self.data.unsafe_offset(filter // self.lanes * self.lanes * self.rows + filter % self.lanes)
+
+
 @always_inline
 def tile[
-    acc: DType, //, rows: Int
+    acc: DType, //, rows: Int, vectors: Int
 ](
     data: Memory[acc],
     row_size: Int,
     plane: Int,
     filter: Memory[acc],
+    filter_row: Int,
     channels: Int,
     plan: Plan,
     sums: Memory[acc],
 ):
-    """Sums the products of `rows` quads and one panel of filters over channels and groups, for each point."""
+    """Sums the products of `rows` quads and some vectors of filters over channels and groups, for each point."""
     comptime width = simd_width_of[acc]()
-    comptime panel = VECTORS * width
-    comptime point_size = tile_rows[acc]() * panel
+    comptime point_size = tile_rows[acc]() * vectors * width
     var step = ceildiv(channels, ceildiv(channels, SUM))
     for p in range(POINTS):
         var out = sums.unsafe_offset(p * point_size)
@@ -111,32 +125,32 @@ def tile[
         for group in range(plan.counts[p]):
             var product = plan.bases[p] + group
             var x = data.unsafe_offset(product * plane)
-            var w = filter.unsafe_offset(product * channels * panel)
+            var w = filter.unsafe_offset(product * channels * filter_row)
             for channel in range(0, channels, step):
-                var sum = Array[SIMD[acc, width], rows * VECTORS](fill=SIMD[acc, width](0))
+                var sum = Array[SIMD[acc, width], rows * vectors](fill=SIMD[acc, width](0))
                 for c in range(channel, min(channel + step, channels)):
-                    var b = Array[SIMD[acc, width], VECTORS](fill=SIMD[acc, width](0))
-                    comptime for j in range(VECTORS):
-                        b[j] = w.unsafe_offset(c * panel + j * width).unsafe_load[width=width]()
+                    var b = Array[SIMD[acc, width], vectors](fill=SIMD[acc, width](0))
+                    comptime for j in range(vectors):
+                        b[j] = w.unsafe_offset(c * filter_row + j * width).unsafe_load[width=width]()
                     comptime for i in range(rows):
                         var a = SIMD[acc, width](x[unsafe_offset=i * row_size + c])
-                        comptime for j in range(VECTORS):
-                            sum[i * VECTORS + j] = a.fma(b[j], sum[i * VECTORS + j])
+                        comptime for j in range(vectors):
+                            sum[i * vectors + j] = a.fma(b[j], sum[i * vectors + j])
                 if first:
-                    comptime for i in range(rows * VECTORS):
+                    comptime for i in range(rows * vectors):
                         out.unsafe_offset(i * width).unsafe_store(sum[i])
                     first = False
                 else:
-                    comptime for i in range(rows * VECTORS):
+                    comptime for i in range(rows * vectors):
                         var at = out.unsafe_offset(i * width)
                         at.unsafe_store(at.unsafe_load[width=width]() + sum[i])
         if first:
-            comptime for i in range(rows * VECTORS):
+            comptime for i in range(rows * vectors):
                 out.unsafe_offset(i * width).unsafe_store(SIMD[acc, width](0))
 
 
 def block[
-    dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool
+    dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool, whole: Bool
 ](
     g: Geometry,
     plan: Plan,
@@ -144,21 +158,21 @@ def block[
     group: Int,
     first: Int,
     count: Int,
-    panels: Int,
-    end_panel: Int,
-    filter: Memory[acc],
+    first_filter: Int,
+    end_filter: Int,
+    filter: Panels[acc],
     o: Operands[dtype],
 ):
-    """Computes quads `first .. first + count - 1` of panels `panels .. end_panel - 1` of one group."""
+    """Computes quads `first .. first + count - 1` of one group's filters `first_filter .. end_filter - 1`."""
     comptime width = simd_width_of[acc]()
-    comptime panel = VECTORS * width
+    comptime tile_sums = POINTS * tile_rows[acc]() * VECTORS * width
     comptime rows = tile_rows[acc]()
     var channels = g.group_channels()
     var row_size = ceildiv(channels, width) * width
     # Tiles may run past `count`: the rows that they read must exist all the same.
     var plane = (count + rows // 4) * row_size
     var products = plan.products()
-    var scratch = Scratch[acc](products * plane + POINTS * rows * panel)
+    var scratch = Scratch[acc](products * plane + tile_sums)
     var data = scratch.data()
     var sums = data.unsafe_offset(products * plane)
     # Rows of padding are read from `rest`; NCL data is turned into it.
@@ -191,33 +205,64 @@ def block[
             else:
                 transform_data[1](row, channels, to, plane, plan, part)
 
-    for at in range(panels, end_panel):
-        var f = group * g.group_filters() + at * panel
-        var w = filter.unsafe_offset((at - panels) * products * channels * panel)
-        var lanes = g.group_filters() - at * panel
-        comptime if nlc:
-            panel_quads[write](g, plan, first, count, data, row_size, plane, w, sums, o, n, f, lanes)
+    var f = first_filter
+    while f < end_filter:
+        var lanes = end_filter - f
+        if whole or lanes > width:
+            panel[write, nlc, VECTORS](g, plan, first, count, data, row_size, plane, filter, sums, o, n, group, f, lanes)
+            f += VECTORS * width
         else:
-            var start = first_output(plan, first)
-            var end = min(g.out_length, start + count * QUAD)
-            var turned = Scratch[dtype]((end - start + simd_width_of[dtype]()) * panel + simd_width_of[dtype]())
-            var rows_out = turned.data()
-
-            @__parameter
-            @always_inline
-            def keep[size: Int](_n: Int, position: Int, filter: Int, value: SIMD[dtype, size]):
-                rows_out.unsafe_offset((position - start) * panel + filter - f).unsafe_store(value)
-
-            panel_quads[keep](g, plan, first, count, data, row_size, plane, w, sums, o, n, f, lanes)
-            turn_out[write](rows_out, panel, n, start, end - start, f, min(lanes, panel))
-            _ = turned^
+            comptime if not whole:
+                panel[write, nlc, 1](g, plan, first, count, data, row_size, plane, filter, sums, o, n, group, f, lanes)
+                f += width
     _ = scratch^
     _ = rest^
 
 
 @always_inline
-def panel_quads[
-    dtype: DType, acc: DType, //, write: Write[dtype]
+def panel[
+    dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool, vectors: Int
+](
+    g: Geometry,
+    plan: Plan,
+    first: Int,
+    count: Int,
+    data: Memory[acc],
+    row_size: Int,
+    plane: Int,
+    filter: Panels[acc],
+    sums: Memory[acc],
+    o: Operands[dtype],
+    n: Int,
+    group: Int,
+    in_group: Int,
+    lanes: Int,
+):
+    """Computes quads `first .. first + count - 1` of `lanes` filters of a group from `in_group` on."""
+    comptime size = vectors * simd_width_of[acc]()
+    var f = group * g.group_filters() + in_group
+    var w = filter.at(in_group)
+    comptime if nlc:
+        quads[write, vectors](g, plan, first, count, data, row_size, plane, w, filter.lanes, sums, o, n, f, lanes)
+    else:
+        var start = first_output(plan, first)
+        var end = min(g.out_length, start + count * QUAD)
+        var turned = Scratch[dtype]((end - start + simd_width_of[dtype]()) * size + simd_width_of[dtype]())
+        var rows_out = turned.data()
+
+        @__parameter
+        @always_inline
+        def keep[lanes: Int](_n: Int, position: Int, filter: Int, value: SIMD[dtype, lanes]):
+            rows_out.unsafe_offset((position - start) * size + filter - f).unsafe_store(value)
+
+        quads[keep, vectors](g, plan, first, count, data, row_size, plane, w, filter.lanes, sums, o, n, f, lanes)
+        turn_out[write](rows_out, size, n, start, end - start, f, min(lanes, size))
+        _ = turned^
+
+
+@always_inline
+def quads[
+    dtype: DType, acc: DType, //, write: Write[dtype], vectors: Int
 ](
     g: Geometry,
     plan: Plan,
@@ -227,15 +272,16 @@ def panel_quads[
     row_size: Int,
     plane: Int,
     filter: Memory[acc],
+    filter_row: Int,
     sums: Memory[acc],
     o: Operands[dtype],
     n: Int,
     f: Int,
     lanes: Int,
 ):
-    """Computes quads `first .. first + count - 1` of one panel of filters."""
+    """Computes quads `first .. first + count - 1` of some vectors of filters, of which `lanes` are there."""
     comptime width = simd_width_of[acc]()
-    comptime panel = VECTORS * width
+    comptime panel = vectors * width
     comptime rows = tile_rows[acc]()
     var channels = g.group_channels()
     var i = 0
@@ -244,17 +290,17 @@ def panel_quads[
         var x = data.unsafe_offset(i * row_size)
         var done = rows
         if left > rows // 2 + rows // 4:
-            tile[rows](x, row_size, plane, filter, channels, plan, sums)
+            tile[rows, vectors](x, row_size, plane, filter, filter_row, channels, plan, sums)
         elif left > rows // 4:
-            tile[rows // 2](x, row_size, plane, filter, channels, plan, sums)
+            tile[rows // 2, vectors](x, row_size, plane, filter, filter_row, channels, plan, sums)
             done = rows // 2
         else:
-            tile[rows // 4](x, row_size, plane, filter, channels, plan, sums)
+            tile[rows // 4, vectors](x, row_size, plane, filter, filter_row, channels, plan, sums)
             done = rows // 4
         for q in range(min(done, left)):
             var position = first_output(plan, first + i + q)
             var inside = position + (QUAD - 1) * plan.spacing < g.out_length and lanes >= panel
-            for j in range(VECTORS):
+            for j in range(vectors):
                 var filters = lanes - j * width
                 var bias = o.bias_at[acc, width](f + j * width, filters)
                 var y = outputs(sums.unsafe_offset(q * panel + j * width), rows * panel, bias)
@@ -274,52 +320,95 @@ def pays(g: Geometry, least: Int) -> Bool:
 
 
 def conv1d_winograd[
-    dtype: DType, //, write: Write[dtype], nlc: Bool
+    dtype: DType, //, write: Write[dtype], nlc: Bool, packed: Bool = False, whole: Bool = False
 ](g: Geometry, steps: FilterSteps, o: Operands[dtype]):
-    """Computes a convolution of NLC or NCL data with a filter of any layout."""
+    """Computes a convolution of NLC or NCL data with a filter of any layout, or one that is `packed`.
+
+    `whole` says that the filters of a group are a multiple of 32, and leaves the tiles for others uncompiled.
+    """
     comptime acc = accumulator[dtype]
     comptime width = simd_width_of[acc]()
-    comptime panel = VECTORS * width
     comptime rows = tile_rows[acc]()
     var plan = Plan(g)
     var products = plan.products()
     var channels = g.group_channels()
-    var panel_size = products * channels * panel
-    var panels = ceildiv(g.group_filters(), panel)
+    var filters = g.group_filters()
     var threads = workers(g.batch * g.out_length * g.filters * g.kernel * channels)
-    var chunk = panels_at_a_time(panels, panel_size * size_of[Scalar[acc]](), threads)
-    var filters = Scratch[acc](chunk * panel_size)
-    var filter = filters.data()
     var total = ceildiv(g.out_length, plan.spacing * QUAD) * plan.spacing
     var quad_bytes = products * ceildiv(channels, width) * width * size_of[Scalar[acc]]()
-    var size = min(DATA_BYTES // quad_bytes, g.batch * total // (4 * threads))
+    var size = min(DATA_BYTES // quad_bytes, g.batch * g.groups * total // (4 * threads))
     size = max(1, size // rows) * rows
     comptime if not nlc:
         # Blocks of NCL data are runs of outputs without gaps.
         size = max(1, size // plan.spacing) * plan.spacing
     var blocks = ceildiv(total, size)
 
-    for group in range(g.groups):
-        for first in range(0, panels, chunk):
-            var end = min(first + chunk, panels)
-            var parts = len(plan.sizes)
+    comptime if packed:
+        comptime assert dtype == acc
+        var group_size = ceildiv(filters, PACK) * PACK * products * channels
+        # Few long blocks are cut along the filters, though each part then transforms the data again.
+        var splits = max(1, min(ceildiv(filters, PACK), ceildiv(2 * threads, g.batch * g.groups * blocks)))
+        var split = ceildiv(ceildiv(filters, PACK), splits) * PACK
 
-            def prepare(i: Int) {imm}:
-                var part = i % parts
-                var f = (first + i // parts) * panel
-                var lanes = g.group_filters() - f
-                var w = o.w.unsafe_offset((group * g.group_filters() + f) * steps.filter)
-                var to = filter.unsafe_offset(i // parts * panel_size)
-                if plan.sizes[part] == 3:
-                    transform_filter[3](g, plan, part, w, steps, lanes, to)
-                elif plan.sizes[part] == 2:
-                    transform_filter[2](g, plan, part, w, steps, lanes, to)
-                else:
-                    transform_filter[1](g, plan, part, w, steps, lanes, to)
+        def packed_task(i: Int) {imm}:
+            var part = i % splits * split
+            var at = i // splits % blocks * size
+            var group = i // (splits * blocks) % g.groups
+            var w = o.w.unsafe_offset(group * group_size).unsafe_bitcast[Scalar[acc]]()
+            block[write, nlc, whole](
+                g,
+                plan,
+                i // (splits * blocks * g.groups),
+                group,
+                at,
+                min(size, total - at),
+                part,
+                min(part + split, filters),
+                Panels[acc](w, PACK, products * channels),
+                o,
+            )
 
-            def run(i: Int) {imm}:
-                var at = i % blocks * size
-                block[write, nlc](g, plan, i // blocks, group, at, min(size, total - at), first, end, filter, o)
+        spread(packed_task, g.batch * g.groups * blocks * splits, threads)
+    else:
+        comptime panel = VECTORS * width
+        var panel_size = products * channels * panel
+        var panels = ceildiv(filters, panel)
+        var chunk = panels_at_a_time(panels, panel_size * size_of[Scalar[acc]](), threads)
+        var room = Scratch[acc](chunk * panel_size)
+        var transformed = Panels[acc](room.data(), panel, products * channels)
+        for group in range(g.groups):
+            for first in range(0, panels, chunk):
+                var end = min(first + chunk, panels)
+                var parts = len(plan.sizes)
 
-            phases(prepare, (end - first) * parts, run, g.batch * blocks, threads)
-    _ = filters^
+                def prepare(i: Int) {imm}:
+                    var part = i % parts
+                    var f = (first + i // parts) * panel
+                    var lanes = filters - f
+                    var w = o.w.unsafe_offset((group * filters + f) * steps.filter)
+                    var to = transformed.at(i // parts * panel)
+                    if plan.sizes[part] == 3:
+                        transform_filter[3](g, plan, part, w, steps, lanes, to)
+                    elif plan.sizes[part] == 2:
+                        transform_filter[2](g, plan, part, w, steps, lanes, to)
+                    else:
+                        transform_filter[1](g, plan, part, w, steps, lanes, to)
+
+                def run(i: Int) {imm}:
+                    var at = i % blocks * size
+                    var w = transformed.data.unsafe_offset(-first * panel_size)
+                    block[write, nlc, whole](
+                        g,
+                        plan,
+                        i // blocks,
+                        group,
+                        at,
+                        min(size, total - at),
+                        first * panel,
+                        min(end * panel, filters),
+                        Panels[acc](w, panel, products * channels),
+                        o,
+                    )
+
+                phases(prepare, (end - first) * parts, run, g.batch * blocks, threads)
+        _ = room^
