@@ -8,7 +8,9 @@ from .geometry import Geometry, positive
 from .layouts import Layout, check_layout
 
 LEAST_OUTPUTS = 256
-"""Outputs of all batch items together from which a transformed filter is worth making; see `winograd`."""
+"""Outputs of all batch items together from which it pays to transform a filter in each call; see `winograd`."""
+LEAST_PACKED = 8
+"""The same for a filter that was transformed when the model was compiled."""
 
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
@@ -33,13 +35,23 @@ class Choice:
     why: str
 
 
-def choose(layer: Layer) -> Choice:
-    """Returns the kernel for a layer; `winograd` gives way to the next one that fits on short inputs.
+def choose(layer: Layer, batch: int | None = None, outputs: int | None = None, *, packed: bool = False) -> Choice:
+    """Returns the kernel for a layer.
+
+    Args:
+        layer: What is known of the layer.
+        batch, outputs: Of the data, where they are known, too: on short inputs another kernel than `winograd` is
+            chosen. A filter that is not packed leaves that to the kernel otherwise.
+        packed: Whether the filter is packed when the model is compiled.
 
     >>> choose(Layer(Geometry.of(3, padding=1), "NLC", 80, 384, 1)).kernel
     'winograd'
     """
-    return paired(layer) or winograd(layer) or direct(layer)
+    choice = paired(layer) or winograd(layer, packed) or direct(layer)
+    if choice.kernel == "winograd" and batch is not None and outputs is not None:
+        if shorter := too_short(layer.geometry, batch, outputs, packed):
+            return Choice(direct(layer).kernel, f"winograd gives way, {shorter}")
+    return choice
 
 
 def paired(layer: Layer) -> Choice | None:
@@ -52,11 +64,11 @@ def paired(layer: Layer) -> Choice | None:
     return Choice("paired", "bfloat16 dot products of pairs, where the processor has AVX512_BF16")
 
 
-def winograd(layer: Layer) -> Choice | None:
+def winograd(layer: Layer, packed: bool) -> Choice | None:
     """Returns the choice of Winograd's kernel where it pays."""
     products = quad_products(layer.geometry)
     direct_products = 4 * layer.geometry.kernel_size
-    if layer.groups > 1 or min(layer.group_channels, layer.group_filters) < 32:
+    if (layer.groups > 1 and not packed) or min(layer.group_channels, layer.group_filters) < 32:
         return None  # 16 -> 16 k3: 0.7 times as fast as dense; 32 -> 32: 1.2 times; 33 -> 65 k5: 1.2 times
     if direct_products < 1.25 * products:
         return None  # the transforms take more than is saved
@@ -71,9 +83,15 @@ def winograd(layer: Layer) -> Choice | None:
 
 def direct(layer: Layer) -> Choice:
     """Returns the choice among the direct kernels."""
+    depthwise = layer.group_channels == layer.group_filters == 1 and layer.groups >= 8
     if layer.layout == "NCL":
+        # Conformer's 31 taps: 0.121 ms, `lengthwise` 0.145; Vocos' 7 taps: 0.127 and 0.097.
+        if depthwise and layer.geometry.kernel_size >= 16 and layer.geometry.stride == 1 and BYTES[layer.dtype] > 2:
+            return Choice(
+                "depthwise", "one channel in and one out a group, and taps enough to pay for turning the data"
+            )
         return Choice("lengthwise", "NCL data has its positions side by side")
-    if layer.group_channels == layer.group_filters == 1 and layer.groups >= 8:
+    if depthwise:
         return Choice("depthwise", "one channel in and one out a group")
     if layer.group_filters < 8:
         return Choice("lengthwise", "fewer filters than half a vector")
@@ -154,6 +172,7 @@ def explain(
     groups: int = 1,
     layout: Layout = "NLC",
     dtype: str = "float32",
+    packed: bool = True,
     gflops: float = 500.0,
     gbytes: float = 50.0,
 ) -> Explanation:
@@ -164,6 +183,8 @@ def explain(
         length: Of the input, L.
         batch: Of the input, N.
         channels, filters, groups, layout, dtype: Of the layer, where a `Geometry` is given; a layer knows them.
+        packed: Whether `max_conv.compile` packs the filter, as it does in float32 and float64; in a plain MAX session
+            Winograd's kernel gives way to another on more inputs.
         gflops: The machine's peak, 10^9 operations a second in float32; doubled for bfloat16, halved for float64.
         gbytes: The machine's memory bandwidth, 10^9 bytes a second.
 
@@ -197,9 +218,9 @@ def explain(
     geometry.check_length(length)
     described = Layer(geometry, layout, channels // groups, filters // groups, groups, dtype)
     outputs = geometry.output_length(length)
-    choice = Choice("gpu", "one thread for each output") if on_gpu else choose(described)
-    if choice.kernel == "winograd" and (shorter := too_short(geometry, batch, outputs)):
-        choice = Choice(direct(described).kernel, f"winograd gives way, {shorter}")
+    choice = Choice("gpu", "one thread for each output")
+    if not on_gpu:
+        choice = choose(described, batch, outputs, packed=packed and BYTES[dtype] > 2)
     direct_multiplications = batch * outputs * filters * geometry.kernel_size * described.group_channels
     multiplications = direct_multiplications
     if choice.kernel == "winograd":
@@ -222,8 +243,14 @@ def explain(
     return found
 
 
-def too_short(geometry: Geometry, batch: int, outputs: int) -> str | None:
-    """Returns why Winograd's kernel gives way for an input, or None; `pays` in winograd.mojo is its twin."""
-    if batch * outputs < LEAST_OUTPUTS:
-        return f"{batch * outputs} outputs are fewer than {LEAST_OUTPUTS}"
-    return f"{outputs} outputs are fewer than 16 dilations" if outputs < 16 * quad_spacing(geometry) else None
+def too_short(geometry: Geometry, batch: int, outputs: int, packed: bool) -> str | None:
+    """Returns why Winograd's kernel gives way for an input, or None.
+
+    `pays` in winograd.mojo is its twin for filters that are not packed. From 8 outputs on a packed filter of 512 -> 512
+    k3 is faster than `dense`, and with a dilation of 9 from 36 outputs on: a quad spans four dilations.
+    """
+    least, dilations = (LEAST_PACKED, 4) if packed else (LEAST_OUTPUTS, 16)
+    if batch * outputs < least:
+        return f"{batch * outputs} outputs are fewer than {least}"
+    short = outputs < dilations * quad_spacing(geometry)
+    return f"{outputs} outputs are fewer than {dilations} dilations" if short else None

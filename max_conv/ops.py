@@ -10,7 +10,7 @@ from .dispatch import LEAST_OUTPUTS, Layer, choose
 from .geometry import PADDING_MODES, Geometry, Padding, positive
 from .kernel_library import kernel_library
 from .layouts import FilterLayout, Layout, check_filter_layout, check_layout, permute
-from .packing import packed
+from .packing import PACKED, packable, packed
 
 DTYPES = (DType.float32, DType.float64, DType.float16, DType.bfloat16)
 
@@ -82,21 +82,28 @@ def conv1d(
     else:
         x, batch = ops.unsqueeze(x, 0), Dim(1)
     layer = Layer(geometry, layout, group_channels, filters // groups, groups, x.dtype.name)
-    kernel = choose(layer).kernel
-    if (prepared := packed(filter, kernel, layer, filter_layout)) is not None:
-        filter, filter_layout = prepared, "packed"
-    else:
-        filter = _in_graph(filter)
-        if layout == "NLC" and kernel != "lengthwise":
-            filter, filter_layout = permute(filter, filter_layout, "SCF"), "SCF"
+    outputs = Dim(geometry.output_length(length))
+    known = [int(size) if isinstance(size, StaticDim) else None for size in (batch, outputs)]
+    kernel = choose(layer, *known, packed=packable(filter)).kernel
+    operand, order = _operand(filter, kernel, layer, filter_layout)
     bias = ops.constant([], x.dtype, device=x.device) if bias is None else _in_graph(bias)
     mode = PADDING_MODES.index(padding_mode)
     numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, mode, groups, taps)
     scalars = [ops.constant(number, DType.int64, device=DeviceRef.CPU()) for number in numbers]
-    sizes = {"N": batch, "L": Dim(geometry.output_length(length)), "C": Dim(filters)}
+    sizes = {"N": batch, "L": outputs, "C": Dim(filters)}
     shape = [sizes[axis] for axis in layout]
-    y = emit(x, filter, bias, scalars, shape, kernel, layout, filter_layout, whole=filters // groups % 32 == 0)
+    y = emit(x, operand, bias, scalars, shape, kernel, layout, order, whole=filters // groups % 32 == 0)
     return y if batched else ops.squeeze(y, 0)
+
+
+def _operand(filter: TensorValue, kernel: str, layer: Layer, filter_layout: str) -> tuple[TensorValue, str]:
+    """Returns the filter as the kernel reads it, and its layout."""
+    needs_scf = kernel == "depthwise" or (layer.layout == "NLC" and kernel != "lengthwise")
+    permuted = needs_scf and filter_layout != "SCF"
+    if packable(filter) and (kernel in PACKED or permuted):
+        return packed(filter, kernel, layer, filter_layout)
+    filter = _in_graph(filter)
+    return (permute(filter, filter_layout, "SCF"), "SCF") if permuted else (filter, filter_layout)
 
 
 def emit(
@@ -118,6 +125,7 @@ def emit(
         bias: (F,), or (0,) for none.
         scalars: stride, dilation, left, right, the number of the padding mode, groups and kernel_size, int64, on the CPU.
         shape: The output's.
+        filter_layout: Of the filter, or "packed" for what `Packing` made of it.
         least: Outputs below which "winograd" gives way to another kernel; 0 takes it always.
         whole: Whether the filters of a group are a multiple of 32: less has to be compiled.
     """

@@ -4,17 +4,17 @@
 of its own, beside the documented one, from which it is made. In a plain MAX session kernels take the filter as it is.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from max.dtype import DType
 from max.graph import DeviceRef, Graph, TensorValue, Weight
 
-from .dispatch import Layer, tap_groups
+from .dispatch import Layer, quad_products, tap_groups
 from .layouts import permute
 
 PACK = 32
@@ -22,7 +22,7 @@ PACK = 32
 LINE = 64
 """Bytes of a cache line. Vectors across two lines load half as fast."""
 PACKED = {"winograd", "dense", "short"}
-"""The kernels that take packed filters."""
+"""The kernels that take packed filters; `depthwise` takes SCF."""
 
 POINTS = {
     3: (
@@ -57,10 +57,8 @@ class Packing:
 
     @property
     def matrix(self) -> np.ndarray:
-        """Rows of a packed filter as sums of taps: (rows, K)."""
+        """What Winograd's products take of each tap: (products, K)."""
         taps = self.layer.geometry.kernel_size
-        if self.kernel != "winograd":
-            return np.eye(taps)
         groups = tap_groups(self.layer.geometry)
         rows = [
             (group, POINTS[len(group)][point])
@@ -75,33 +73,42 @@ class Packing:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Groups and panels of 32 filters, rows, channels and filters."""
-        panels = -(-self.layer.group_filters // PACK)
-        return self.layer.groups * panels, len(self.matrix), self.layer.group_channels * PACK
+        """Groups and panels of 32 filters, taps or products, channels and filters; for "depthwise" SCF."""
+        layer = self.layer
+        taps = layer.geometry.kernel_size
+        if self.kernel == "depthwise":
+            return taps, 1, layer.groups
+        panels = -(-layer.group_filters // PACK)
+        rows = quad_products(layer.geometry) if self.kernel == "winograd" else taps
+        return layer.groups * panels, rows, layer.group_channels * PACK
 
     def __call__(self, filter: np.ndarray) -> np.ndarray:
         """Packs a filter, at the start of a cache line."""
         layer = self.layer
         taps = permute(filter, self.filter_layout, "SCF")
+        room = aligned(self.shape, filter.dtype)
+        if self.kernel == "depthwise":
+            room[...] = taps
+            return room
         taps = taps.reshape(*taps.shape[:2], layer.groups, layer.group_filters)
-        panels = -(-layer.group_filters // PACK)
-        room = aligned((layer.groups, panels, len(self.matrix), layer.group_channels, PACK), filter.dtype)
-        room[...] = 0
-        for panel in range(panels):
-            part = taps[..., panel * PACK : (panel + 1) * PACK]
-            # (rows, C, groups, filters)
-            rows = part if self.kernel != "winograd" else np.tensordot(self.matrix, part.astype(np.float64), 1)
-            room[:, panel, ..., : part.shape[-1]] = rows.transpose(2, 0, 1, 3)
-        return room.reshape(self.shape)
+        # (groups, panels, taps or products, C, filters)
+        panels = room.reshape(layer.groups, -1, self.shape[1], layer.group_channels, PACK)
+        panels[...] = 0
+        for panel in range(panels.shape[1]):
+            rows = taps[..., panel * PACK : (panel + 1) * PACK]
+            if self.kernel == "winograd":
+                rows = np.tensordot(self.matrix, rows.astype(np.float64), 1)
+            panels[:, panel, ..., : rows.shape[-1]] = rows.transpose(2, 0, 1, 3)
+        return room
 
 
-_packings: ContextVar[dict[str, Packing] | None] = ContextVar("packings", default=None)
+_packings: ContextVar[dict[str, tuple[Packing, Weight, Weight]] | None] = ContextVar("packings", default=None)
 
 
 @contextmanager
-def collected() -> Iterator[dict[str, Packing]]:
-    """Lets `conv1d` ask for packed filters, and gives what it asked for."""
-    packings: dict[str, Packing] = {}
+def collected() -> Iterator[dict[str, tuple[Packing, Weight, Weight]]]:
+    """Lets `conv1d` ask for packed filters, and gives what it asked for: by name, and with the weight to pack."""
+    packings: dict[str, tuple[Packing, Weight, Weight]] = {}
     token = _packings.set(packings)
     try:
         yield packings
@@ -109,21 +116,26 @@ def collected() -> Iterator[dict[str, Packing]]:
         _packings.reset(token)
 
 
-def packs() -> bool:
-    """Tells whether someone holds the weights and will pack them."""
-    return _packings.get() is not None
+def packable(filter: Any) -> TypeGuard[Weight]:
+    """Tells whether a filter can be packed: a weight on the CPU, of the type of its sums, held by `compile`."""
+    return (
+        _packings.get() is not None
+        and isinstance(filter, Weight)
+        and filter.shard_idx is None
+        and filter.device.is_cpu()
+        and filter.dtype in (DType.float32, DType.float64)
+    )
 
 
-def packed(filter: Any, kernel: str, layer: Layer, filter_layout: str) -> TensorValue | None:
-    """Returns the packed filter of a layer in the current graph, or None where it is not to be had."""
-    packings = _packings.get()
-    if packings is None or kernel not in PACKED or not isinstance(filter, Weight) or not filter.device.is_cpu():
-        return None
-    if filter.dtype not in (DType.float32, DType.float64):
-        return None  # sums are in another type than the filter
+def packed(filter: Weight, kernel: str, layer: Layer, filter_layout: str) -> tuple[TensorValue, str]:
+    """Returns the packed filter of a layer in the current graph, and the name of its layout."""
     packing = Packing(filter.name, kernel, layer, filter_layout)
-    packings[packing.name] = packing
-    return Graph.current.add_weight(Weight(packing.name, filter.dtype, packing.shape, DeviceRef.CPU()))
+    packings = _packings.get()
+    assert packings is not None, "asked for by packable"
+    weight = Weight(packing.name, filter.dtype, packing.shape, DeviceRef.CPU())
+    # A graph takes a single weight of a name.
+    _, weight, _ = packings.setdefault(packing.name, (packing, weight, filter))
+    return Graph.current.add_weight(weight), "SCF" if kernel == "depthwise" else "packed"
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -132,11 +144,3 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     room = np.empty(size + LINE, np.uint8)
     start = -room.ctypes.data % LINE
     return room[start : start + size].view(dtype).reshape(shape)
-
-
-def with_packed(packings: Mapping[str, Packing], weights: Mapping[str, Any], used: Any, read: Any) -> dict[str, Any]:
-    """Returns the weights that a graph uses, with the packed ones. `read` makes an array of a weight."""
-    made = {name: packing(read(weights[packing.source])) for name, packing in packings.items()}
-    sources = {packing.source for packing in packings.values()}
-    kept = {name: value for name, value in weights.items() if name in used or name not in sources}
-    return kept | made

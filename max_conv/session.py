@@ -20,10 +20,10 @@ from max import nn
 from max.driver import CPU, Accelerator, Buffer, Device, accelerator_architecture_name, accelerator_count
 from max.dtype import DType
 from max.engine import InferenceSession, read
-from max.graph import DeviceRef, Graph, StaticDim, SymbolicDim, TensorType
+from max.graph import DeviceRef, Graph, StaticDim, SymbolicDim, TensorType, Weight
 
 from .idle import first_run
-from .packing import aligned, collected, with_packed
+from .packing import aligned, collected
 
 FORMAT = 1
 NOT_IN_NUMPY = (DType.bfloat16,)
@@ -75,7 +75,7 @@ class Model:
         Raises:
             TypeError, ValueError: Before anything runs: wrong count, names, dtypes or shapes of the inputs.
         """
-        values = self._bind(args, kwargs)
+        values = list(args) if len(args) == len(self.inputs) and not kwargs else self._bind(args, kwargs)
         buffers = [_buffer(value, f"input {port.name!r}") for value, port in zip(values, self.inputs, strict=True)]
         self._check(buffers)
         buffers = [buffer.to(self._devices[port.device]) for buffer, port in zip(buffers, self.inputs, strict=True)]
@@ -199,22 +199,25 @@ def compile(
     """
     with collected() as packings:
         graph, names, weights = _trace(model, inputs, weights)
-    if packings:
-        weights = with_packed(packings, weights, getattr(graph, "_weights", {}), _array)
     ports = [_port(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
     outputs = [_port(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
-    buffers = _fitting(graph, weights)
+    read = {name: entry.weight for name, entry in getattr(graph, "_weights", {}).items()}
+    sources = {packing.source: filter for packing, _, filter in packings.values()}
+    buffers = _fitting({name: weight for name, weight in read.items() if name not in packings} | sources, weights)
+    for name, (packing, _, _) in packings.items():
+        buffers[name] = Buffer.from_numpy(packing(buffers[packing.source].to(CPU()).to_numpy()))
+    buffers = {name: buffer for name, buffer in buffers.items() if name in read or name not in sources}
     return Model(_session(_accelerators(*ports, *outputs)).compile(graph), buffers, ports, outputs)
 
 
-def _fitting(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:
+def _fitting(wanted: Mapping[str, Weight], weights: Mapping[str, Any]) -> dict[str, Buffer]:
     """Returns the weights' memory, or raises where it does not fit: MAX would take it as it is."""
     buffers = {name: _buffer(value, f"weight {name!r}") for name, value in weights.items()}
-    for name, wanted in ((name, entry.weight) for name, entry in getattr(graph, "_weights", {}).items()):
+    for name, weight in wanted.items():
         if name not in buffers:
             raise ValueError(f"compile: the weight {name!r} has no value; pass it in weights=.")
         value = buffers[name]
-        want = f"{wanted.dtype.name} of shape {tuple(int(n) for n in wanted.shape)}"
+        want = f"{weight.dtype.name} of shape {tuple(int(n) for n in weight.shape)}"
         if (got := f"{value.dtype.name} of shape {tuple(value.shape)}") != want:
             raise ValueError(f"compile: the weight {name!r} must be {want}, but is {got}.")
     return buffers
@@ -348,10 +351,6 @@ def _buffer(value: Any, what: str) -> Buffer:
     if hasattr(value, "__dlpack__"):
         return Buffer.from_dlpack(value.detach().contiguous() if hasattr(value, "detach") else value)
     raise TypeError(f"model: {what} must be an array (NumPy or DLPack), but is a {type(value).__name__}.")
-
-
-def _array(value: Any) -> np.ndarray:
-    return value if isinstance(value, np.ndarray) else _buffer(value, "a weight").to(CPU()).to_numpy()
 
 
 def _bytes_of(buffer: Buffer) -> np.ndarray:

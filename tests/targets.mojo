@@ -93,7 +93,7 @@ def compare[dtype: DType, kernel: Int](g: Geometry) -> Bool:
     elif kernel == 4:
         if g.groups != g.channels or g.filters != g.channels:
             return True
-        conv1d_depthwise[write](g, o)
+        conv1d_depthwise[write, nlc](g, o)
     elif kernel == 6 or kernel == 1:
         conv1d_lengthwise[write, nlc](g, steps, o)
     elif kernel == 8 or kernel == 3:

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from max_conv import explain
-from max_conv.dispatch import LEAST_OUTPUTS, Layer, choose, quad_products
+from max_conv.dispatch import LEAST_OUTPUTS, LEAST_PACKED, Layer, choose, quad_products
 from max_conv.geometry import Geometry
 from max_conv.layouts import Layout
 
@@ -35,6 +35,9 @@ KERNELS = [
     (K3, "NLC", 1, 1, 8, "bfloat16", "depthwise"),
     (K3, "NLC", 1, 1, 7, "float32", "lengthwise"),
     (K3, "NCL", 1, 1, 512, "float32", "lengthwise"),
+    (Geometry.of(31), "NCL", 1, 1, 512, "float32", "depthwise"),
+    (Geometry.of(31), "NCL", 1, 1, 512, "float16", "lengthwise"),
+    (Geometry.of(31, stride=2), "NCL", 1, 1, 512, "float32", "lengthwise"),
     (K3, "NLC", 80, 384, 1, "bfloat16", "paired"),
     (K3, "NCL", 8, 16, 16, "bfloat16", "paired"),
     (K3, "NLC", 80, 384, 1, "float16", "winograd"),
@@ -80,12 +83,22 @@ def test_a_layer_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert found.bytes == 4 * (2 * 3000 * 80 + 3 * 80 * 384 + 2 * 3000 * 384)
 
 
-def test_a_short_input_gets_another_kernel() -> None:
-    sizes = {"channels": 64, "filters": 64}
-    assert explain(K3, length=LEAST_OUTPUTS - 1, **sizes).kernel == "dense"
-    assert explain(K3, length=LEAST_OUTPUTS // 2, batch=2, **sizes).kernel == "winograd"
-    assert explain(Geometry.of(3, padding=64, dilation=64), length=1000, **sizes).kernel == "dense"
-    assert explain(Geometry.of(3, padding=64, dilation=64), length=1024, **sizes).kernel == "winograd"
+@pytest.mark.parametrize(("packed", "least", "dilations"), [(True, LEAST_PACKED, 4), (False, LEAST_OUTPUTS, 16)])
+def test_a_short_input_gets_another_kernel(packed: bool, least: int, dilations: int) -> None:
+    def kernel(geometry: Geometry, length: int, batch: int = 1) -> str:
+        return explain(geometry, length=length, batch=batch, channels=64, filters=64, packed=packed).kernel
+
+    assert kernel(K3, least - 1) == "dense"
+    assert kernel(K3, least // 2, batch=2) == "winograd"
+    dilated = Geometry.of(3, padding=64, dilation=64)
+    assert kernel(dilated, 64 * dilations - 1) == "dense"
+    assert kernel(dilated, 64 * dilations) == "winograd"
+
+
+def test_groups_take_winograd_where_filters_are_packed() -> None:
+    sizes = {"channels": 256, "filters": 256, "groups": 4}
+    assert explain(K3, length=1000, **sizes).kernel == "winograd"
+    assert explain(K3, length=1000, packed=False, **sizes).kernel == "dense"
 
 
 def test_memory_bounds_a_depthwise_layer() -> None:

@@ -43,6 +43,7 @@ WAYS: tuple[Way, ...] = (
     ("dense", "NLC", "SCF"),
     ("short", "NLC", "SCF"),
     ("depthwise", "NLC", "SCF"),
+    ("depthwise", "NCL", "SCF"),
     ("lengthwise", "NLC", "SCF"),
     ("lengthwise", "NCL", "FCS"),
     ("winograd", "NLC", "SCF"),
@@ -127,17 +128,20 @@ def layers(draw: st.DrawFn) -> Layer:
     )
 
 
-def fits(way: Way, layer: Layer, dtype: DType) -> bool:
-    """Tells whether a kernel takes a layer; where it does not, it raises or does not compile."""
-    if way[2] == "packed" and dtype not in (DType.float32, DType.float64):
-        return False
-    match way[0]:
-        case "depthwise":
-            return layer.group_channels == layer.group_filters == 1
-        case "short":
+def compiles(way: Way, dtype: DType) -> bool:
+    """Tells whether a kernel is there for a dtype."""
+    if way[0] == "paired":
+        return dtype == DType.bfloat16
+    return dtype in (DType.float32, DType.float64) or (way[2] != "packed" and way[:2] != ("depthwise", "NCL"))
+
+
+def fits(way: Way, layer: Layer) -> bool:
+    """Tells whether a kernel takes a layer; where it does not, it raises."""
+    match way[:2]:
+        case "depthwise", layout:
+            return layer.group_channels == layer.group_filters == 1 and (layout == "NLC" or layer.stride == 1)
+        case "short", _:
             return layer.kernel_size * layer.group_channels <= 128
-        case "paired":
-            return dtype == DType.bfloat16
     return True
 
 
@@ -157,9 +161,7 @@ def models() -> dict[tuple[DType, Way], Model]:
         ]
         for way in WAYS:
             kernel, layout, filter_layout = way
-            if (kernel == "paired" and dtype != DType.bfloat16) or (
-                filter_layout == "packed" and dtype not in (DType.float32, DType.float64)
-            ):
+            if not compiles(way, dtype):
                 continue
             names[dtype, way] = name = "_".join((dtype.name, *way))
             given = types[:]
@@ -235,9 +237,10 @@ def compare(layer: Layer, dtype: DType) -> None:
     out_length = Buffer.from_numpy(np.zeros(want.shape[1:], np.int8))
     held = {"NLC": x, "NCL": x.transpose(0, 2, 1), "SCF": w, "FCS": w.transpose(2, 1, 0), "F": bias}
     buffers = {name: guarded(bits, dtype, int(random.integers(0, 64))) for name, bits in held.items()}
-    for kernel, layout, filter_layout in WAYS:
-        if not fits((kernel, layout, filter_layout), layer, dtype) or random.random() < SKIPPED:
+    for way in WAYS:
+        if not compiles(way, dtype) or not fits(way, layer) or random.random() < SKIPPED:
             continue
+        kernel, layout, filter_layout = way
         if filter_layout == "packed":
             described = dispatch.Layer(
                 Geometry(layer.kernel_size, layer.stride, layer.dilation, *layer.padding, "zeros"),
@@ -249,7 +252,7 @@ def compare(layer: Layer, dtype: DType) -> None:
             filter = Packing("weight", kernel, described, "SCF")(w)
             buffers["packed"] = guarded(filter, dtype, int(random.integers(0, 64)))
         operands = [buffers[layout], buffers[filter_layout], buffers["F"], out_length, *scalars]
-        out = answer(models()[dtype, (kernel, layout, filter_layout)], operands, dtype)
+        out = answer(models()[dtype, way], operands, dtype)
         if layout == "NCL":
             out = out.transpose(0, 2, 1)
         name = f"{kernel} {layout} {filter_layout}"

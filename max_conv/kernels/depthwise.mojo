@@ -10,6 +10,7 @@ from std.sys.info import simd_width_of
 
 from .geometry import Geometry
 from .lanes import BLOCK, Memory, Operands, Scratch, Write, accumulator, load, put, spread, workers
+from .turn import turn_out
 from .window import Window
 
 comptime ROWS = 16
@@ -102,28 +103,47 @@ def column[
 
 
 def block[
-    dtype: DType, //, write: Write[dtype]
+    dtype: DType, //, write: Write[dtype], nlc: Bool
 ](g: Geometry, o: Operands[dtype], n: Int, first: Int, count: Int, channel: Int, channels: Int):
     """Computes `count` positions from `first` on, of `channels` channels from `channel` on."""
     comptime acc = accumulator[dtype]
     comptime width = simd_width_of[acc]()
     # Tiles may run past `count`: the rows that they read must exist all the same.
-    var window = Window.neighbours(g, first, count + ROWS)
+    var window = Window.neighbours(g, first, count + ROWS) if nlc else Window.span(g, first, count + ROWS)
     var scratch = Scratch[acc](window.rows * ceildiv(channels, width) * width)
     var rows = scratch.data()
-    fill(window, g, o.x.unsafe_offset(n * g.length * g.channels + channel), channels, rows)
+    comptime if nlc:
+        fill(window, g, o.x.unsafe_offset(n * g.length * g.channels + channel), channels, rows)
+    var turned = Scratch[dtype](0 if nlc else (count + 2 * ROWS) * width)
+    var rows_out = turned.data()
     var tap_step = window.tap_step(g) * width
     for c in range(0, channels, width):
         var x = rows.unsafe_offset(c * window.rows)
-        if c + width <= channels:
-            column[write, False](g, x, tap_step, o, n, first, count, channel + c, width)
+        var f = channel + c
+        var lanes = min(width, channels - c)
+        comptime if nlc:
+            if lanes == width:
+                column[write, False](g, x, tap_step, o, n, first, count, f, lanes)
+            else:
+                column[write, True](g, x, tap_step, o, n, first, count, f, lanes)
         else:
-            column[write, True](g, x, tap_step, o, n, first, count, channel + c, channels - c)
+            comptime assert dtype == acc
+            var lines = o.x.unsafe_offset((n * g.channels + f) * g.length)
+            window.turn(g, lines, lanes, x.unsafe_bitcast[Scalar[dtype]](), width)
+
+            @__parameter
+            @always_inline
+            def keep[size: Int](_n: Int, position: Int, filter: Int, value: SIMD[dtype, size]):
+                rows_out.unsafe_offset((position - first) * width + filter - f).unsafe_store(value)
+
+            column[keep, True](g, x, tap_step, o, n, first, count, f, lanes)
+            turn_out[write](rows_out, width, n, first, count, f, lanes)
+    _ = turned^
     _ = scratch^
 
 
-def conv1d_depthwise[dtype: DType, //, write: Write[dtype]](g: Geometry, o: Operands[dtype]):
-    """Computes a depthwise convolution of NLC data with an SCF filter."""
+def conv1d_depthwise[dtype: DType, //, write: Write[dtype], nlc: Bool](g: Geometry, o: Operands[dtype]):
+    """Computes a depthwise convolution with an SCF filter; NCL data with stride 1 only."""
     comptime channels = CHANNEL_VECTORS * simd_width_of[accumulator[dtype]]()
     var threads = workers(g.batch * g.out_length * g.channels * g.kernel)
     var columns = ceildiv(g.channels, channels)
@@ -136,7 +156,7 @@ def conv1d_depthwise[dtype: DType, //, write: Write[dtype]](g: Geometry, o: Oper
     def task(i: Int) {imm}:
         var channel = i % columns * channels
         var first = i // columns % blocks * positions
-        block[write](
+        block[write, nlc](
             g,
             o,
             i // (columns * blocks),

@@ -56,15 +56,15 @@ struct Geometry(ImplicitlyCopyable, TrivialRegisterPassable):
     @always_inline
     def first_tap(self, first: Int, count: Int) -> Int:
         """Returns the first tap that meets data in outputs `first .. first + count - 1`."""
-        if self.mode != ZEROS:
-            return 0
         var last = (first + count - 1) * self.stride - self.pad_left
+        if self.mode != ZEROS or last >= 0:  # most often, and without a division
+            return 0
         return min(self.kernel, max(0, (self.dilation - 1 - last) // self.dilation))
 
     @always_inline
     def end_tap(self, first: Int) -> Int:
         """Returns one past the last tap that meets data in outputs from `first` on."""
-        if self.mode != ZEROS:
-            return self.kernel
         var room = self.length - 1 - (first * self.stride - self.pad_left)
+        if self.mode != ZEROS or room >= (self.kernel - 1) * self.dilation:
+            return self.kernel
         return max(0, min(self.kernel, room // self.dilation + 1))

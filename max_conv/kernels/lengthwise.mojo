@@ -19,7 +19,9 @@ comptime LONG = 40
 comptime SHORT = 4
 """Wide tiles in a block: of one channel's line, and of many channels' lines, which share a cache."""
 comptime TASK = 1 << 20
-"""Multiplications in a task that takes several groups."""
+"""Multiplications in a task: of several groups, or of a part of the filters."""
+comptime SPLIT_TILES = 8
+"""Tiles of filters in a task, which lays its block out for itself."""
 comptime WINDOW_BYTES = 256 * 1024
 
 
@@ -120,8 +122,9 @@ def tile[
     first: Int,
     valid: Int,
     filter: Int,
+    skip: Int,
 ):
-    """Computes `valid` of `vectors * width` positions by `filters` filters."""
+    """Computes `valid` of `vectors * width` positions by `filters` filters, of which the first `skip` are not stored."""
     comptime width = simd_width_of[acc]()
     var total = Array[SIMD[acc, width], filters * vectors](fill=SIMD[acc, width](0))
     if o.has_bias:
@@ -131,17 +134,22 @@ def tile[
                 total[i * vectors + j] = b
 
     var channels = g.group_channels()
-    var tap_block = min(g.kernel, BLOCK)
+    var first_tap = g.first_tap(first, vectors * width)
+    var end_tap = g.end_tap(first)
+    var tap_step = steps.tap
+    if g.kernel == 1:  # the inner loop runs over channels, of which there are more
+        first_tap, end_tap, tap_step, channels = 0, channels, steps.channel, 1
+    var tap_block = min(max(1, end_tap), BLOCK)
     var channel_block = BLOCK // tap_block
     for channel in range(0, channels, channel_block):
-        for tap in range(0, g.kernel, tap_block):
+        for tap in range(first_tap, end_tap, tap_block):
             var sum = Array[SIMD[acc, width], filters * vectors](fill=SIMD[acc, width](0))
             for c in range(channel, min(channel + channel_block, channels)):
                 var xc = x.unsafe_offset(c * channel_size)
                 var wc = o.w.unsafe_offset(filter * steps.filter + c * steps.channel)
-                for k in range(tap, min(tap + tap_block, g.kernel)):
+                for k in range(tap, min(tap + tap_block, end_tap)):
                     var xk = xc.unsafe_offset(taps[unsafe_offset=k])
-                    var wk = wc.unsafe_offset(k * steps.tap)
+                    var wk = wc.unsafe_offset(k * tap_step)
                     var a = Array[SIMD[acc, width], vectors](fill=SIMD[acc, width](0))
                     comptime for j in range(vectors):
                         a[j] = xk.unsafe_offset(j * width).unsafe_load[width=width]()
@@ -153,13 +161,14 @@ def tile[
                 total[i] += sum[i]
 
     comptime for i in range(filters):
-        comptime for j in range(vectors):
-            comptime if nlc:
-                for lane in range(min(width, valid - j * width)):
-                    var value = total[i * vectors + j][lane].cast[dtype]()
-                    write[1](n, first + j * width + lane, filter + i, value)
-            else:
-                put[write, False](n, first + j * width, filter + i, total[i * vectors + j], valid - j * width)
+        if i >= skip:
+            comptime for j in range(vectors):
+                comptime if nlc:
+                    for lane in range(min(width, valid - j * width)):
+                        var value = total[i * vectors + j][lane].cast[dtype]()
+                        write[1](n, first + j * width + lane, filter + i, value)
+                else:
+                    put[write, False](n, first + j * width, filter + i, total[i * vectors + j], valid - j * width)
 
 
 @always_inline
@@ -176,24 +185,27 @@ def band[
     first: Int,
     count: Int,
     filter: Int,
+    skip: Int,
 ):
-    """Computes `count` positions from `first` on, of `filters` filters from `filter` on."""
+    """Computes `count` positions from `first` on, of `filters` filters from `filter` on, of which the first `skip` are not
+    stored.
+    """
     comptime width = simd_width_of[acc]()
     var done = 0
     while done < count:
         var left = count - done
         var xt = x.unsafe_offset(done)
         if left > max(1, vectors // 2) * width:
-            tile[write, filters, vectors, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
+            tile[write, filters, vectors, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter, skip)
             done += vectors * width
             continue
         comptime if vectors // 2 > 1:
             comptime half = vectors // 2
             if left > width:
-                tile[write, filters, half, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
+                tile[write, filters, half, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter, skip)
                 done += half * width
                 continue
-        tile[write, filters, 1, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter)
+        tile[write, filters, 1, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter, skip)
         done += width
 
 
@@ -221,8 +233,12 @@ def block[
     var scratch = Scratch[acc](channels * channel_size + WIDE * simd_width_of[acc]())
     var data = scratch.data()
     var table = List[Int](capacity=g.kernel)
-    for k in range(g.kernel):
-        table.append(lines.tap(g, k))
+    if g.kernel == 1:
+        for c in range(channels):
+            table.append(c * channel_size)
+    else:
+        for k in range(g.kernel):
+            table.append(lines.tap(g, k))
     var taps = table.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
     for group in range(first_group, end_group):
         var offset = n * g.length * g.channels + group * channels * (1 if nlc else g.length)
@@ -231,11 +247,19 @@ def block[
         while f < end_filter:
             var filter = group * g.group_filters() + f
             if whole or end_filter - f >= filters:
-                band[write, filters, TILE, nlc](g, data, channel_size, taps, steps, o, n, first, count, filter)
+                band[write, filters, TILE, nlc](g, data, channel_size, taps, steps, o, n, first, count, filter, 0)
                 f += filters
-            else:
-                comptime if not whole:
-                    band[write, 1, WIDE, nlc](g, data, channel_size, taps, steps, o, n, first, count, filter)
+                continue
+            comptime if not whole:
+                var rest = end_filter - f
+                if rest > 2 and g.group_filters() >= filters:
+                    # A tile that takes filters from before the rest costs as much as three filters on their own.
+                    var skip = filters - rest
+                    var from_ = filter - skip
+                    band[write, filters, TILE, nlc](g, data, channel_size, taps, steps, o, n, first, count, from_, skip)
+                    f = end_filter
+                else:
+                    band[write, 1, WIDE, nlc](g, data, channel_size, taps, steps, o, n, first, count, filter, 0)
                     f += 1
     _ = scratch^
     _ = table^
@@ -250,17 +274,20 @@ def conv1d_lengthwise[
     """
     comptime acc = accumulator[dtype]
     comptime lanes = WIDE * simd_width_of[acc]()
-    var threads = workers(g.batch * g.out_length * g.filters * g.kernel * g.group_channels())
+    var work = g.batch * g.out_length * g.filters * g.kernel * g.group_channels()
+    var threads = workers(work)
     var room = WINDOW_BYTES // (g.group_channels() * g.stride * size_of[Scalar[acc]]())
     var columns = max(1, min(LONG if g.group_channels() == 1 else SHORT, room // lanes))
     columns = max(1, min(columns, g.batch * g.groups * ceildiv(g.out_length, lanes) // (4 * threads)))
     var positions = columns * lanes
     var blocks = ceildiv(g.out_length, positions)
     positions = ceildiv(ceildiv(g.out_length, blocks), lanes) * lanes
-    var splits = 1
-    if g.batch * g.groups * blocks < 2 * threads:
-        splits = min(g.group_filters(), ceildiv(2 * threads, g.batch * g.groups * blocks))
     var tile = tile_filters[acc]()
+    var target = max(2 * threads, min(16 * threads, work // TASK))
+    var most = max(1, g.group_filters() // (SPLIT_TILES * tile))
+    if g.batch * g.groups * blocks < 2 * threads:
+        most = g.group_filters()
+    var splits = min(most, ceildiv(target, g.batch * g.groups * blocks))
     var split = ceildiv(ceildiv(g.group_filters(), splits), tile) * tile
     splits = ceildiv(g.group_filters(), split)
     # Small groups share a task, and what it allocates.

@@ -162,10 +162,12 @@ struct Conv1d:
             conv1d_paired[write, nlc](g, steps, o)
             return
         comptime if kernel == "depthwise":
-            comptime assert nlc and filter_layout == "SCF"
+            comptime assert filter_layout == "SCF"
             if g.groups != g.channels or g.filters != g.channels:
                 raise Error("conv1d: the depthwise kernel needs one channel in and one out a group.")
-            conv1d_depthwise[write](g, o)
+            if not nlc and g.stride != 1:
+                raise Error("conv1d: the depthwise kernel takes NCL data with stride 1 only, not ", g.stride, ".")
+            conv1d_depthwise[write, nlc](g, o)
         elif nlc and filter_layout == "SCF" and kernel != "lengthwise":
             conv1d_dense[write, kernel == "short", whole](g, o)
         else:

@@ -1,0 +1,123 @@
+"""Filters that `compile` packs, and what happens to the weights that they are made of."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from max.dtype import DType
+from max.graph import DeviceRef, TensorType, ops
+
+import max_conv
+from max_conv.dispatch import Layer
+from max_conv.geometry import Geometry
+from max_conv.layouts import permute
+from max_conv.packing import LINE, Packing, aligned
+from max_conv.reference import conv1d_ref
+
+RANDOM = np.random.default_rng(0)
+F32 = DType.float32
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RANDOM.standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("kernel", ["winograd", "dense", "depthwise"])
+@pytest.mark.parametrize("filter_layout", ["FCS", "FSC", "CFS", "SFC"])
+def test_every_layout_packs_alike(kernel: str, filter_layout: str) -> None:
+    groups, channels, filters = (34, 1, 1) if kernel == "depthwise" else (2, 5, 34)
+    layer = Layer(Geometry.of(7, stride=2, dilation=3), "NLC", channels, filters, groups)
+    w = normal(7, channels, groups * filters)
+    want = Packing("weight", kernel, layer, "SCF")(w)
+    got = Packing("weight", kernel, layer, filter_layout)(permute(w, "SCF", filter_layout))
+    assert got.tobytes() == want.tobytes()
+    assert got.ctypes.data % LINE == 0
+
+
+def test_dense_panels_hold_the_filter_and_zeros() -> None:
+    w = normal(3, 5, 2 * 34)
+    packed = Packing("weight", "dense", Layer(Geometry.of(3), "NLC", 5, 34, 2), "SCF")(w)
+    panels = packed.reshape(2, 2, 3, 5, 32).transpose(2, 3, 0, 1, 4).reshape(3, 5, 2, 64)
+    assert (panels[..., :34].reshape(3, 5, 68) == w).all() and not panels[..., 34:].any()
+
+
+def test_a_weight_with_several_readers() -> None:
+    """Convolutions of two strides and a sum share a weight: it is packed for each stride, and kept."""
+    first = max_conv.Conv1D(3, 64, 64, F32, padding=1, name="conv")
+    causal = max_conv.Conv1D(3, 64, 64, F32, padding="causal", name="conv")
+    second = max_conv.Conv1D(3, 64, 64, F32, stride=2, padding=1, name="conv")
+    causal.filter = second.filter = first.filter
+    lone = max_conv.Conv1D(1, 64, 40, F32, name="lone")
+
+    def twice(x):  # type: ignore[no-untyped-def]
+        return second(causal(first(x))), ops.sum(first.filter), lone(x)
+
+    weights = {"conv.weight": normal(3, 64, 64) / 8, "lone.weight": normal(1, 64, 40)}
+    model = max_conv.compile(twice, {"x": TensorType(F32, ["n", "l", 64], DeviceRef.CPU())}, weights=weights)
+    held = sorted(model._weights)
+    assert held == [
+        "conv.weight",
+        "conv.weight.winograd.SCF.s1d1g1",
+        "conv.weight.winograd.SCF.s2d1g1",
+        "lone.weight.short.SCF.s1d1g1",
+    ]
+    x, w = normal(1, 300, 64), weights["conv.weight"]
+    y, total, z = model(x)
+    want = conv1d_ref(conv1d_ref(conv1d_ref(x, w, padding=1), w, padding="causal"), w, stride=2, padding=1)
+    np.testing.assert_allclose(y, want, atol=1e-4)
+    np.testing.assert_allclose(z, conv1d_ref(x, weights["lone.weight"]), atol=1e-4)
+
+
+def test_packed_filters_are_saved(tmp_path: Path) -> None:
+    conv = max_conv.Conv1D(7, 40, 40, F32, padding=3, permute=True)
+    w = normal(40, 40, 7)
+    model = max_conv.compile(conv, weights={"weight": w})
+    model.save(tmp_path / "conv.maxconv")
+    loaded = max_conv.load(tmp_path / "conv.maxconv")
+    assert sorted(loaded._weights) == ["weight.winograd.FCS.s1d1g1"]
+    x = normal(2, 40, 9)  # shorter than the outputs from which a plain session takes Winograd's kernel
+    assert model(x).tobytes() == loaded(x).tobytes()
+    want = conv1d_ref(x.transpose(0, 2, 1), w.transpose(2, 1, 0), padding=3).transpose(0, 2, 1)
+    np.testing.assert_allclose(loaded(x), want, atol=1e-3)
+
+
+def test_arrays_start_at_cache_lines() -> None:
+    for size in (1, 7, 1000):
+        array = aligned((size, 3), np.float32)
+        assert array.shape == (size, 3) and array.ctypes.data % LINE == 0
+
+
+IDLE = """
+import os, time
+import numpy as np
+import max_conv
+from max.dtype import DType
+
+conv = max_conv.Conv1D(3, 4, 4, DType.float32)
+model = max_conv.compile(conv, weights={"weight": np.zeros((3, 4, 4), np.float32)})
+model(np.zeros((1, 9, 4), np.float32))
+
+def switches():
+    return sum(
+        int(line.split()[1])
+        for task in os.listdir("/proc/self/task")
+        for line in open(f"/proc/self/task/{task}/status")
+        if line.startswith("voluntary_ctxt_switches")
+    )
+
+before = switches()
+time.sleep(1)
+print(switches() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/timerslack_ns").exists(), reason="Linux alone can let timers be late")
+def test_an_idle_process_sleeps() -> None:
+    """MAX's polling thread alone wakes 5,000 times a second."""
+    done = subprocess.run(
+        [sys.executable, "-c", IDLE], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert int(done.stdout) < 1500
