@@ -48,10 +48,10 @@ def choose(layer: Layer, batch: int | None = None, outputs: int | None = None, *
     'winograd'
     """
     choice = paired(layer) or winograd(layer, packed) or direct(layer)
-    if choice.kernel == "winograd" and batch is not None and outputs is not None:
-        if shorter := too_short(layer.geometry, batch, outputs, packed):
-            return Choice(direct(layer).kernel, f"winograd gives way, {shorter}")
-    return choice
+    if choice.kernel != "winograd" or batch is None or outputs is None:
+        return choice
+    shorter = too_short(layer.geometry, batch, outputs, packed)
+    return Choice(direct(layer).kernel, f"winograd gives way, {shorter}") if shorter else choice
 
 
 def paired(layer: Layer) -> Choice | None:

@@ -68,6 +68,7 @@ def test_a_weight_with_several_readers() -> None:
     y, total, z = model(x)
     want = conv1d_ref(conv1d_ref(conv1d_ref(x, w, padding=1), w, padding="causal"), w, stride=2, padding=1)
     np.testing.assert_allclose(y, want, atol=1e-4)
+    np.testing.assert_allclose(total, w.sum(-1, keepdims=True), atol=1e-4)
     np.testing.assert_allclose(z, conv1d_ref(x, weights["lone.weight"]), atol=1e-4)
 
 
