@@ -100,7 +100,7 @@ def _operand(filter: TensorValue, kernel: str, layer: Layer, filter_layout: str)
     """Returns the filter as the kernel reads it, and its layout."""
     needs_scf = kernel == "depthwise" or (layer.layout == "NLC" and kernel != "lengthwise")
     permuted = needs_scf and filter_layout != "SCF"
-    if packable(filter) and (kernel in PACKED or permuted):
+    if packable(filter, kernel) and (kernel in PACKED or permuted):
         return packed(filter, kernel, layer, filter_layout)
     filter = _in_graph(filter)
     return (permute(filter, filter_layout, "SCF"), "SCF") if permuted else (filter, filter_layout)

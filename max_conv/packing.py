@@ -4,10 +4,14 @@
 of its own, beside the documented one, from which it is made. In a plain MAX session kernels take the filter as it is.
 """
 
+import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -21,7 +25,7 @@ PACK = 32
 """Filters side by side; also in `kernels/lanes.mojo`."""
 LINE = 64
 """Bytes of a cache line. Vectors across two lines load half as fast."""
-PACKED = {"winograd", "dense", "short"}
+PACKED = {"winograd", "dense", "short", "paired"}
 """The kernels that take packed filters; `depthwise` takes SCF."""
 
 POINTS = {
@@ -73,14 +77,18 @@ class Packing:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Groups and panels of 32 filters, taps or products, channels and filters; for "depthwise" SCF."""
+        """Groups and panels of 32 filters, taps or products, channels and filters; for "depthwise" SCF.
+
+        "paired" has an even number of channels, and the two of a pair side by side.
+        """
         layer = self.layer
         taps = layer.geometry.kernel_size
         if self.kernel == "depthwise":
             return taps, 1, layer.groups
         panels = -(-layer.group_filters // PACK)
         rows = quad_products(layer.geometry) if self.kernel == "winograd" else taps
-        return layer.groups * panels, rows, layer.group_channels * PACK
+        channels = layer.group_channels + (self.kernel == "paired" and layer.group_channels % 2)
+        return layer.groups * panels, rows, channels * PACK
 
     def __call__(self, filter: np.ndarray) -> np.ndarray:
         """Packs a filter, at the start of a cache line."""
@@ -91,14 +99,17 @@ class Packing:
             room[...] = taps
             return room
         taps = taps.reshape(*taps.shape[:2], layer.groups, layer.group_filters)
-        # (groups, panels, taps or products, C, filters)
-        panels = room.reshape(layer.groups, -1, self.shape[1], layer.group_channels, PACK)
-        panels[...] = 0
+        room[...] = 0
+        rows, channels = self.shape[1], self.shape[2] // PACK
+        panels = room.reshape(layer.groups, -1, rows, channels, PACK)
         for panel in range(panels.shape[1]):
-            rows = taps[..., panel * PACK : (panel + 1) * PACK]
+            part = taps[..., panel * PACK : (panel + 1) * PACK]
             if self.kernel == "winograd":
-                rows = np.tensordot(self.matrix, rows.astype(np.float64), 1)
-            panels[:, panel, ..., : rows.shape[-1]] = rows.transpose(2, 0, 1, 3)
+                part = np.tensordot(self.matrix, part.astype(np.float64), 1)
+            panels[:, panel, :, : layer.group_channels, : part.shape[-1]] = part.transpose(2, 0, 1, 3)
+        if self.kernel == "paired":
+            pairs = room.reshape(-1, 2, PACK)
+            room[...] = pairs.swapaxes(1, 2).reshape(room.shape)
         return room
 
 
@@ -116,15 +127,15 @@ def collected() -> Iterator[dict[str, tuple[Packing, Weight, Weight]]]:
         _packings.reset(token)
 
 
-def packable(filter: Any) -> TypeGuard[Weight]:
-    """Tells whether a filter can be packed: a weight on the CPU, of the type of its sums, held by `compile`."""
-    return (
-        _packings.get() is not None
-        and isinstance(filter, Weight)
-        and filter.shard_idx is None
-        and filter.device.is_cpu()
-        and filter.dtype in (DType.float32, DType.float64)
-    )
+def packable(filter: Any, kernel: str | None = None) -> TypeGuard[Weight]:
+    """Tells whether a filter can be packed, for a kernel: a weight on the CPU that `compile` holds."""
+    if _packings.get() is None or not isinstance(filter, Weight) or filter.shard_idx is not None:
+        return False
+    if kernel == "paired":
+        fits = filter.dtype == DType.bfloat16 and "avx512_bf16" in cpu_features()
+    else:
+        fits = filter.dtype in (DType.float32, DType.float64)  # those of their sums
+    return filter.device.is_cpu() and fits
 
 
 def packed(filter: Weight, kernel: str, layer: Layer, filter_layout: str) -> tuple[TensorValue, str]:
@@ -136,6 +147,18 @@ def packed(filter: Weight, kernel: str, layer: Layer, filter_layout: str) -> tup
     # A graph takes a single weight of a name.
     _, weight, _ = packings.setdefault(packing.name, (packing, weight, filter))
     return Graph.current.add_weight(weight), "SCF" if kernel == "depthwise" else "packed"
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """Returns the CPU's instruction set extensions, the names that compiled code may depend on."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset([platform.processor() or platform.machine()])
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    kinds = r"(avx|sse|ssse|fma|f16c|bmi|amx|aes|vaes|vpclmul|gfni|sha|adx|movbe|popcnt|abm|asimd|sve|bf16|i8mm|fphp)"
+    return frozenset(flag for flag in line.group(1).split() if re.match(kinds, flag)) if line else frozenset()
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

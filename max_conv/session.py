@@ -23,7 +23,7 @@ from max.engine import InferenceSession, read
 from max.graph import DeviceRef, Graph, StaticDim, SymbolicDim, TensorType, Weight
 
 from .idle import first_run
-from .packing import aligned, collected
+from .packing import Packing, aligned, collected, cpu_features
 
 FORMAT = 1
 NOT_IN_NUMPY = (DType.bfloat16,)
@@ -56,6 +56,7 @@ class Model:
         self._compiled = compiled
         # MAX borrows the memory of weights: they have to live as long as the model.
         self._weights = dict(weights)
+        self._checked: Any = None  # dtypes and shapes of the last inputs, which most often come again
         devices = _accelerators(*inputs, *outputs)
         self._devices = {"cpu": CPU(), **{name: _device(name) for name in devices}}
         self._model = _session(devices).init(compiled, weights_registry=self._weights)
@@ -77,7 +78,10 @@ class Model:
         """
         values = list(args) if len(args) == len(self.inputs) and not kwargs else self._bind(args, kwargs)
         buffers = [_buffer(value, f"input {port.name!r}") for value, port in zip(values, self.inputs, strict=True)]
-        self._check(buffers)
+        kinds = [(buffer.dtype, buffer.shape) for buffer in buffers]
+        if kinds != self._checked:
+            self._check(buffers)
+            self._checked = kinds
         buffers = [buffer.to(self._devices[port.device]) for buffer, port in zip(buffers, self.inputs, strict=True)]
         try:
             results = first_run(self._model.execute, *buffers)
@@ -110,7 +114,7 @@ class Model:
             "format": FORMAT,
             "max": version("max"),
             "machine": platform.machine(),
-            "cpu": sorted(_cpu_features()),
+            "cpu": sorted(cpu_features()),
             "accelerator": accelerator_architecture_name() if on_gpu else None,
             "inputs": [asdict(port) for port in self.inputs],
             "outputs": [asdict(port) for port in self.outputs],
@@ -205,7 +209,7 @@ def compile(
     sources = {packing.source: filter for packing, _, filter in packings.values()}
     buffers = _fitting({name: weight for name, weight in read.items() if name not in packings} | sources, weights)
     for name, (packing, _, _) in packings.items():
-        buffers[name] = Buffer.from_numpy(packing(buffers[packing.source].to(CPU()).to_numpy()))
+        buffers[name] = _packed(packing, buffers[packing.source])
     buffers = {name: buffer for name, buffer in buffers.items() if name in read or name not in sources}
     return Model(_session(_accelerators(*ports, *outputs)).compile(graph), buffers, ports, outputs)
 
@@ -221,6 +225,13 @@ def _fitting(wanted: Mapping[str, Weight], weights: Mapping[str, Any]) -> dict[s
         if (got := f"{value.dtype.name} of shape {tuple(value.shape)}") != want:
             raise ValueError(f"compile: the weight {name!r} must be {want}, but is {got}.")
     return buffers
+
+
+def _packed(packing: Packing, filter: Buffer) -> Buffer:
+    bits = filter.to(CPU())
+    if filter.dtype in NOT_IN_NUMPY:
+        bits = bits.view(DType.uint16, filter.shape)
+    return Buffer.from_numpy(packing(bits.to_numpy())).view(filter.dtype, packing.shape)
 
 
 def load(path: str | os.PathLike) -> Model:
@@ -265,7 +276,7 @@ def _check_machine(path: Any, meta: Mapping[str, Any]) -> None:
         raise ValueError(
             f"load: {path} was compiled for the accelerator {meta['accelerator']}, which is not here; compile it again."
         )
-    if missing := sorted(set(meta["cpu"]) - _cpu_features()):
+    if missing := sorted(set(meta["cpu"]) - cpu_features()):
         raise ValueError(
             f"load: {path} was compiled for a CPU with {', '.join(missing)}, which this one lacks; compile it again."
         )
@@ -362,14 +373,3 @@ def _from_bytes(data: bytes, entry: Mapping[str, Any]) -> Buffer:
     room = aligned((len(data),), np.uint8)
     room[:] = np.frombuffer(data, np.uint8)
     return Buffer.from_numpy(room).view(DType[entry["dtype"]], entry["shape"])
-
-
-def _cpu_features() -> set[str]:
-    """Returns the CPU's instruction set extensions, the names that compiled code may depend on."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {platform.processor() or platform.machine()}
-    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    kinds = r"(avx|sse|ssse|fma|f16c|bmi|amx|aes|vaes|vpclmul|gfni|sha|adx|movbe|popcnt|abm|asimd|sve|bf16|i8mm|fphp)"
-    return {flag for flag in line.group(1).split() if re.match(kinds, flag)} if line else set()

@@ -280,7 +280,8 @@ def burst(call: Callable[[], Any], seconds: float = 0.05) -> float:
     """Returns the median of the seconds that calls take, which fill `seconds` together."""
     times: list[float] = []
     call()
-    while sum(times) < seconds or len(times) < 3:
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds or len(times) < 3:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

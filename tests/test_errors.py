@@ -305,10 +305,16 @@ def test_nothing_is_emitted_before_an_error(batch: list[int]) -> None:
 # What only the run can tell: one graph, in which each row spoils one input.
 
 GEOMETRY = {"stride": 1, "dilation": 1, "left": 0, "right": 0, "mode": 0, "groups": 1}
-GEOMETRY |= {"kernel_size": 3, "depthwise_groups": 8}
+GEOMETRY |= {"kernel_size": 3, "depthwise_groups": 8, "lines_stride": 1}
 SIZES = {"any": (1, 9, 4), "reflect": (1, 9, 4), "circular": (1, 9, 4), "replicate": (1, 9, 4)}
-SIZES |= {"dense_x": (1, 9, 8), "depthwise_x": (1, 9, 8), "dense_w": (3, 8, 32), "packed_w": (1, 6, 256)}
-OUTPUTS = {"dense": (1, 7, 32), "depthwise": (1, 7, 8)}
+SIZES |= {
+    "dense_x": (1, 9, 8),
+    "depthwise_x": (1, 9, 8),
+    "dense_w": (3, 8, 32),
+    "packed_w": (1, 6, 256),
+    "lines_x": (1, 8, 9),
+}
+OUTPUTS = {"dense": (1, 7, 32), "depthwise": (1, 7, 8), "lines": (1, 8, 7)}
 KERNEL_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "short": (
         {"any": (1, 2, 4)},
@@ -361,19 +367,23 @@ KERNEL_ROWS: dict[str, tuple[dict[str, Any], str]] = {
         {"depthwise_x": (1, 9, 4), "depthwise_groups": 4},
         "conv1d: the depthwise kernel needs one channel in and one out a group",
     ),
+    "depthwise-stride": (
+        {"lines_stride": 2, "lines": (1, 8, 4)},
+        "conv1d: the depthwise kernel takes NCL data with stride 1 only, not 2",
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """A convolution a padding mode, all sizes symbolic, and two that are emitted without a check."""
+    """A convolution a padding mode, all sizes symbolic, and four that are emitted without a check."""
     scalar = TensorType(DType.int64, [], HOST)
     inputs = [TensorType(F32, [f"n{i}", f"l{i}", f"c{i}"], HOST) for i in range(len(SIZES))]
     outputs = [TensorType(DType.int8, [f"n{i}", f"l{i}", f"f{i}"], HOST) for i in range(10, 10 + len(OUTPUTS))]
     with Graph("errors", input_types=[*inputs, *[scalar] * len(GEOMETRY), *outputs]) as graph:
         values = [value.tensor for value in graph.inputs]
-        any_x, reflect_x, circular_x, replicate_x, dense_x, depthwise_x, dense_w, packed_w = values[:8]
-        scalars, depthwise_groups, (dense, depthwise) = values[8:15], values[15], values[16:]
+        any_x, reflect_x, circular_x, replicate_x, dense_x, depthwise_x, dense_w, packed_w, lines_x = values[:9]
+        scalars, (depthwise_groups, lines_stride), (dense, depthwise, lines) = values[9:16], values[16:18], values[18:]
         w = ops.constant(normal(3, 4, 8), F32, device=HOST)
         one_a_group = ops.constant(normal(3, 1, 8), F32, device=HOST)
         none = ops.constant([], F32, device=HOST)
@@ -393,6 +403,16 @@ def model() -> Model:
                 "NLC",
                 "SCF",
             ),
+            emit(
+                lines_x,
+                one_a_group,
+                none,
+                [lines_stride, *scalars[1:5], depthwise_groups, scalars[6]],
+                lines.shape,
+                "depthwise",
+                "NCL",
+                "SCF",
+            ),
             emit(dense_x, packed_w, none, scalars, dense.shape, "winograd", "NLC", "packed"),
         )
     return compiled(graph)
@@ -406,7 +426,7 @@ def run_with(model: Model, spoiled: dict[str, Any]) -> list[Any]:
 
 
 def test_kernel_takes_what_is_right(model: Model) -> None:
-    shapes = [(1, 7, 8), (1, 13, 8), (1, 12, 8), (1, 11, 8), (1, 7, 32), (1, 7, 8), (1, 7, 32)]
+    shapes = [(1, 7, 8), (1, 13, 8), (1, 12, 8), (1, 11, 8), (1, 7, 32), (1, 7, 8), (1, 8, 7), (1, 7, 32)]
     assert [y.shape for y in run_with(model, {})] == shapes
     # The shortest inputs that each mode takes.
     run_with(model, {"any": (1, 3, 4), "reflect": (1, 4, 4), "circular": (1, 5, 4), "replicate": (1, 1, 4)})

@@ -7,25 +7,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType, ops
 
 import max_conv
 from max_conv.dispatch import Layer
+from max_conv.frontends.eager import as_buffer
+from max_conv.frontends.torch import Conv1d
 from max_conv.geometry import Geometry
 from max_conv.layouts import permute
-from max_conv.packing import LINE, Packing, aligned
+from max_conv.packing import LINE, Packing, aligned, cpu_features
 from max_conv.reference import conv1d_ref
 
 RANDOM = np.random.default_rng(0)
 F32 = DType.float32
+PYTORCH = {"layout": "NCL", "filter_layout": "FCS"}
 
 
 def normal(*shape: int) -> np.ndarray:
     return RANDOM.standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("kernel", ["winograd", "dense", "depthwise"])
+@pytest.mark.parametrize("kernel", ["winograd", "dense", "depthwise", "paired"])
 @pytest.mark.parametrize("filter_layout", ["FCS", "FSC", "CFS", "SFC"])
 def test_every_layout_packs_alike(kernel: str, filter_layout: str) -> None:
     groups, channels, filters = (34, 1, 1) if kernel == "depthwise" else (2, 5, 34)
@@ -42,6 +46,32 @@ def test_dense_panels_hold_the_filter_and_zeros() -> None:
     packed = Packing("weight", "dense", Layer(Geometry.of(3), "NLC", 5, 34, 2), "SCF")(w)
     panels = packed.reshape(2, 2, 3, 5, 32).transpose(2, 3, 0, 1, 4).reshape(3, 5, 2, 64)
     assert (panels[..., :34].reshape(3, 5, 68) == w).all() and not panels[..., 34:].any()
+
+
+def test_pairs_of_channels_stand_side_by_side() -> None:
+    w = RANDOM.integers(1, 2**16, (3, 5, 2 * 34), np.uint16)
+    packed = Packing("weight", "paired", Layer(Geometry.of(3), "NLC", 5, 34, 2, "bfloat16"), "SCF")(w)
+    assert packed.shape == (4, 3, 6 * 32)
+    for f, c, k in np.ndindex(68, 6, 3):
+        group, filter = divmod(f, 34)
+        panel, lane = divmod(filter, 32)
+        value = packed[2 * group + panel, k, c // 2 * 64 + 2 * lane + c % 2]
+        assert value == (w[k, c, f] if c < 5 else 0)
+
+
+@pytest.mark.skipif("avx512_bf16" not in cpu_features(), reason="filters are packed in pairs for AVX512_BF16 alone")
+def test_a_bfloat16_model_packs_pairs(tmp_path: Path) -> None:
+    conv = Conv1d(9, 20, 3, dtype="bfloat16", generator=0)
+    model = max_conv.compile(conv)
+    assert sorted(model._weights) == ["bias", "weight.paired.FCS.s1d1g1"]
+    model.save(tmp_path / "conv.maxconv")
+    x = as_buffer(normal(1, 9, 50), DType.bfloat16)
+    got, again = model(x), max_conv.load(tmp_path / "conv.maxconv")(x)
+    y, same = (torch.from_dlpack(values).float().numpy() for values in (got, again))
+    state = {name: torch.from_dlpack(value).float().numpy() for name, value in conv.state_dict().items()}
+    want = conv1d_ref(torch.from_dlpack(x).float(), **{"filter": state["weight"], "bias": state["bias"]}, **PYTORCH)
+    assert (y == same).all()
+    np.testing.assert_allclose(y, want, atol=0.02)
 
 
 def test_a_weight_with_several_readers() -> None:

@@ -23,7 +23,7 @@ from max_conv import dispatch
 from max_conv.geometry import PADDING_MODES, Geometry
 from max_conv.kernel_library import kernel_library
 from max_conv.ops import emit
-from max_conv.packing import Packing
+from max_conv.packing import Packing, cpu_features
 from max_conv.reference import conv1d_ref
 
 GUARD = 1024
@@ -53,6 +53,8 @@ WAYS: tuple[Way, ...] = (
     ("winograd", "NCL", "packed"),
     ("paired", "NLC", "SCF"),
     ("paired", "NCL", "FCS"),
+    ("paired", "NLC", "packed"),
+    ("paired", "NCL", "packed"),
 )
 """Every kernel, in the layouts that it is for."""
 
@@ -131,7 +133,7 @@ def layers(draw: st.DrawFn) -> Layer:
 def compiles(way: Way, dtype: DType) -> bool:
     """Tells whether a kernel is there for a dtype."""
     if way[0] == "paired":
-        return dtype == DType.bfloat16
+        return dtype == DType.bfloat16 and (way[2] != "packed" or "avx512_bf16" in cpu_features())
     return dtype in (DType.float32, DType.float64) or (way[2] != "packed" and way[:2] != ("depthwise", "NCL"))
 
 

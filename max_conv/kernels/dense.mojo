@@ -238,6 +238,7 @@ def block[
             var end = min(tap + taps, g.kernel)
             var w = Panel[acc](copy, panel, tap, end, sums)
             comptime if packed:
+                comptime assert dtype == acc
                 w.data = o.w.unsafe_offset((packed_group + f // PACK) * packed_size).unsafe_bitcast[Scalar[acc]]()
                 w.data = w.data.unsafe_offset(tap * channels * PACK + f % PACK)
                 w.row_size = PACK

@@ -11,7 +11,7 @@ from .dense import conv1d_dense
 from .depthwise import conv1d_depthwise
 from .geometry import CIRCULAR, Geometry, REFLECT, REPLICATE
 from .gpu import conv1d_gpu
-from .lanes import PACK, FilterSteps, Operands, accumulator
+from .lanes import PACK, FilterSteps, Operands
 from .lengthwise import conv1d_lengthwise
 from .points import Plan
 from .winograd import conv1d_winograd, pays
@@ -109,7 +109,10 @@ struct Conv1d:
         check(g, Int(pad_right), g.channels // max(1, g.groups) if packed else w.dim_size(channel_axis))
         comptime if packed:
             var rows = Plan(g).products() if kernel == "winograd" else g.kernel
-            var wanted = [g.groups * ceildiv(g.group_filters(), PACK), rows, g.group_channels() * PACK]
+            var row = g.group_channels()
+            comptime if kernel == "paired":
+                row = ceildiv(row, 2) * 2
+            var wanted = [g.groups * ceildiv(g.group_filters(), PACK), rows, row * PACK]
             if w.dim_size(0) != wanted[0] or w.dim_size(1) != wanted[1] or w.dim_size(2) != wanted[2]:
                 raise Error(
                     "conv1d: the packed filter must have shape (",
@@ -144,9 +147,12 @@ struct Conv1d:
         if whole and g.group_filters() % 32 != 0:
             raise Error("conv1d: the graph was built for a multiple of 32 filters, not ", g.group_filters(), " a group.")
         comptime if packed:
-            comptime assert is_cpu[target]() and dtype == accumulator[dtype]
+            comptime assert is_cpu[target]()
             comptime if kernel == "winograd":
                 conv1d_winograd[write, nlc, packed, whole](g, steps, o)
+            elif kernel == "paired":
+                comptime assert dtype == DType.bfloat16 and has_pairs()
+                conv1d_paired[write, nlc, packed](g, steps, o)
             else:
                 comptime assert nlc and (kernel == "dense" or kernel == "short")
                 conv1d_dense[write, kernel == "short", whole, packed](g, o)

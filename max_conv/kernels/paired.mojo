@@ -10,7 +10,8 @@ from std.sys import llvm_intrinsic
 from std.sys.info import CompilationTarget, simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import FilterSteps, Memory, Operands, Scratch, Write, gathered, panels_at_a_time, phases, put, workers
+from .lanes import PACK, FilterSteps, Memory, Operands, Scratch, Write, gathered
+from .lanes import panels_at_a_time, phases, put, spread, workers
 from .turn import turn_out
 from .window import Window
 
@@ -184,17 +185,16 @@ def block[
 
 
 def conv1d_paired[
-    dtype: DType, //, write: Write[dtype], nlc: Bool
+    dtype: DType, //, write: Write[dtype], nlc: Bool, packed: Bool = False
 ](g: Geometry, steps: FilterSteps, o: Operands[dtype]):
-    """Computes a convolution of NLC or NCL data with a filter of any layout."""
+    """Computes a convolution of NLC or NCL data with a filter of any layout, or one that is `packed`."""
+    comptime assert PANEL == PACK
     var channels = g.group_channels()
     var tap_size = ceildiv(channels, 2) * 2 * PANEL
     var panel_size = g.kernel * tap_size
     var panels = ceildiv(g.group_filters(), PANEL)
     var threads = workers(g.batch * g.out_length * g.filters * g.kernel * channels)
-    var chunk = panels_at_a_time(panels, panel_size * size_of[Scalar[dtype]](), threads)
-    var filters = Scratch[dtype](chunk * panel_size)
-    var filter = filters.data()
+    var chunk = panels if packed else panels_at_a_time(panels, panel_size * size_of[Scalar[dtype]](), threads)
     var tiles = ceildiv(g.out_length, ROWS)
     var size = min(8, BLOCK_BYTES // (2 * channels * g.stride * ROWS))
     size = max(1, min(size, g.batch * tiles // (4 * threads)))
@@ -203,33 +203,48 @@ def conv1d_paired[
     var split = ceildiv(chunk, splits)
     splits = ceildiv(chunk, split)
 
-    for group in range(g.groups):
-        for first in range(0, panels, chunk):
-            var end = min(first + chunk, panels)
+    def run(i: Int, group: Int, first: Int, end: Int, filter: Memory[dtype]) {imm}:
+        """Computes a block with panels `first .. end - 1`, of which `filter` holds the first and those after it."""
+        var part = i % splits * split
+        var at = i // splits % blocks
+        var start = at * tiles // blocks * ROWS
+        var stop = min((at + 1) * tiles // blocks * ROWS, g.out_length)
+        block[write, nlc](
+            g,
+            o,
+            i // (splits * blocks),
+            group,
+            start,
+            stop - start,
+            first + part,
+            min(first + part + split, end),
+            filter.unsafe_offset(part * panel_size),
+            panel_size,
+        )
 
-            def prepare(i: Int) {imm}:
-                var f = (first + i // g.kernel) * PANEL
-                var w = o.w.unsafe_offset((group * g.group_filters() + f) * steps.filter)
-                var to = filter.unsafe_offset(i // g.kernel * panel_size + i % g.kernel * tap_size)
-                pack(g, w, steps, i % g.kernel, g.group_filters() - f, to)
+    var tasks = g.batch * blocks * splits
+    comptime if packed:
 
-            def run(i: Int) {imm}:
-                var part = i % splits * split
-                var at = i // splits % blocks
-                var start = at * tiles // blocks * ROWS
-                var stop = min((at + 1) * tiles // blocks * ROWS, g.out_length)
-                block[write, nlc](
-                    g,
-                    o,
-                    i // (splits * blocks),
-                    group,
-                    start,
-                    stop - start,
-                    first + part,
-                    min(first + part + split, end),
-                    filter.unsafe_offset(part * panel_size),
-                    panel_size,
-                )
+        def in_place(i: Int) {imm}:
+            var group = i // tasks
+            run(i % tasks, group, 0, panels, o.w.unsafe_offset(group * panels * panel_size))
 
-            phases(prepare, (end - first) * g.kernel, run, g.batch * blocks * splits, threads)
-    _ = filters^
+        spread(in_place, g.groups * tasks, threads)
+    else:
+        var filters = Scratch[dtype](chunk * panel_size)
+        var filter = filters.data()
+        for group in range(g.groups):
+            for first in range(0, panels, chunk):
+                var end = min(first + chunk, panels)
+
+                def prepare(i: Int) {imm}:
+                    var f = (first + i // g.kernel) * PANEL
+                    var w = o.w.unsafe_offset((group * g.group_filters() + f) * steps.filter)
+                    var to = filter.unsafe_offset(i // g.kernel * panel_size + i % g.kernel * tap_size)
+                    pack(g, w, steps, i % g.kernel, g.group_filters() - f, to)
+
+                def work(i: Int) {imm}:
+                    run(i, group, first, end, filter)
+
+                phases(prepare, (end - first) * g.kernel, work, tasks, threads)
+        _ = filters^
