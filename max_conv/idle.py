@@ -19,8 +19,8 @@ def first_run(execute: Callable[..., Any], *args: Any) -> Any:
 
     The first execution in a process starts a thread that waits on a condition for 200 microseconds at a time, for ever.
     On two cores its 5,000 wakes a second took 12 % of one, and 8 % of the speed of a pointwise convolution. A thread
-    inherits from the one that starts it how late Linux may wake it; with 5 ms it wakes 200 times a second. Elsewhere
-    than on Linux, and where another library ran a model before, nothing changes.
+    inherits from the one that starts it how late Linux may wake it; with 5 ms it wakes 200 times a second. Nothing
+    changes where there is no `prctl`, and where something else ran a model before.
     """
     global _started
     if _started:

@@ -180,6 +180,9 @@ def compile(
 ) -> Model:
     """Compiles a layer, a builder function or a graph into a callable on arrays.
 
+    Filters of a layer or a function are packed once in the order that the kernels read; those of a finished graph stay
+    as they are, and the kernels pack them in each call.
+
     Args:
         model: A `max.nn.Module`; a function from graph values to one or several; or a finished `Graph`.
         inputs: The types of the inputs, by name or in order. A module with a method `input_types()`, as `Conv1D`
