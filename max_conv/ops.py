@@ -10,7 +10,7 @@ from .dispatch import LEAST_OUTPUTS, Layer, choose
 from .geometry import PADDING_MODES, Geometry, Padding, positive
 from .kernel_library import kernel_library
 from .layouts import FilterLayout, Layout, check_filter_layout, check_layout, permute
-from .packing import PACKED, packable, packed
+from .packing import PACK, PACKED, packable, packed
 
 DTYPES = (DType.float32, DType.float64, DType.float16, DType.bfloat16)
 
@@ -92,13 +92,14 @@ def conv1d(
     scalars = [ops.constant(number, DType.int64, device=DeviceRef.CPU()) for number in numbers]
     sizes = {"N": batch, "L": outputs, "C": Dim(filters)}
     shape = [sizes[axis] for axis in layout]
-    y = emit(x, operand, bias, scalars, shape, kernel, layout, order, whole=filters // groups % 32 == 0)
+    y = emit(x, operand, bias, scalars, shape, kernel, layout, order, whole=filters // groups % PACK == 0)
     return y if batched else ops.squeeze(y, 0)
 
 
 def _operand(filter: TensorValue, kernel: str, layer: Layer, filter_layout: str) -> tuple[TensorValue, str]:
     """Returns the filter as the kernel reads it, and its layout."""
-    needs_scf = kernel == "depthwise" or (layer.layout == "NLC" and kernel != "lengthwise")
+    depthwise = kernel == "depthwise" and filter.device.is_cpu()  # a GPU's kernel takes any layout
+    needs_scf = depthwise or (layer.layout == "NLC" and kernel != "lengthwise")
     permuted = needs_scf and filter_layout != "SCF"
     if packable(filter, kernel) and (kernel in PACKED or permuted):
         return packed(filter, kernel, layer, filter_layout)

@@ -102,10 +102,11 @@ class Packing:
         room[...] = 0
         rows, channels = self.shape[1], self.shape[2] // PACK
         panels = room.reshape(layer.groups, -1, rows, channels, PACK)
+        matrix = self.matrix if self.kernel == "winograd" else None
         for panel in range(panels.shape[1]):
             part = taps[..., panel * PACK : (panel + 1) * PACK]
-            if self.kernel == "winograd":
-                part = np.tensordot(self.matrix, part.astype(np.float64), 1)
+            if matrix is not None:
+                part = np.tensordot(matrix, part.astype(np.float64), 1)
             panels[:, panel, :, : layer.group_channels, : part.shape[-1]] = part.transpose(2, 0, 1, 3)
         if self.kernel == "paired":
             pairs = room.reshape(-1, 2, PACK)

@@ -49,6 +49,7 @@ WAYS: tuple[Way, ...] = (
     ("winograd", "NLC", "SCF"),
     ("winograd", "NCL", "FCS"),
     ("dense", "NLC", "packed"),
+    ("short", "NLC", "packed"),
     ("winograd", "NLC", "packed"),
     ("winograd", "NCL", "packed"),
     ("paired", "NLC", "SCF"),

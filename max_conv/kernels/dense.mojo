@@ -8,7 +8,7 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, PACK, Memory, Operands, Scratch, Write, accumulator, load, put, spread, workers
+from .lanes import BLOCK, PACK, Memory, Operands, Panels, Scratch, Write, accumulator, load, put, spread, workers
 from .window import Rows, Window
 
 comptime VECTORS = 2
@@ -228,8 +228,6 @@ def block[
     var room = Scratch[acc](copy_size + (count + rows) * panel if in_slabs else 0)
     var copy = room.data()
     var sums = copy.unsafe_offset(copy_size)
-    var packed_size = g.kernel * channels * PACK
-    var packed_group = group * ceildiv(g.group_filters(), PACK)
     var f = first_filter
     while f < end_filter:
         var filter = group * g.group_filters() + f
@@ -239,8 +237,8 @@ def block[
             var w = Panel[acc](copy, panel, tap, end, sums)
             comptime if packed:
                 comptime assert dtype == acc
-                w.data = o.w.unsafe_offset((packed_group + f // PACK) * packed_size).unsafe_bitcast[Scalar[acc]]()
-                w.data = w.data.unsafe_offset(tap * channels * PACK + f % PACK)
+                var panels = Panels[acc].packed(g, group, o.w.unsafe_bitcast[Scalar[acc]](), g.kernel * channels)
+                w.data = panels.at(f).unsafe_offset(tap * channels * PACK)
                 w.row_size = PACK
             else:
                 var in_place = o.w.unsafe_offset(tap * channels * g.filters + filter)

@@ -8,6 +8,8 @@ from std.sys.intrinsics import masked_load, masked_store
 from max.algorithm import sync_parallelize
 from max.runtime.asyncrt import parallelism_level
 
+from .geometry import Geometry
+
 comptime Memory[dtype: DType] = Pointer[Scalar[dtype], MutUntrackedOrigin]
 
 comptime BLOCK = 128
@@ -132,6 +134,27 @@ struct FilterSteps(ImplicitlyCopyable, TrivialRegisterPassable):
     var tap: Int
     var channel: Int
     var filter: Int
+
+
+@fieldwise_init
+struct Panels[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
+    """A filter in panels: `rows` rows of `lanes` filters side by side, then those of the next filters."""
+
+    var data: Memory[Self.acc]
+    var lanes: Int
+    var rows: Int
+
+    @always_inline
+    @staticmethod
+    def packed(g: Geometry, group: Int, w: Memory[Self.acc], rows: Int) -> Self:
+        """Returns one group of a packed filter."""
+        var filters = ceildiv(g.group_filters(), PACK) * PACK
+        return Self(w.unsafe_offset(group * filters * rows), PACK, rows)
+
+    @always_inline
+    def at(self, filter: Int) -> Memory[Self.acc]:
+        """Returns where the first row of a filter and its neighbours stands."""
+        return self.data.unsafe_offset(filter // self.lanes * self.lanes * self.rows + filter % self.lanes)
 
 
 def spread[Task: def(Int) -> None, //](task: Task, tasks: Int, threads: Int):

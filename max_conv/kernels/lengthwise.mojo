@@ -19,9 +19,7 @@ comptime LONG = 40
 comptime SHORT = 4
 """Wide tiles in a block: of one channel's line, and of many channels' lines, which share a cache."""
 comptime TASK = 1 << 20
-"""Multiplications in a task: of several groups, or of a part of the filters."""
-comptime SPLIT_TILES = 8
-"""Tiles of filters in a task, which lays its block out for itself."""
+"""Multiplications in a task that takes several groups."""
 comptime WINDOW_BYTES = 256 * 1024
 
 
@@ -274,20 +272,17 @@ def conv1d_lengthwise[
     """
     comptime acc = accumulator[dtype]
     comptime lanes = WIDE * simd_width_of[acc]()
-    var work = g.batch * g.out_length * g.filters * g.kernel * g.group_channels()
-    var threads = workers(work)
+    var threads = workers(g.batch * g.out_length * g.filters * g.kernel * g.group_channels())
     var room = WINDOW_BYTES // (g.group_channels() * g.stride * size_of[Scalar[acc]]())
     var columns = max(1, min(LONG if g.group_channels() == 1 else SHORT, room // lanes))
     columns = max(1, min(columns, g.batch * g.groups * ceildiv(g.out_length, lanes) // (4 * threads)))
     var positions = columns * lanes
     var blocks = ceildiv(g.out_length, positions)
     positions = ceildiv(ceildiv(g.out_length, blocks), lanes) * lanes
-    var tile = tile_filters[acc]()
-    var target = max(2 * threads, min(16 * threads, work // TASK))
-    var most = max(1, g.group_filters() // (SPLIT_TILES * tile))
+    var splits = 1
     if g.batch * g.groups * blocks < 2 * threads:
-        most = g.group_filters()
-    var splits = min(most, ceildiv(target, g.batch * g.groups * blocks))
+        splits = min(g.group_filters(), ceildiv(2 * threads, g.batch * g.groups * blocks))
+    var tile = tile_filters[acc]()
     var split = ceildiv(ceildiv(g.group_filters(), splits), tile) * tile
     splits = ceildiv(g.group_filters(), split)
     # Small groups share a task, and what it allocates.

@@ -144,7 +144,7 @@ struct Conv1d:
         var outer = w.dim_size(1) * inner
         var size = [outer, inner, 1]
         var steps = FilterSteps(size[tap_axis], size[channel_axis], size[filter_axis])
-        if whole and g.group_filters() % 32 != 0:
+        if whole and g.group_filters() % PACK != 0:
             raise Error("conv1d: the graph was built for a multiple of 32 filters, not ", g.group_filters(), " a group.")
         comptime if packed:
             comptime assert is_cpu[target]()

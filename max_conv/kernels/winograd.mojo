@@ -10,7 +10,7 @@ from std.sys.info import simd_width_of, size_of
 from .dense import tile_rows
 from .geometry import Geometry
 from .lanes import FilterSteps, Memory, Operands, Scratch, Write, accumulator, gathered, load
-from .lanes import PACK, panels_at_a_time, phases, put, spread, workers
+from .lanes import PACK, Panels, panels_at_a_time, phases, put, spread, workers
 from .points import Plan, POINTS, QUAD, TAPS, data_points, filter_points, first_output, outputs
 from .turn import turn_out
 from .window import Window
@@ -86,20 +86,6 @@ def transform_data[
         comptime for p in range(size + TAPS):
             to[p].unsafe_offset(c).unsafe_store(points[p])
         c += width
-
-
-@fieldwise_init
-struct Panels[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
-    """The transformed filter: a row of `lanes` filters for each product and channel, then those of the next filters."""
-
-    var data: Memory[Self.acc]
-    var lanes: Int
-    var rows: Int
-
-    @always_inline
-    def at(self, filter: Int) -> Memory[Self.acc]:
-        """Returns where the first row of a filter and its neighbours stands."""
-        return self.data.unsafe_offset(filter // self.lanes * self.lanes * self.rows + filter % self.lanes)
 
 
 @always_inline
@@ -343,39 +329,32 @@ def conv1d_winograd[
         size = max(1, size // plan.spacing) * plan.spacing
     var blocks = ceildiv(total, size)
 
+    var filter_rows = products * channels
+
+    def run(i: Int, group: Int, n: Int, first: Int, end: Int, panels: Panels[acc]) {imm}:
+        """Computes block i of a batch item with a group's filters `first .. end - 1`."""
+        block[write, nlc, whole](g, plan, n, group, i * size, min(size, total - i * size), first, end, panels, o)
+
     comptime if packed:
         comptime assert dtype == acc
-        var group_size = ceildiv(filters, PACK) * PACK * products * channels
         # Few long blocks are cut along the filters, though each part then transforms the data again.
         var splits = max(1, min(ceildiv(filters, PACK), ceildiv(2 * threads, g.batch * g.groups * blocks)))
         var split = ceildiv(ceildiv(filters, PACK), splits) * PACK
 
-        def packed_task(i: Int) {imm}:
-            var part = i % splits * split
-            var at = i // splits % blocks * size
+        def in_place(i: Int) {imm}:
+            var first = i % splits * split
             var group = i // (splits * blocks) % g.groups
-            var w = o.w.unsafe_offset(group * group_size).unsafe_bitcast[Scalar[acc]]()
-            block[write, nlc, whole](
-                g,
-                plan,
-                i // (splits * blocks * g.groups),
-                group,
-                at,
-                min(size, total - at),
-                part,
-                min(part + split, filters),
-                Panels[acc](w, PACK, products * channels),
-                o,
-            )
+            var panels = Panels[acc].packed(g, group, o.w.unsafe_bitcast[Scalar[acc]](), filter_rows)
+            run(i // splits % blocks, group, i // (splits * blocks * g.groups), first, min(first + split, filters), panels)
 
-        spread(packed_task, g.batch * g.groups * blocks * splits, threads)
+        spread(in_place, g.batch * g.groups * blocks * splits, threads)
     else:
         comptime panel = VECTORS * width
-        var panel_size = products * channels * panel
+        var panel_size = filter_rows * panel
         var panels = ceildiv(filters, panel)
         var chunk = panels_at_a_time(panels, panel_size * size_of[Scalar[acc]](), threads)
         var room = Scratch[acc](chunk * panel_size)
-        var transformed = Panels[acc](room.data(), panel, products * channels)
+        var transformed = Panels[acc](room.data(), panel, filter_rows)
         for group in range(g.groups):
             for first in range(0, panels, chunk):
                 var end = min(first + chunk, panels)
@@ -394,21 +373,9 @@ def conv1d_winograd[
                     else:
                         transform_filter[1](g, plan, part, w, steps, lanes, to)
 
-                def run(i: Int) {imm}:
-                    var at = i % blocks * size
-                    var w = transformed.data.unsafe_offset(-first * panel_size)
-                    block[write, nlc, whole](
-                        g,
-                        plan,
-                        i // blocks,
-                        group,
-                        at,
-                        min(size, total - at),
-                        first * panel,
-                        min(end * panel, filters),
-                        Panels[acc](w, panel, products * channels),
-                        o,
-                    )
+                def work(i: Int) {imm}:
+                    var from_first = Panels[acc](transformed.at(-first * panel), panel, filter_rows)
+                    run(i % blocks, group, i // blocks, first * panel, min(end * panel, filters), from_first)
 
-                phases(prepare, (end - first) * parts, run, g.batch * blocks, threads)
+                phases(prepare, (end - first) * parts, work, g.batch * blocks, threads)
         _ = room^
