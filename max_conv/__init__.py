@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from . import frontends
     from .dispatch import explain
     from .nn import Conv1D
-    from .ops import conv1d
+    from .ops import conv1d, conv_transpose1d
     from .session import Model, compile, load
 
 __version__ = "0.1.0"
-__all__ = ["Conv1D", "Model", "compile", "conv1d", "explain", "frontends", "load"]
+__all__ = ["Conv1D", "Model", "compile", "conv1d", "conv_transpose1d", "explain", "frontends", "load"]
 
 # MAX takes a second to import: each name is loaded when it is first used.
 _HOMES = {
@@ -23,6 +23,7 @@ _HOMES = {
     "Model": "session",
     "compile": "session",
     "conv1d": "ops",
+    "conv_transpose1d": "ops",
     "explain": "dispatch",
     "load": "session",
 }

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-from .geometry import Geometry, positive
+from .geometry import Geometry, TransposedGeometry, positive
 from .layouts import Layout, check_layout
 
 LEAST_OUTPUTS = 256
@@ -15,9 +15,22 @@ LEAST_PACKED = 8
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 
+LANES = 16
+"""The filters of a phase are filled up to a multiple of it, so that no vector holds two phases."""
+
+
+PANEL = 32
+"""Filters that are computed together, and stand side by side in a packed filter; also in `kernels/lanes.mojo`."""
+PANELS = {"winograd", "dense", "short", "paired"}
+"""The kernels that compute panels of filters."""
+
+
 @dataclass(frozen=True)
 class Layer:
-    """What is known of a layer when the graph is built."""
+    """What is known of a layer when the graph is built.
+
+    A transposed convolution is that convolution of stride 1 in `geometry` whose filters are those of all its phases.
+    """
 
     geometry: Geometry
     layout: Layout
@@ -25,6 +38,29 @@ class Layer:
     group_filters: int
     groups: int
     dtype: str = "float32"
+    transposed: TransposedGeometry | None = None
+
+    @property
+    def columns(self) -> int:
+        """Filters of a group that kernels of whole vectors compute: of all phases, for a transposed convolution."""
+        if self.transposed is None:
+            return self.group_filters
+        return self.transposed.phases * -(-self.group_filters // LANES) * LANES
+
+    def whole(self, kernel: str) -> bool:
+        """Tells whether the filters of a group are a multiple of a panel's 32 filters, for a kernel."""
+        phases = self.transposed.phases if self.transposed else 1
+        return (self.columns if kernel in PANELS else phases * self.group_filters) % PANEL == 0
+
+    @property
+    def products(self) -> int:
+        """Multiplications of a direct convolution for four outputs, or four of each phase, one channel and one filter."""
+        return 4 * (self.transposed or self.geometry).kernel_size
+
+    @property
+    def quad_products(self) -> int:
+        """The same for Winograd's kernel."""
+        return quad_products(self.geometry) * (self.transposed.phases if self.transposed else 1)
 
 
 @dataclass(frozen=True)
@@ -50,13 +86,15 @@ def choose(layer: Layer, batch: int | None = None, outputs: int | None = None, *
     choice = paired(layer) or winograd(layer, packed) or direct(layer)
     if choice.kernel != "winograd" or batch is None or outputs is None:
         return choice
+    if layer.transposed:
+        outputs = -(-outputs // layer.transposed.stride)
     shorter = too_short(layer.geometry, batch, outputs, packed)
     return Choice(direct(layer).kernel, f"winograd gives way, {shorter}") if shorter else choice
 
 
 def paired(layer: Layer) -> Choice | None:
     """Returns the choice of the kernel for pairs of bfloat16 values, which other processors replace by `direct`."""
-    if layer.dtype != "bfloat16" or layer.group_channels < 8 or layer.group_filters < 16 or layer.groups > 16:
+    if layer.dtype != "bfloat16" or layer.group_channels < 8 or layer.columns < 16 or layer.groups > 16:
         return None
     # NCL data is turned with all rows between the first tap and the last.
     if layer.layout == "NCL" and layer.geometry.reach * layer.group_channels > 128 * 1024:
@@ -66,19 +104,18 @@ def paired(layer: Layer) -> Choice | None:
 
 def winograd(layer: Layer, packed: bool) -> Choice | None:
     """Returns the choice of Winograd's kernel where it pays."""
-    products = quad_products(layer.geometry)
-    direct_products = 4 * layer.geometry.kernel_size
-    if (layer.groups > 1 and not packed) or min(layer.group_channels, layer.group_filters) < 32:
+    if (layer.groups > 1 and not packed) or min(layer.group_channels, layer.columns) < 32:
         return None  # 16 -> 16 k3: 0.7 times as fast as dense; 32 -> 32: 1.2 times; 33 -> 65 k5: 1.2 times
-    if direct_products < 1.25 * products:
+    if layer.products < 1.25 * layer.quad_products:
         return None  # the transforms take more than is saved
+    products = quad_products(layer.geometry)
     if products * layer.group_channels > 12288:
         return None  # a panel of the transformed filter would exceed 1.5 MiB
     spacing = quad_spacing(layer.geometry)
     rows = 4 * spacing * layer.geometry.stride + layer.geometry.reach
     if layer.layout == "NCL" and max(rows, products * spacing) * layer.group_channels > 128 * 1024:
         return None  # NCL data is turned in blocks of whole quads, which would exceed 512 KiB
-    return Choice("winograd", f"{products} multiplications for {direct_products} of a direct convolution")
+    return Choice("winograd", f"{layer.quad_products} multiplications for {layer.products} of a direct convolution")
 
 
 def direct(layer: Layer) -> Choice:

@@ -1,7 +1,8 @@
-"""The arithmetic of a 1-D convolution: lengths, padding and the halo. Nothing else computes these."""
+"""The arithmetic of 1-D convolutions: lengths, padding, phases and the halo. Nothing else computes these."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
 from operator import index
 from typing import Any, Literal, get_args
 
@@ -15,15 +16,15 @@ LIMIT = 2**31
 Padding = int | Sequence[int] | Literal["same", "valid", "causal"]
 
 
-def positive(name: str, value: Any) -> int:
-    """Returns `value` as an int of at least 1, or raises an error that names the argument."""
-    number = _integer(name, value)
+def positive(name: str, value: Any, op: str = "conv1d") -> int:
+    """Returns `value` as an int of at least 1, or raises an error that names the operation and the argument."""
+    number = _integer(name, value, op)
     if number < 1:
-        raise ValueError(f"conv1d: {name} must be at least 1, but is {number}.")
+        raise ValueError(f"{op}: {name} must be at least 1, but is {number}.")
     return number
 
 
-def _integer(name: str, value: Any) -> int:
+def _integer(name: str, value: Any, op: str) -> int:
     if not isinstance(value, bool):
         try:
             number = index(value)
@@ -32,8 +33,19 @@ def _integer(name: str, value: Any) -> int:
         else:
             if abs(number) < LIMIT:
                 return number
-            raise ValueError(f"conv1d: {name} must be less than 2**31, but is {number}.")
-    raise TypeError(f"conv1d: {name} must be an int, but is {value!r} ({type(value).__name__}).")
+            raise ValueError(f"{op}: {name} must be less than 2**31, but is {number}.")
+    raise TypeError(f"{op}: {name} must be an int, but is {value!r} ({type(value).__name__}).")
+
+
+def _sides(padding: Any, op: str) -> tuple[int, int]:
+    """Returns the padding on the left and on the right of one int or two."""
+    sides = tuple(padding) if isinstance(padding, tuple | list) else (padding, padding)
+    if len(sides) != 2:
+        raise ValueError(f"{op}: padding must be one int or (left, right), but has {len(sides)} values: {padding!r}.")
+    left, right = (_integer("padding", side, op) for side in sides)
+    if left < 0 or right < 0:
+        raise ValueError(f"{op}: padding must not be negative, but is {padding!r}; slice the input instead.")
+    return left, right
 
 
 @dataclass(frozen=True)
@@ -77,11 +89,11 @@ class Geometry:
             raise ValueError(
                 f"conv1d: padding_mode must be one of {', '.join(PADDING_MODES)}, but is {padding_mode!r}."
             )
-        left, right = cls._sides(padding, dilation * (kernel_size - 1), stride)
+        left, right = cls._padded(padding, dilation * (kernel_size - 1), stride)
         return cls(kernel_size, stride, dilation, left, right, padding_mode)  # type: ignore[arg-type]
 
     @staticmethod
-    def _sides(padding: Padding, overhang: int, stride: int) -> tuple[int, int]:
+    def _padded(padding: Padding, overhang: int, stride: int) -> tuple[int, int]:
         if isinstance(padding, str):
             if padding == "valid":
                 return 0, 0
@@ -96,15 +108,7 @@ class Geometry:
                     f'conv1d: padding="same" needs stride 1, but stride is {stride}; pass the padding as numbers.'
                 )
             return overhang // 2, overhang - overhang // 2
-        sides = tuple(padding) if isinstance(padding, tuple | list) else (padding, padding)
-        if len(sides) != 2:
-            raise ValueError(
-                f"conv1d: padding must be one int or (left, right), but has {len(sides)} values: {padding!r}."
-            )
-        left, right = (_integer("padding", side) for side in sides)
-        if left < 0 or right < 0:
-            raise ValueError(f"conv1d: padding must not be negative, but is {padding!r}; slice the input instead.")
-        return left, right
+        return _sides(padding, "conv1d")
 
     @property
     def reach(self) -> int:
@@ -157,3 +161,117 @@ class Geometry:
                 return position % length
             case "reflect":
                 return -position if position < 0 else 2 * (length - 1) - position
+
+
+@dataclass(frozen=True)
+class TransposedGeometry:
+    """What a transposed convolution does along the length.
+
+    `output_length(L) = (L - 1) * stride - left - right + dilation * (kernel_size - 1) + output_padding + 1`
+
+    Output `m * stride + phase * dilation - left` is the sum over taps `phase + j * step` of rows `m - j * dilation / g`
+    of the input, with `g = gcd(stride, dilation)` and `step = stride / g`. So the outputs of one phase are a convolution
+    of stride 1, and those of all phases are `phases` times as many filters of a single one: `convolution`.
+    """
+
+    kernel_size: int
+    stride: int
+    dilation: int
+    left: int
+    right: int
+    output_padding: int
+
+    @classmethod
+    def of(
+        cls,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int | Sequence[int] | Literal["causal"] = 0,
+        output_padding: int = 0,
+        dilation: int = 1,
+    ) -> "TransposedGeometry":
+        """Checks the arguments of a transposed convolution and resolves its padding.
+
+        "causal" takes `reach - stride` positions off the right, so that the output is `stride` times as long as the input
+        and none of it sees the future.
+
+        Raises:
+            TypeError, ValueError: One sentence that names the argument, its value and the rule.
+
+        >>> TransposedGeometry.of(4, stride=2, padding="causal")
+        TransposedGeometry(kernel_size=4, stride=2, dilation=1, left=0, right=2, output_padding=0)
+        """
+        op = "conv_transpose1d"
+        kernel_size = positive("kernel_size", kernel_size, op)
+        stride = positive("stride", stride, op)
+        dilation = positive("dilation", dilation, op)
+        output_padding = _integer("output_padding", output_padding, op)
+        if not 0 <= output_padding < max(stride, dilation):
+            raise ValueError(
+                f"{op}: output_padding must be at least 0 and less than stride or dilation, but is {output_padding} "
+                f"with stride {stride} and dilation {dilation}."
+            )
+        if isinstance(padding, str):
+            if padding != "causal":
+                raise ValueError(f'{op}: padding must be an int, (left, right) or "causal", but is {padding!r}.')
+            left, right = 0, max(0, dilation * (kernel_size - 1) + 1 - stride)
+        else:
+            left, right = _sides(padding, op)
+        return cls(kernel_size, stride, dilation, left, right, output_padding)
+
+    @property
+    def reach(self) -> int:
+        """Outputs that one input value takes part in, first to last."""
+        return self.dilation * (self.kernel_size - 1) + 1
+
+    @property
+    def step(self) -> int:
+        """Taps from one to the next of the same phase."""
+        return self.stride // gcd(self.stride, self.dilation)
+
+    @property
+    def phases(self) -> int:
+        """Phases that have a tap. Other outputs, where the stride exceeds the kernel or shares a factor with the dilation,
+        hold the bias alone.
+        """
+        return min(self.step, self.kernel_size)
+
+    @property
+    def convolution(self) -> Geometry:
+        """The convolution of stride 1 that all phases share. Its tap t is tap `phase + step * (kernel_size - 1 - t)`.
+
+        The padding is what no output needs more than; kernels have a closer one.
+        """
+        taps = -(-self.kernel_size // self.step)
+        dilation = self.dilation // gcd(self.stride, self.dilation)
+        return Geometry(taps, 1, dilation, (taps - 1) * dilation, (taps - 1) * dilation, "zeros")
+
+    def output_length(self, length: Any) -> Any:
+        """Returns the output's length for an input of `length` positions, an int or a symbolic dimension.
+
+        >>> TransposedGeometry.of(16, stride=8, padding=4).output_length(100)
+        800
+        """
+        grown = self.reach + self.output_padding - self.left - self.right - self.stride
+        scaled = length * self.stride if self.stride > 1 else length
+        return scaled + grown if grown else scaled
+
+    def with_output(self, length: int, output_size: int) -> "TransposedGeometry":
+        """Returns the geometry with the output padding that gives an output of `output_size` positions."""
+        shortest = self.output_length(length) - self.output_padding
+        if not shortest <= output_size < shortest + self.stride:
+            raise ValueError(
+                f"conv_transpose1d: output_size must be between {shortest} and {shortest + self.stride - 1} for an input of "
+                f"{length} positions, but is {output_size}."
+            )
+        return replace(self, output_padding=output_size - shortest)
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError where an input of `length` positions has no output."""
+        if length < 1:
+            raise ValueError(f"conv_transpose1d: x must have at least 1 position, but has {length}.")
+        if self.output_length(length) < 1:
+            raise ValueError(
+                f"conv_transpose1d: padding ({self.left}, {self.right}) takes off all of the "
+                f"{self.output_length(length) + self.left + self.right} outputs of {length} positions; pad less."
+            )

@@ -1,7 +1,8 @@
 """Axis orders of sequences and filters, and the one place that permutes them.
 
-Letters: N batch, L length, C channels in (of one group, in a filter), F filters (channels out), S steps of the
-kernel (its taps). PyTorch has NCL data and FCS filters, MAX has NLC and SCF, MLX has NLC and FSC.
+Letters: N batch, L length, C channels in, F filters (channels out), S steps of the kernel (its taps). PyTorch has NCL
+data and FCS filters, MAX has NLC and SCF, MLX has NLC and FSC. A filter holds the channels of one group and all filters;
+transposed ones, SFC in MAX and CFS in PyTorch, all channels and the filters of one group, but MLX's, FSC, as before.
 """
 
 from typing import Any, Literal, get_args
@@ -10,20 +11,20 @@ import numpy as np
 
 Layout = Literal["NLC", "NCL"]
 FilterLayout = Literal["SCF", "FCS", "FSC", "CFS", "SFC"]
+TransposedFilterLayout = Literal["SFC", "CFS", "FSC"]
 
 
-def check_layout(layout: str) -> None:
+def check_layout(layout: str, op: str = "conv1d") -> None:
     """Raises ValueError unless `layout` is an axis order of sequences."""
     if layout not in get_args(Layout):
-        raise ValueError(f"conv1d: layout must be one of {', '.join(get_args(Layout))}, but is {layout!r}.")
+        raise ValueError(f"{op}: layout must be one of {', '.join(get_args(Layout))}, but is {layout!r}.")
 
 
-def check_filter_layout(layout: str) -> None:
-    """Raises ValueError unless `layout` is an axis order of filters."""
-    if layout not in get_args(FilterLayout):
-        raise ValueError(
-            f"conv1d: filter_layout must be one of {', '.join(get_args(FilterLayout))}, but is {layout!r}."
-        )
+def check_filter_layout(layout: str, op: str = "conv1d") -> None:
+    """Raises ValueError unless `layout` is an axis order of the operation's filters."""
+    known = get_args(FilterLayout if op == "conv1d" else TransposedFilterLayout)
+    if layout not in known:
+        raise ValueError(f"{op}: filter_layout must be one of {', '.join(known)}, but is {layout!r}.")
 
 
 def permutation(source: str, target: str) -> tuple[int, ...]:
@@ -59,3 +60,16 @@ def permute(value: Any, source: str, target: str) -> Any:
     if hasattr(value, "permute"):
         return value.permute(list(axes))
     return np.ascontiguousarray(np.transpose(value, axes))
+
+
+def by_group(filter: np.ndarray, layout: str, groups: int) -> np.ndarray:
+    """Returns a transposed convolution's filter as (K, groups, C / groups, F / groups).
+
+    >>> by_group(np.zeros((8, 3, 4)), "CFS", 2).shape, by_group(np.zeros((6, 4, 4)), "FSC", 2).shape
+    ((4, 2, 4, 3), (4, 2, 4, 3))
+    """
+    taps, filters, channels = (filter.shape[layout.index(axis)] for axis in "SFC")
+    whole = np.transpose(filter, permutation(layout, "SFC"))
+    if layout == "FSC":  # all filters, the channels of one group
+        return whole.reshape(taps, groups, filters // groups, channels).swapaxes(2, 3)
+    return whole.reshape(taps, filters, groups, channels // groups).transpose(0, 2, 3, 1)

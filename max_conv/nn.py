@@ -6,7 +6,8 @@ from max.graph import DeviceRef, TensorType, TensorValue, Weight
 
 from .geometry import Geometry, Padding, positive
 from .layouts import FilterLayout, Layout
-from .ops import check_dtype, conv1d
+from .checks import check_dtype
+from .ops import conv1d
 
 
 class Conv1D(nn.Module):

@@ -18,15 +18,11 @@ import numpy as np
 from max.dtype import DType
 from max.graph import DeviceRef, Graph, TensorValue, Weight
 
-from .dispatch import Layer, quad_products, tap_groups
-from .layouts import permute
+from .dispatch import PANEL, PANELS, Layer, quad_products, tap_groups
+from .layouts import by_group, permute
 
-PACK = 32
-"""Filters side by side; also in `kernels/lanes.mojo`."""
 LINE = 64
 """Bytes of a cache line. Vectors across two lines load half as fast."""
-PACKED = {"winograd", "dense", "short", "paired"}
-"""The kernels that take packed filters; `depthwise` takes SCF."""
 
 POINTS = {
     3: (
@@ -55,8 +51,9 @@ class Packing:
     @property
     def name(self) -> str:
         """The packed weight's name; equal packings of a weight share it."""
-        geometry = self.layer.geometry
-        step = f"s{geometry.stride}d{geometry.dilation}g{self.layer.groups}"
+        geometry = self.layer.transposed or self.layer.geometry
+        kind = "t" if self.layer.transposed else ""
+        step = f"{kind}s{geometry.stride}d{geometry.dilation}g{self.layer.groups}"
         return f"{self.source}.{self.kernel}.{self.filter_layout}.{step}"
 
     @property
@@ -77,41 +74,61 @@ class Packing:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Groups and panels of 32 filters, taps or products, channels and filters; for "depthwise" SCF.
+        """Groups and panels of 32 filters, taps or products, channels and filters; for other kernels SCF.
 
         "paired" has an even number of channels, and the two of a pair side by side.
         """
         layer = self.layer
         taps = layer.geometry.kernel_size
-        if self.kernel == "depthwise":
-            return taps, 1, layer.groups
-        panels = -(-layer.group_filters // PACK)
+        if self.kernel not in PANELS:
+            phases = layer.transposed.phases if layer.transposed else 1
+            return taps, layer.group_channels, layer.groups * phases * layer.group_filters
+        panels = -(-layer.columns // PANEL)
         rows = quad_products(layer.geometry) if self.kernel == "winograd" else taps
         channels = layer.group_channels + (self.kernel == "paired" and layer.group_channels % 2)
-        return layer.groups * panels, rows, channels * PACK
+        return layer.groups * panels, rows, channels * PANEL
 
     def __call__(self, filter: np.ndarray) -> np.ndarray:
         """Packs a filter, at the start of a cache line."""
         layer = self.layer
-        taps = permute(filter, self.filter_layout, "SCF")
+        taps = self.phased(filter) if layer.transposed else permute(filter, self.filter_layout, "SCF")
         room = aligned(self.shape, filter.dtype)
-        if self.kernel == "depthwise":
+        if self.kernel not in PANELS:
             room[...] = taps
             return room
-        taps = taps.reshape(*taps.shape[:2], layer.groups, layer.group_filters)
+        taps = taps.reshape(*taps.shape[:2], layer.groups, layer.columns)
         room[...] = 0
-        rows, channels = self.shape[1], self.shape[2] // PACK
-        panels = room.reshape(layer.groups, -1, rows, channels, PACK)
+        rows, channels = self.shape[1], self.shape[2] // PANEL
+        panels = room.reshape(layer.groups, -1, rows, channels, PANEL)
         matrix = self.matrix if self.kernel == "winograd" else None
         for panel in range(panels.shape[1]):
-            part = taps[..., panel * PACK : (panel + 1) * PACK]
+            part = taps[..., panel * PANEL : (panel + 1) * PANEL]
             if matrix is not None:
                 part = np.tensordot(matrix, part.astype(np.float64), 1)
             panels[:, panel, :, : layer.group_channels, : part.shape[-1]] = part.transpose(2, 0, 1, 3)
         if self.kernel == "paired":
-            pairs = room.reshape(-1, 2, PACK)
+            pairs = room.reshape(-1, 2, PANEL)
             room[...] = pairs.swapaxes(1, 2).reshape(room.shape)
         return room
+
+
+    def phased(self, filter: np.ndarray) -> np.ndarray:
+        """Returns a transposed convolution's filter as SCF of the convolution that its phases are filters of.
+
+        Filters are those of the first group's first phase, of its second, and so on; for "depthwise" those of all
+        channels' first phase come first. `Transposed.scf` in `kernels/transposed.mojo` is its twin.
+        """
+        layer, geometry = self.layer, self.layer.transposed
+        assert geometry is not None
+        taps, step, phases = layer.geometry.kernel_size, geometry.step, geometry.phases
+        given = by_group(filter, self.filter_layout, layer.groups)
+        lanes = layer.columns // phases if self.kernel in PANELS else layer.group_filters
+        room = np.zeros((taps, layer.group_channels, layer.groups, phases, lanes), filter.dtype)
+        for k in range(geometry.kernel_size):
+            room[taps - 1 - k // step, :, :, k % step, : layer.group_filters] = given[k].swapaxes(0, 1)
+        if self.kernel == "depthwise":
+            room = room.swapaxes(2, 3)
+        return room.reshape(taps, layer.group_channels, -1)
 
 
 _packings: ContextVar[dict[str, tuple[Packing, Weight, Weight]] | None] = ContextVar("packings", default=None)
@@ -147,7 +164,8 @@ def packed(filter: Weight, kernel: str, layer: Layer, filter_layout: str) -> tup
     weight = Weight(packing.name, filter.dtype, packing.shape, DeviceRef.CPU())
     # A graph takes a single weight of a name.
     _, weight, _ = packings.setdefault(packing.name, (packing, weight, filter))
-    return Graph.current.add_weight(weight), "SCF" if kernel == "depthwise" else "packed"
+    layout = "packed" if kernel in PANELS else "phased" if layer.transposed else "SCF"
+    return Graph.current.add_weight(weight), layout
 
 
 @cache

@@ -5,7 +5,8 @@ from typing import Any
 from max.dtype import DType
 from max.graph import StaticDim, TensorType, TensorValue, ops
 
-from .ops import DTYPES, conv1d, custom_op
+from .checks import DTYPES
+from .ops import conv1d, custom_op
 
 _GATES = 4
 

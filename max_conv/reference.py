@@ -1,11 +1,11 @@
-"""A convolution to compare with: NumPy, float64, no speed."""
+"""Convolutions to compare with: NumPy, float64, no speed."""
 
 from typing import Any
 
 import numpy as np
 
-from .geometry import Geometry, Padding
-from .layouts import FilterLayout, Layout, permute
+from .geometry import Geometry, Padding, TransposedGeometry
+from .layouts import FilterLayout, Layout, by_group, permute
 
 
 def conv1d_ref(
@@ -62,6 +62,53 @@ def conv1d_ref(
         to = slice(g * group_filters, (g + 1) * group_filters)
         for k in range(taps):
             out[:, :, to] += line[:, starts + k * dilation, channels] @ w[k, :, to]
+    if bias is not None:
+        out += np.asarray(bias, np.float64)
+    return permute(out, "NLC", layout)
+
+
+def conv_transpose1d_ref(
+    x: Any,
+    filter: Any,
+    bias: Any = None,
+    *,
+    stride: int = 1,
+    padding: Any = 0,
+    output_padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    output_size: int | None = None,
+    layout: Layout = "NLC",
+    filter_layout: str = "SFC",
+) -> np.ndarray:
+    """Convolves a sequence transposed in float64, with the arguments of `max_conv.conv_transpose1d`.
+
+    Each input value adds its filter to the outputs: `out[n, i * stride + k * dilation - left, f] += x[n, i, c] * filter[k,
+    f, c]`. Positions outside the output are dropped.
+
+    >>> conv_transpose1d_ref([[[1.0], [2.0]]], [[[1.0]], [[10.0]]], stride=2).ravel().tolist()
+    [1.0, 10.0, 2.0, 20.0]
+    """
+    x = np.asarray(x, np.float64)
+    if x.ndim == 2:
+        options: dict[str, Any] = {"output_size": output_size, "layout": layout, "filter_layout": filter_layout}
+        sizes = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
+        return conv_transpose1d_ref(x[None], filter, bias, groups=groups, **sizes, **options)[0]
+    x = permute(x, layout, "NLC")
+    w = by_group(np.asarray(filter, np.float64), filter_layout, groups)
+    batch, length, _ = x.shape
+    geometry = TransposedGeometry.of(len(w), stride, padding, output_padding, dilation)
+    if output_size is not None:
+        geometry = geometry.with_output(length, output_size)
+    geometry.check_length(length)
+
+    # Everything that the input reaches, and what output_padding adds; the padding is cut off at the end.
+    reached = np.zeros((batch, (length - 1) * stride + geometry.reach + geometry.output_padding, groups, w.shape[3]))
+    parts = x.reshape(batch, length, groups, -1)
+    for k in range(len(w)):
+        start = k * dilation
+        reached[:, start : start + (length - 1) * stride + 1 : stride] += np.einsum("nlgc,gcf->nlgf", parts, w[k])
+    out = reached[:, geometry.left : reached.shape[1] - geometry.right].reshape(batch, -1, groups * w.shape[3])
     if bias is not None:
         out += np.asarray(bias, np.float64)
     return permute(out, "NLC", layout)

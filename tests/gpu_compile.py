@@ -17,7 +17,7 @@ from max.engine import InferenceSession  # noqa: E402
 from max.graph import DeviceRef, Graph, TensorType  # noqa: E402
 
 from max_conv import conv1d  # noqa: E402
-from max_conv.ops import DTYPES  # noqa: E402
+from max_conv.checks import DTYPES  # noqa: E402
 from max_conv.recurrent import lstm  # noqa: E402
 
 # Layout, filter layout, filter shape, options: one of each CPU kernel, and every layout. The GPU has one kernel for

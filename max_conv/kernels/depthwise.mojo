@@ -1,4 +1,5 @@
-"""Depthwise convolution of NLC data with an SCF filter: one channel in, one channel out, lanes run over channels.
+"""Depthwise convolution of NLC data with an SCF filter: one channel in, lanes run over channels. Of several filters a
+channel, as transposed convolutions have, the first of all channels come first, then the second ones.
 
 There is no sum over channels, so a step loads one filter vector and multiplies it with one vector of each row. A block
 of rows is first laid out vector by vector, where the rows of a vector are neighbours: in place they can be 2 KiB apart,
@@ -119,25 +120,26 @@ def block[
     var tap_step = window.tap_step(g) * width
     for c in range(0, channels, width):
         var x = rows.unsafe_offset(c * window.rows)
-        var f = channel + c
         var lanes = min(width, channels - c)
-        comptime if nlc:
-            if lanes == width:
-                column[write, False](g, x, tap_step, o, n, first, count, f, lanes)
-            else:
-                column[write, True](g, x, tap_step, o, n, first, count, f, lanes)
-        else:
+        comptime if not nlc:
             comptime assert dtype == acc
-            var lines = o.x.unsafe_offset((n * g.channels + f) * g.length)
+            var lines = o.x.unsafe_offset((n * g.channels + channel + c) * g.length)
             window.turn(g, lines, lanes, x.unsafe_bitcast[Scalar[dtype]](), width)
+        for f in range(channel + c, g.filters, g.channels):
+            comptime if nlc:
+                if lanes == width:
+                    column[write, False](g, x, tap_step, o, n, first, count, f, lanes)
+                else:
+                    column[write, True](g, x, tap_step, o, n, first, count, f, lanes)
+            else:
 
-            @__parameter
-            @always_inline
-            def keep[size: Int](_n: Int, position: Int, filter: Int, value: SIMD[dtype, size]):
-                rows_out.unsafe_offset((position - first) * width + filter - f).unsafe_store(value)
+                @__parameter
+                @always_inline
+                def keep[size: Int](_n: Int, position: Int, filter: Int, value: SIMD[dtype, size]):
+                    rows_out.unsafe_offset((position - first) * width + filter - f).unsafe_store(value)
 
-            column[keep, True](g, x, tap_step, o, n, first, count, f, lanes)
-            turn_out[write](rows_out, width, n, first, count, f, lanes)
+                column[keep, True](g, x, tap_step, o, n, first, count, f, lanes)
+                turn_out[write](rows_out, width, n, first, count, f, lanes)
     _ = turned^
     _ = scratch^
 
@@ -145,7 +147,7 @@ def block[
 def conv1d_depthwise[dtype: DType, //, write: Write[dtype], nlc: Bool](g: Geometry, o: Operands[dtype]):
     """Computes a depthwise convolution with an SCF filter; NCL data with stride 1 only."""
     comptime channels = CHANNEL_VECTORS * simd_width_of[accumulator[dtype]]()
-    var threads = workers(g.batch * g.out_length * g.channels * g.kernel)
+    var threads = workers(g.batch * g.out_length * g.filters * g.kernel)
     var columns = ceildiv(g.channels, channels)
     var most = ceildiv(g.out_length, ROWS)
     var blocks = max(ceildiv(g.out_length, POSITIONS), min(most, ceildiv(4 * threads, g.batch * columns)))

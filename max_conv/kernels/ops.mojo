@@ -1,57 +1,18 @@
-"""Registers the operations that graphs call. Run-time sizes are checked here, before any memory is touched."""
+"""Registers the operations that graphs call. Run-time sizes are checked before any memory is touched."""
 
 import extensibility
 from extensibility import InputTensor, OutputTensor, _FusedOutputTensor as FusedOutputTensor
-from std.math import ceildiv
 from std.utils.index import IndexList
 from max.gpu.host import DeviceContext
 from max.gpu.host.info import is_cpu
 
-from .dense import conv1d_dense
-from .depthwise import conv1d_depthwise
-from .geometry import CIRCULAR, Geometry, REFLECT, REPLICATE
-from .gpu import conv1d_gpu
-from .lanes import PACK, FilterSteps, Operands
-from .lengthwise import conv1d_lengthwise
-from .points import Plan
-from .winograd import conv1d_winograd, pays
-from .paired import conv1d_paired, has_pairs
+from .checks import check, check_shape, check_transposed, packed_shape
+from .dispatch import convolve
+from .geometry import Geometry
+from .gpu import conv1d_gpu, conv_transpose1d_gpu
+from .lanes import FilterSteps, Operands
 from .lstm import GATES, Lstm, lstm_cpu, lstm_gpu
-
-
-def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
-    """Raises where the run-time sizes do not make a convolution that this package computes."""
-    if g.kernel < 1 or g.stride < 1 or g.dilation < 1 or g.filters < 1 or filter_channels < 1:
-        raise Error("conv1d: kernel_size, stride, dilation and the filter's sizes must be at least 1.")
-    if min(g.pad_left, pad_right) < 0:
-        raise Error("conv1d: padding must not be negative.")
-    if g.groups < 1 or g.groups * filter_channels != g.channels or g.filters % g.groups != 0:
-        raise Error(
-            "conv1d: x has ", g.channels, " channels, but the filter takes ", filter_channels, " for each of ",
-            g.groups,
-            " groups and gives ", g.filters, "; pass what the graph was built for.",
-        )
-    var reach = (g.kernel - 1) * g.dilation + 1
-    var padded = g.length + g.pad_left + pad_right
-    if padded < reach:
-        raise Error(
-            "conv1d: the filter reaches over ", reach, " positions, but the padded input has only ", padded,
-            "; pad more or pass a longer input.",
-        )
-    if g.out_length != (padded - reach) // g.stride + 1:
-        raise Error("conv1d: the output has ", g.out_length, " positions, not ", (padded - reach) // g.stride + 1, ".")
-    # A reflection leaves out the edge itself, a circle does not, and an edge to repeat needs an input.
-    var pad = max(g.pad_left, pad_right)
-    var wide = (
-        (g.mode == REFLECT and pad >= g.length)
-        or (g.mode == CIRCULAR and pad > g.length)
-        or (g.mode == REPLICATE and pad > 0 and g.length == 0)
-    )
-    if wide:
-        raise Error(
-            "conv1d: padding of ", pad, " with values of the input needs more than its ", g.length,
-            " positions; pad less or pass a longer input.",
-        )
+from .transposed import LANES, Transposed, conv_transpose1d
 
 
 @extensibility.register("max_conv.conv1d")
@@ -108,21 +69,7 @@ struct Conv1d:
         )
         check(g, Int(pad_right), g.channels // max(1, g.groups) if packed else w.dim_size(channel_axis))
         comptime if packed:
-            var rows = Plan(g).products() if kernel == "winograd" else g.kernel
-            var row = g.group_channels()
-            comptime if kernel == "paired":
-                row = ceildiv(row, 2) * 2
-            var wanted = [g.groups * ceildiv(g.group_filters(), PACK), rows, row * PACK]
-            if w.dim_size(0) != wanted[0] or w.dim_size(1) != wanted[1] or w.dim_size(2) != wanted[2]:
-                raise Error(
-                    "conv1d: the packed filter must have shape (",
-                    wanted[0],
-                    ", ",
-                    wanted[1],
-                    ", ",
-                    wanted[2],
-                    ") for these sizes; pass what max_conv.compile packed.",
-                )
+            check_shape("conv1d", w.shape(), packed_shape[kernel](g))
         if g.batch == 0:
             return
         var o = Operands[dtype](
@@ -144,41 +91,103 @@ struct Conv1d:
         var outer = w.dim_size(1) * inner
         var size = [outer, inner, 1]
         var steps = FilterSteps(size[tap_axis], size[channel_axis], size[filter_axis])
-        if whole and g.group_filters() % PACK != 0:
-            raise Error("conv1d: the graph was built for a multiple of 32 filters, not ", g.group_filters(), " a group.")
-        comptime if packed:
-            comptime assert is_cpu[target]()
-            comptime if kernel == "winograd":
-                conv1d_winograd[write, nlc, packed, whole](g, steps, o)
-            elif kernel == "paired":
-                comptime assert dtype == DType.bfloat16 and has_pairs()
-                conv1d_paired[write, nlc, packed](g, steps, o)
-            else:
-                comptime assert nlc and (kernel == "dense" or kernel == "short")
-                conv1d_dense[write, kernel == "short", whole, packed](g, o)
-            return
-        comptime if not is_cpu[target]():
-            conv1d_gpu[write, nlc](g, steps, o, ctx)
-            return
-        comptime if kernel == "winograd":
-            if least == 0 or pays(g, least):
-                conv1d_winograd[write, nlc, False, whole](g, steps, o)
-                return
-        comptime if kernel == "paired" and dtype == DType.bfloat16 and has_pairs():
-            conv1d_paired[write, nlc](g, steps, o)
-            return
-        comptime if kernel == "depthwise":
-            comptime assert filter_layout == "SCF"
-            if g.groups != g.channels or g.filters != g.channels:
-                raise Error("conv1d: the depthwise kernel needs one channel in and one out a group.")
-            if not nlc and g.stride != 1:
-                raise Error("conv1d: the depthwise kernel takes NCL data with stride 1 only, not ", g.stride, ".")
-            conv1d_depthwise[write, nlc](g, o)
-        elif nlc and filter_layout == "SCF" and kernel != "lengthwise":
-            conv1d_dense[write, kernel == "short", whole](g, o)
+        comptime if is_cpu[target]():
+            convolve[write, kernel, least, whole, nlc, packed, filter_layout == "SCF"](g, steps, o)
         else:
-            comptime assert kernel != "dense" and kernel != "short"
-            conv1d_lengthwise[write, nlc, whole](g, steps, o)
+            comptime assert not packed
+            conv1d_gpu[write, nlc](g, steps, o, ctx)
+
+
+@extensibility.register("max_conv.conv_transpose1d")
+struct ConvTranspose1d:
+    """A transposed convolution of (N, L, C) or (N, C, L) data.
+
+    A filter of layout SFC or CFS holds all channels and the filters of one group, one of layout FSC all filters and the
+    channels of one group. "packed" and "phased" are what `max_conv/packing.py` made of it: the kernel size is
+    `kernel_size`, which is not read otherwise. `full` says that the filters of a group are a multiple of 16.
+    """
+
+    @staticmethod
+    def execute[
+        target: StaticString,
+        kernel: StaticString,
+        least: Int,
+        whole: Bool,
+        full: Bool,
+        layout: StaticString,
+        filter_layout: StaticString,
+    ](
+        output: FusedOutputTensor[rank=3, ...],
+        x: InputTensor[dtype=output.dtype, rank=3, ...],
+        w: InputTensor[dtype=output.dtype, rank=3, ...],
+        bias: InputTensor[dtype=output.dtype, rank=1, ...],
+        stride: Scalar[DType.int64],
+        dilation: Scalar[DType.int64],
+        pad_left: Scalar[DType.int64],
+        pad_right: Scalar[DType.int64],
+        groups: Scalar[DType.int64],
+        kernel_size: Scalar[DType.int64],
+        ctx: DeviceContext,
+    ) raises:
+        comptime dtype = output.dtype
+        comptime nlc = layout == "NLC"
+        comptime length = 1 if nlc else 2
+        comptime channel = 3 - length
+        comptime made = filter_layout == "packed" or filter_layout == "phased"
+        comptime by_filter = filter_layout == "FSC"
+        comptime tap_axis = 0 if made else filter_layout.find("S")
+        comptime channel_axis = 1 if made else filter_layout.find("C")
+        comptime filter_axis = 2 if made else filter_layout.find("F")
+        var parts = max(1, Int(groups))
+        var group_channels = x.dim_size(channel) // parts if made else w.dim_size(channel_axis)
+        var filters = output.dim_size(channel) if made else w.dim_size(filter_axis)
+        comptime if not by_filter and not made:
+            group_channels //= parts
+            filters *= parts
+        var t = Transposed(
+            batch=x.dim_size(0),
+            length=x.dim_size(length),
+            out_length=output.dim_size(length),
+            channels=x.dim_size(channel),
+            filters=filters,
+            groups=Int(groups),
+            kernel=Int(kernel_size) if made else w.dim_size(tap_axis),
+            stride=Int(stride),
+            dilation=Int(dilation),
+            pad_left=Int(pad_left),
+        )
+        check_transposed(t, Int(pad_right), group_channels)
+        comptime if filter_layout == "packed":
+            check_shape("conv_transpose1d", w.shape(), packed_shape[kernel](t.convolution(LANES)))
+        elif made:
+            var shape = IndexList[3](t.taps(), t.group_channels(), t.convolution(1).filters)
+            check_shape("conv_transpose1d", w.shape(), shape)
+        if t.batch == 0:
+            return
+        var o = Operands[dtype](
+            x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            bias.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            bias.dim_size(0) > 0,
+        )
+
+        @__parameter
+        @always_inline
+        def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
+            comptime if nlc:
+                output._lambda_store[width=width, element_alignment=1](IndexList[3](n, position, filter), value)
+            else:
+                output._lambda_store[width=width, element_alignment=1](IndexList[3](n, filter, position), value)
+
+        var inner = w.dim_size(2)
+        var size = [w.dim_size(1) * inner, inner, 1]
+        var steps = FilterSteps(size[tap_axis], size[channel_axis], size[filter_axis])
+        var group_step = t.group_filters() * steps.filter if by_filter else t.group_channels() * steps.channel
+        comptime if is_cpu[target]():
+            conv_transpose1d[write, kernel, least, whole, full, nlc, filter_layout](t, steps, group_step, o)
+        else:
+            comptime assert not made
+            conv_transpose1d_gpu[write, nlc](t, steps, group_step, o, ctx)
 
 
 @extensibility.register("max_conv.lstm")

@@ -1,0 +1,83 @@
+"""Checks of sizes that only the run can tell."""
+
+from std.math import ceildiv
+from std.utils.index import IndexList
+
+from .geometry import CIRCULAR, Geometry, REFLECT, REPLICATE
+from .lanes import PACK
+from .points import Plan
+from .transposed import Transposed
+
+
+def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
+    """Raises where the run-time sizes do not make a convolution that this package computes."""
+    if g.kernel < 1 or g.stride < 1 or g.dilation < 1 or g.filters < 1 or filter_channels < 1:
+        raise Error("conv1d: kernel_size, stride, dilation and the filter's sizes must be at least 1.")
+    if min(g.pad_left, pad_right) < 0:
+        raise Error("conv1d: padding must not be negative.")
+    if g.groups < 1 or g.groups * filter_channels != g.channels or g.filters % g.groups != 0:
+        raise Error(
+            "conv1d: x has ", g.channels, " channels, but the filter takes ", filter_channels, " for each of ",
+            g.groups,
+            " groups and gives ", g.filters, "; pass what the graph was built for.",
+        )
+    var reach = (g.kernel - 1) * g.dilation + 1
+    var padded = g.length + g.pad_left + pad_right
+    if padded < reach:
+        raise Error(
+            "conv1d: the filter reaches over ", reach, " positions, but the padded input has only ", padded,
+            "; pad more or pass a longer input.",
+        )
+    if g.out_length != (padded - reach) // g.stride + 1:
+        raise Error("conv1d: the output has ", g.out_length, " positions, not ", (padded - reach) // g.stride + 1, ".")
+    # A reflection leaves out the edge itself, a circle does not, and an edge to repeat needs an input.
+    var pad = max(g.pad_left, pad_right)
+    var wide = (
+        (g.mode == REFLECT and pad >= g.length)
+        or (g.mode == CIRCULAR and pad > g.length)
+        or (g.mode == REPLICATE and pad > 0 and g.length == 0)
+    )
+    if wide:
+        raise Error(
+            "conv1d: padding of ", pad, " with values of the input needs more than its ", g.length,
+            " positions; pad less or pass a longer input.",
+        )
+
+
+def check_transposed(t: Transposed, pad_right: Int, filter_channels: Int) raises:
+    """Raises where the run-time sizes do not make a transposed convolution."""
+    if t.kernel < 1 or t.stride < 1 or t.dilation < 1 or t.filters < 1 or filter_channels < 1:
+        raise Error("conv_transpose1d: kernel_size, stride, dilation and the filter's sizes must be at least 1.")
+    if min(t.pad_left, pad_right) < 0:
+        raise Error("conv_transpose1d: padding must not be negative.")
+    if t.groups < 1 or t.groups * filter_channels != t.channels or t.filters % t.groups != 0:
+        raise Error(
+            "conv_transpose1d: x has ", t.channels, " channels, but the filter takes ", filter_channels,
+            " for each of ", t.groups, " groups and gives ", t.filters, "; pass what the graph was built for.",
+        )
+    if t.length < 1:
+        raise Error("conv_transpose1d: x must have at least 1 position, but has ", t.length, ".")
+    var shortest = (t.length - 1) * t.stride + (t.kernel - 1) * t.dilation + 1 - t.pad_left - pad_right
+    var longest = shortest + max(t.stride, t.dilation) - 1
+    if t.out_length < max(1, shortest) or t.out_length > longest:
+        raise Error(
+            "conv_transpose1d: the output has ", t.out_length, " positions, not ", max(1, shortest), " to ", longest,
+            "; pad less or pass a longer input.",
+        )
+
+
+def packed_shape[kernel: StaticString](g: Geometry) -> IndexList[3]:
+    """Returns the shape of what `max_conv/packing.py` makes of a filter for a kernel."""
+    var rows = Plan(g).products() if kernel == "winograd" else g.kernel
+    var row = g.group_channels()
+    comptime if kernel == "paired":
+        row = ceildiv(row, 2) * 2
+    return IndexList[3](g.groups * ceildiv(g.group_filters(), PACK), rows, row * PACK)
+
+
+def check_shape(op: StaticString, given: IndexList[3], wanted: IndexList[3]) raises:
+    """Raises unless a packed filter has the wanted shape."""
+    if given != wanted:
+        raise Error(
+            op, ": the packed filter must have shape ", wanted, " for these sizes; pass what max_conv.compile packed."
+        )
