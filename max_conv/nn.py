@@ -1,16 +1,64 @@
-"""`Conv1D`, the layer: it holds weights, `conv1d` does the rest."""
+"""`Conv1D` and `ConvTranspose1D`, the layers: they hold weights, `conv1d` and `conv_transpose1d` do the rest."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from max import nn
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType, TensorValue, Weight
 
-from .geometry import Geometry, Padding, positive
-from .layouts import FilterLayout, Layout
 from .checks import check_dtype
-from .ops import conv1d
+from .geometry import Geometry, Padding, TransposedGeometry, positive
+from .layouts import FilterLayout, Layout, TransposedFilterLayout
+from .ops import conv1d, conv_transpose1d
 
 
-class Conv1D(nn.Module):
+class _Layer(nn.Module):
+    """What both layers know of their channels, and of what they are called with."""
+
+    op: str
+    bias: Weight | None = None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dtype: DType,
+        groups: int,
+        device: DeviceRef | None,
+        permute: bool,
+        name: str | None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = positive("in_channels", in_channels, self.op)
+        self.out_channels = positive("out_channels", out_channels, self.op)
+        self.num_groups = positive("num_groups", groups, self.op)
+        check_dtype("dtype", dtype, self.op)
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"{self.op}: {groups} groups must divide in_channels={in_channels} and out_channels={out_channels}."
+            )
+        self.dtype = dtype
+        self.device = device
+        self.permute = permute
+        self._prefix = f"{name}." if name else ""
+
+    def _declare(self, name: str, shape: Sequence[int]) -> Weight:
+        """Returns a new weight of the layer's dtype and device."""
+        return Weight(f"{self._prefix}{name}", self.dtype, shape, self.device or DeviceRef.CPU())
+
+    @property
+    def layout(self) -> Layout:
+        """The data's axis order."""
+        return "NCL" if self.permute else "NLC"
+
+    def input_types(self) -> tuple[TensorType]:
+        """Returns the type of the input, with symbolic batch and length."""
+        sizes: dict[str, int | str] = {"N": "batch", "L": "length", "C": self.in_channels}
+        return (TensorType(self.dtype, [sizes[axis] for axis in self.layout], self.device or DeviceRef.CPU()),)
+
+
+class Conv1D(_Layer):
     """Convolves a sequence; a drop-in for `max.nn.Conv1D`.
 
     `L_out = (L + left + right - dilation * (kernel_size - 1) - 1) // stride + 1`
@@ -45,8 +93,8 @@ class Conv1D(nn.Module):
     Source: `max.nn.Conv1D`, whose arguments these are.
     """
 
+    op = "conv1d"
     filter: Weight
-    bias: Weight | None = None
 
     def __init__(
         self,
@@ -65,48 +113,27 @@ class Conv1D(nn.Module):
         *,
         padding_mode: str = "zeros",
     ) -> None:
-        super().__init__()
         geometry = Geometry.of(kernel_size, stride, padding, dilation, padding_mode)
-        in_channels = positive("in_channels", in_channels)
-        out_channels = positive("out_channels", out_channels)
-        groups = positive("num_groups", num_groups)
-        check_dtype("dtype", dtype)
-        if in_channels % groups or out_channels % groups:
-            raise ValueError(
-                f"conv1d: {groups} groups must divide in_channels={in_channels} and out_channels={out_channels}."
-            )
+        super().__init__(in_channels, out_channels, dtype, num_groups, device, permute, name)
         self.kernel_size = geometry.kernel_size
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.dtype = dtype
         self.stride = geometry.stride
         self.padding = (geometry.left, geometry.right)
         self.dilation = geometry.dilation
-        self.num_groups = groups
-        self.device = device
-        self.permute = permute
         self.padding_mode = padding_mode
-        sizes = {"S": geometry.kernel_size, "C": in_channels // groups, "F": out_channels}
-        where = device or DeviceRef.CPU()
-        prefix = f"{name}." if name else ""
-        self.filter = Weight(f"{prefix}weight", dtype, [sizes[axis] for axis in self.filter_layout], where)
+        sizes = {"S": geometry.kernel_size, "C": self.in_channels // self.num_groups, "F": self.out_channels}
+        self.filter = self._declare("weight", [sizes[axis] for axis in self.filter_layout])
         if has_bias:
-            self.bias = Weight(f"{prefix}bias", dtype, [out_channels], where)
+            self.bias = self._declare("bias", [self.out_channels])
 
     @property
-    def layout(self) -> Layout:
-        """The data's axis order."""
-        return "NCL" if self.permute else "NLC"
+    def geometry(self) -> Geometry:
+        """What the layer does along the length."""
+        return Geometry(self.kernel_size, self.stride, self.dilation, *self.padding, self.padding_mode)  # type: ignore[arg-type]
 
     @property
     def filter_layout(self) -> FilterLayout:
         """The filter's axis order."""
         return "FCS" if self.permute else "SCF"
-
-    def input_types(self) -> tuple[TensorType]:
-        """Returns the type of the input, with symbolic batch and length."""
-        sizes: dict[str, int | str] = {"N": "batch", "L": "length", "C": self.in_channels}
-        return (TensorType(self.dtype, [sizes[axis] for axis in self.layout], self.device or DeviceRef.CPU()),)
 
     def __call__(self, x: TensorValue) -> TensorValue:
         """Emits the convolution of `x` into the current graph.
@@ -129,3 +156,166 @@ class Conv1D(nn.Module):
             layout=self.layout,
             filter_layout=self.filter_layout,
         )
+
+
+class ConvTranspose1D(_Layer):
+    """Convolves a sequence transposed, as upsampling layers do; `max.nn.ConvTranspose1d` with groups and dilation.
+
+    `L_out = (L - 1) * stride - left - right + dilation * (kernel_size - 1) + output_padding + 1`
+
+    Args:
+        kernel_size: Taps of the filter.
+        in_channels: Channels of the input, C.
+        out_channels: Channels of the output, F.
+        dtype: Of the weights and of the input: float32, float64, float16 or bfloat16.
+        stride: Outputs from one input position to the next.
+        padding: Outputs taken off both sides, (left, right), or "causal": what exceeds `L * stride` goes off the right.
+        dilation: Outputs from one tap to the next.
+        output_padding: Outputs added on the right, fewer than stride or dilation.
+        device: Where the layer runs; None is the CPU.
+        has_bias: Whether a bias is added.
+        permute: Takes PyTorch's orders: data (N, C, L), filter (C, F / num_groups, K).
+        name: The weights are named `{name}.weight` and `{name}.bias`, without a name `weight` and `bias`.
+        num_groups: Groups of channels that are convolved separately.
+
+    Attributes:
+        weight: The filter, (K, F / num_groups, C), or (C, F / num_groups, K) with `permute`.
+        bias: The weight, (F,), or None.
+
+    Raises:
+        TypeError, ValueError: One sentence that names the argument.
+
+    >>> from max.dtype import DType
+    >>> layer = ConvTranspose1D(16, 512, 256, DType.float32, stride=8, padding=4, has_bias=True)
+    >>> {name: [int(n) for n in weight.shape] for name, weight in layer.raw_state_dict().items()}
+    {'weight': [16, 256, 512], 'bias': [256]}
+
+    Source: `max.nn.ConvTranspose1d` and
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose1d.html
+    """
+
+    op = "conv_transpose1d"
+    weight: Weight
+
+    def __init__(
+        self,
+        kernel_size: int,
+        in_channels: int,
+        out_channels: int,
+        dtype: DType,
+        stride: int = 1,
+        padding: Any = 0,
+        dilation: int = 1,
+        output_padding: int = 0,
+        device: DeviceRef | None = None,
+        has_bias: bool = False,
+        permute: bool = False,
+        name: str | None = None,
+        *,
+        num_groups: int = 1,
+    ) -> None:
+        self.geometry = TransposedGeometry.of(kernel_size, stride, padding, output_padding, dilation)
+        super().__init__(in_channels, out_channels, dtype, num_groups, device, permute, name)
+        self.kernel_size = self.geometry.kernel_size
+        self.stride = self.geometry.stride
+        self.padding = (self.geometry.left, self.geometry.right)
+        self.dilation = self.geometry.dilation
+        self.output_padding = self.geometry.output_padding
+        self.weight = self._declare("weight", self.filter_shape)
+        if has_bias:
+            self.bias = self._declare("bias", [self.out_channels])
+
+    @property
+    def filter_layout(self) -> TransposedFilterLayout:
+        """The filter's axis order."""
+        return "CFS" if self.permute else "SFC"
+
+    @property
+    def filter_shape(self) -> list[int]:
+        """The filter's sizes: of all channels and the filters of a group; MLX's order has it the other way round."""
+        channels, filters = self.in_channels, self.out_channels // self.num_groups
+        if self.filter_layout == "FSC":
+            channels, filters = self.in_channels // self.num_groups, self.out_channels
+        sizes = {"S": self.kernel_size, "C": channels, "F": filters}
+        return [sizes[axis] for axis in self.filter_layout]
+
+    def __call__(self, x: TensorValue, output_size: int | None = None) -> TensorValue:
+        """Emits the transposed convolution of `x` into the current graph.
+
+        Args:
+            x: (N, L, C), or (N, C, L) with `permute`; without the batch axis, too.
+            output_size: L_out, from which `output_padding` is then worked out.
+
+        Returns:
+            (N, L_out, F), or (N, F, L_out) with `permute`.
+        """
+        return conv_transpose1d(
+            x,
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            output_padding=self.output_padding,
+            dilation=self.dilation,
+            groups=self.num_groups,
+            output_size=output_size,
+            layout=self.layout,
+            filter_layout=self.filter_layout,
+        )
+
+
+class ConvTranspose1d(ConvTranspose1D):
+    """`ConvTranspose1D` with the argument list of `max.nn.ConvTranspose1d`: only the import has to change.
+
+    Args:
+        length: Taps of the filter.
+        stride, dilation, output_padding: Ints, or MAX's pairs for two dimensions, whose second value counts.
+        padding: As in `ConvTranspose1D`, or MAX's four numbers, of which the last two are left and right.
+
+    >>> from max.dtype import DType
+    >>> ConvTranspose1d(length=4, in_channels=8, out_channels=6, dtype=DType.float32, stride=(1, 2)).stride
+    2
+    """
+
+    def __init__(
+        self,
+        length: int,
+        in_channels: int,
+        out_channels: int,
+        dtype: DType,
+        stride: int | tuple[int, int] = 1,
+        padding: Any = 0,
+        dilation: int | tuple[int, int] = 1,
+        output_padding: int | tuple[int, int] = 0,
+        device: DeviceRef | None = None,
+        has_bias: bool = False,
+        permute: bool = False,
+        name: str | None = None,
+        *,
+        num_groups: int = 1,
+    ) -> None:
+        sides = tuple(padding) if isinstance(padding, tuple | list) else padding
+        super().__init__(
+            length,
+            in_channels,
+            out_channels,
+            dtype,
+            _last("stride", stride, 1),
+            sides[2:] if isinstance(sides, tuple) and len(sides) == 4 and sides[:2] == (0, 0) else padding,
+            _last("dilation", dilation, 1),
+            _last("output_padding", output_padding, 0),
+            device,
+            has_bias,
+            permute,
+            name,
+            num_groups=num_groups,
+        )
+
+
+def _last(name: str, value: Any, first: int) -> Any:
+    """Returns the second of MAX's pair, whose first belongs to a dimension that is not there."""
+    if not isinstance(value, tuple | list):
+        return value
+    if len(value) != 2 or value[0] != first:
+        raise ValueError(f"conv_transpose1d: {name} must be an int or ({first}, int), but is {value!r}.")
+    return value[1]

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Data(NamedTuple):
-    """x (N, C, L), filter (F, C / groups, K) and bias (F,), PyTorch's layouts, float32."""
+    """x (N, C, L), filter (F, C / groups, K), or (C, F / groups, K), and bias (F,), PyTorch's layouts, float32."""
 
     x: np.ndarray
     w: np.ndarray
@@ -15,7 +15,7 @@ class Data(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A Conv1d layer; L is the input's length."""
+    """A Conv1d layer, or a ConvTranspose1d layer; L is the input's length."""
 
     channels: int
     filters: int
@@ -26,15 +26,19 @@ class Layer(NamedTuple):
     dilation: int = 1
     groups: int = 1
     batch: int = 1
+    transposed: bool = False
 
     @property
     def out_length(self) -> int:
+        if self.transposed:
+            return (self.length - 1) * self.stride - 2 * self.padding + self.dilation * (self.kernel_size - 1) + 1
         return (self.length + 2 * self.padding - self.dilation * (self.kernel_size - 1) - 1) // self.stride + 1
 
     @property
     def flop(self) -> float:
         """Floating point operations, taps in the padding included."""
-        return 2.0 * self.batch * self.out_length * self.filters * self.kernel_size * self.channels / self.groups
+        positions = self.length if self.transposed else self.out_length
+        return 2.0 * self.batch * positions * self.filters * self.kernel_size * self.channels / self.groups
 
     @property
     def values(self) -> int:
@@ -48,7 +52,7 @@ class Layer(NamedTuple):
         return self.stride, self.padding, self.dilation, self.groups
 
     def __str__(self) -> str:
-        text = f"{self.channels}→{self.filters} k{self.kernel_size}"
+        text = f"{self.channels}{'⇒' if self.transposed else '→'}{self.filters} k{self.kernel_size}"
         for letter, value, usual in (("s", self.stride, 1), ("p", self.padding, 0), ("d", self.dilation, 1)):
             text += f" {letter}{value}" if value != usual else ""
         text += f" g{self.groups}" if self.groups > 1 else ""
@@ -57,9 +61,11 @@ class Layer(NamedTuple):
     def data(self, dtype: str) -> Data:
         """Returns the same random values each time; for bfloat16 they are such as it can hold."""
         random = np.random.default_rng(0)
-        shape = (self.filters, self.channels // self.groups, self.kernel_size)
+        sizes = (self.channels, self.filters) if self.transposed else (self.filters, self.channels)
+        shape = (sizes[0], sizes[1] // self.groups, self.kernel_size)
         x = random.standard_normal((self.batch, self.channels, self.length), np.float32)
-        w = random.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[1] * shape[2]))
+        terms = self.channels // self.groups * self.kernel_size // (self.stride if self.transposed else 1)
+        w = random.standard_normal(shape, np.float32) / np.float32(math.sqrt(terms))
         data = Data(x, w, random.standard_normal(self.filters, np.float32))
         return data if dtype == "float32" else Data(*(from_bits(to_bits(a)) for a in data))
 
@@ -97,6 +103,13 @@ LAYERS = {
     "ECG": Layer(64, 128, 16, 4096, stride=4, padding=6, batch=8),
     "Enformer stem": Layer(4, 768, 15, 16384, padding=7),
     "AtacWorks": Layer(15, 15, 51, 15100, dilation=8, batch=4),  # the layer of arXiv 2104.08002
+    "HiFi-GAN up 8": Layer(512, 256, 16, 100, 8, 4, transposed=True),
+    "HiFi-GAN up 2": Layer(128, 64, 4, 6400, 2, 1, transposed=True),
+    "DAC up": Layer(1536, 768, 16, 87, 8, 4, transposed=True),
+    "EnCodec up": Layer(64, 32, 4, 12000, 2, transposed=True),
+    "Demucs up": Layer(96, 48, 8, 6890, 4, transposed=True),
+    "BigVGAN up": Layer(384, 192, 11, 400, 5, 3, transposed=True),
+    "Mimi up": Layer(512, 512, 4, 125, 2, groups=512, transposed=True),
     "odd k5": Layer(33, 65, 5, 997, padding=2),
     "odd k3": Layer(17, 17, 3, 10007, padding=1),
     "batch 8": Layer(128, 128, 3, 400, padding=1, batch=8),

@@ -46,8 +46,13 @@ def ours(layer: Layer, data: Data, _: int, permute: bool = False, dtype: str = "
         return permuted(wide, conv.layout, "NCL")
 
     sizes = (layer.kernel_size, layer.channels, layer.filters)
-    conv = max_conv.Conv1D(*sizes, DType[dtype], *layer.options, has_bias=True, permute=permute)
-    w = permuted(data.w, "FCS", conv.filter_layout)
+    if layer.transposed:
+        conv: Any = max_conv.ConvTranspose1D(
+            *sizes, DType[dtype], *layer.options[:3], num_groups=layer.groups, has_bias=True, permute=permute
+        )
+    else:
+        conv = max_conv.Conv1D(*sizes, DType[dtype], *layer.options, has_bias=True, permute=permute)
+    w = permuted(data.w, "CFS" if layer.transposed else "FCS", conv.filter_layout)
     model = max_conv.compile(conv, weights={"weight": buffer(w), "bias": buffer(data.bias)})
     x = buffer(permuted(data.x, "NCL", conv.layout))
     return Call(lambda: model(x), read)
@@ -58,16 +63,22 @@ def own(layer: Layer, data: Data, _: int) -> Call:
     from max.driver import Buffer
     from max.dtype import DType
     from max.graph import DeviceRef, TensorType
-    from max.nn import Conv1D
+    from max.nn import Conv1D, ConvTranspose1d
 
     import max_conv
     from max_conv.layouts import permute
 
     sizes = (layer.kernel_size, layer.channels, layer.filters)
-    conv = Conv1D(*sizes, DType.float32, *layer.options, device=DeviceRef.CPU(), has_bias=True)
+    if layer.transposed:
+        if layer.groups > 1:
+            raise NotImplementedError("max.nn.ConvTranspose1d has no groups")
+        conv: Any = ConvTranspose1d(*sizes, DType.float32, *layer.options[:3], device=DeviceRef.CPU(), has_bias=True)
+    else:
+        conv = Conv1D(*sizes, DType.float32, *layer.options, device=DeviceRef.CPU(), has_bias=True)
+    order = ("CFS", "SFC") if layer.transposed else ("FCS", "SCF")
     x = Buffer.from_numpy(permute(data.x, "NCL", "NLC"))
     inputs = {"x": TensorType(DType.float32, list(x.shape), DeviceRef.CPU())}
-    model = max_conv.compile(conv, inputs, weights={"weight": permute(data.w, "FCS", "SCF"), "bias": data.bias})
+    model = max_conv.compile(conv, inputs, weights={"weight": permute(data.w, *order), "bias": data.bias})
     return Call(lambda: model(x), lambda y: permute(y.to_numpy(), "NLC", "NCL"))
 
 
@@ -78,6 +89,10 @@ def pytorch(layer: Layer, data: Data, threads: int, compiled: bool = False, dtyp
     x, w, bias = (torch.from_numpy(a).to(getattr(torch, dtype)) for a in data)
 
     def convolve(x: Any) -> Any:
+        if layer.transposed:
+            return torch.nn.functional.conv_transpose1d(
+                x, w, bias, layer.stride, layer.padding, 0, layer.groups, layer.dilation
+            )
         return torch.nn.functional.conv1d(x, w, bias, *layer.options)
 
     call = torch.compile(convolve) if compiled else convolve
@@ -99,7 +114,7 @@ def onnxruntime(layer: Layer, data: Data, threads: int) -> Call:
         "pads": [layer.padding] * 2,
         "dilations": [layer.dilation],
     }
-    node = helper.make_node("Conv", ["x", "w", "b"], ["y"], group=layer.groups, **sizes)
+    node = helper.make_node("ConvTranspose" if layer.transposed else "Conv", ["x", "w", "b"], ["y"], group=layer.groups, **sizes)
     shapes = {"x": data.x.shape, "y": (layer.batch, layer.filters, layer.out_length)}
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items())
     weights = [numpy_helper.from_array(data.w, "w"), numpy_helper.from_array(data.bias, "b")]
@@ -116,6 +131,15 @@ def onnxruntime(layer: Layer, data: Data, threads: int) -> Call:
     return Call(lambda: session.run_with_iobinding(binding), lambda _: taken.numpy())
 
 
+def backwards(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives OpenVINO's transposed convolutions the arguments of the others."""
+
+    def build(x: Any, w: Any, strides: list, begin: list, end: list, dilations: list) -> Any:
+        return operation(x, w, strides, pads_begin=begin, pads_end=end, dilations=dilations)
+
+    return build
+
+
 def openvino(layer: Layer, data: Data, threads: int, dtype: str = "float32") -> Call:
     import openvino
     from openvino import opset13 as ops
@@ -124,11 +148,14 @@ def openvino(layer: Layer, data: Data, threads: int, dtype: str = "float32") -> 
     kind = getattr(openvino.Type, short)
     x = ops.parameter(list(data.x.shape), kind)
     geometry = ([layer.stride], [layer.padding], [layer.padding], [layer.dilation])
+    whole, grouped = ops.convolution, ops.group_convolution
+    if layer.transposed:
+        whole, grouped = backwards(ops.convolution_backprop_data), backwards(ops.group_convolution_backprop_data)
     if layer.groups == 1:
-        y = ops.convolution(x, ops.constant(data.w, dtype=kind), *geometry)
+        y = whole(x, ops.constant(data.w, dtype=kind), *geometry)
     else:
         w = data.w.reshape(layer.groups, -1, *data.w.shape[1:])
-        y = ops.group_convolution(x, ops.constant(w, dtype=kind), *geometry)
+        y = grouped(x, ops.constant(w, dtype=kind), *geometry)
     model = openvino.Model([ops.add(y, ops.constant(data.bias[:, None], dtype=kind))], [x])
     options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": short}
     request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
@@ -153,10 +180,24 @@ def jax(layer: Layer, data: Data, _: int) -> Call:
     import jax
 
     def convolve(x: Any, w: Any, bias: Any, axes: tuple[str, str, str]) -> Any:
+        if layer.transposed:
+            # A convolution of the spread input with the reversed filter, whose channels are regrouped.
+            reach = layer.dilation * (layer.kernel_size - 1)
+            pads = ((reach - layer.padding,) * 2,)
+            return (
+                jax.lax.conv_general_dilated(
+                    x, w, (1,), pads, (layer.stride,), (layer.dilation,), axes, layer.groups
+                )
+                + bias
+            )
         geometry = ((layer.stride,), ((layer.padding,) * 2,), (1,), (layer.dilation,))
         return jax.lax.conv_general_dilated(x, w, *geometry, axes, layer.groups) + bias
 
-    x, w, bias = (jax.numpy.asarray(a) for a in data)
+    w = data.w
+    if layer.transposed:
+        parts = w.reshape(layer.groups, -1, *w.shape[1:])[..., ::-1]
+        w = np.ascontiguousarray(parts.swapaxes(1, 2).reshape(layer.filters, -1, layer.kernel_size))
+    x, w, bias = (jax.numpy.asarray(a) for a in (data.x, w, data.bias))
     turned = x.transpose(0, 2, 1), w.transpose(2, 1, 0)
     constant = jax.jit(lambda x: convolve(x, turned[1], bias, ("NHC", "HIO", "NHC")))
     argument = jax.jit(lambda x, w, bias: convolve(x, w, bias[:, None], ("NCH", "OIH", "NCH")))
