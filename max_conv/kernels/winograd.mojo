@@ -20,6 +20,9 @@ comptime SUM = 32
 """Terms in one running sum. Transforms cost accuracy, shorter sums win it back."""
 comptime DATA_BYTES = 320 * 1024
 """Transformed data of one block."""
+comptime MOST_BYTES = 720 * 1024
+"""The same where the transformed filter exceeds `FAR_BYTES`, and the data is little."""
+comptime FAR_BYTES = 4 * 1024 * 1024
 
 
 @always_inline
@@ -98,41 +101,37 @@ def tile[
     filter: Memory[acc],
     filter_row: Int,
     channels: Int,
-    plan: Plan,
+    groups: Int,
     sums: Memory[acc],
 ):
-    """Sums the products of `rows` quads and some vectors of filters over channels and groups, for each point."""
+    """Sums the products of `rows` quads and some vectors of filters at one point, over channels and groups of taps."""
     comptime width = simd_width_of[acc]()
-    comptime point_size = tile_rows[acc]() * vectors * width
     var step = ceildiv(channels, ceildiv(channels, SUM))
-    for p in range(POINTS):
-        var out = sums.unsafe_offset(p * point_size)
-        var first = True
-        for group in range(plan.counts[p]):
-            var product = plan.bases[p] + group
-            var x = data.unsafe_offset(product * plane)
-            var w = filter.unsafe_offset(product * channels * filter_row)
-            for channel in range(0, channels, step):
-                var sum = Array[SIMD[acc, width], rows * vectors](fill=SIMD[acc, width](0))
-                for c in range(channel, min(channel + step, channels)):
-                    var b = Array[SIMD[acc, width], vectors](fill=SIMD[acc, width](0))
+    var first = True
+    for group in range(groups):
+        var x = data.unsafe_offset(group * plane)
+        var w = filter.unsafe_offset(group * channels * filter_row)
+        for channel in range(0, channels, step):
+            var sum = Array[SIMD[acc, width], rows * vectors](fill=SIMD[acc, width](0))
+            for c in range(channel, min(channel + step, channels)):
+                var b = Array[SIMD[acc, width], vectors](fill=SIMD[acc, width](0))
+                comptime for j in range(vectors):
+                    b[j] = w.unsafe_offset(c * filter_row + j * width).unsafe_load[width=width]()
+                comptime for i in range(rows):
+                    var a = SIMD[acc, width](x[unsafe_offset=i * row_size + c])
                     comptime for j in range(vectors):
-                        b[j] = w.unsafe_offset(c * filter_row + j * width).unsafe_load[width=width]()
-                    comptime for i in range(rows):
-                        var a = SIMD[acc, width](x[unsafe_offset=i * row_size + c])
-                        comptime for j in range(vectors):
-                            sum[i * vectors + j] = a.fma(b[j], sum[i * vectors + j])
-                if first:
-                    comptime for i in range(rows * vectors):
-                        out.unsafe_offset(i * width).unsafe_store(sum[i])
-                    first = False
-                else:
-                    comptime for i in range(rows * vectors):
-                        var at = out.unsafe_offset(i * width)
-                        at.unsafe_store(at.unsafe_load[width=width]() + sum[i])
-        if first:
-            comptime for i in range(rows * vectors):
-                out.unsafe_offset(i * width).unsafe_store(SIMD[acc, width](0))
+                        sum[i * vectors + j] = a.fma(b[j], sum[i * vectors + j])
+            if first:
+                comptime for i in range(rows * vectors):
+                    sums.unsafe_offset(i * width).unsafe_store(sum[i])
+                first = False
+            else:
+                comptime for i in range(rows * vectors):
+                    var at = sums.unsafe_offset(i * width)
+                    at.unsafe_store(at.unsafe_load[width=width]() + sum[i])
+    if first:
+        comptime for i in range(rows * vectors):
+            sums.unsafe_offset(i * width).unsafe_store(SIMD[acc, width](0))
 
 
 def block[
@@ -151,14 +150,13 @@ def block[
 ):
     """Computes quads `first .. first + count - 1` of one group's filters `first_filter .. end_filter - 1`."""
     comptime width = simd_width_of[acc]()
-    comptime tile_sums = POINTS * tile_rows[acc]() * VECTORS * width
     comptime rows = tile_rows[acc]()
     var channels = g.group_channels()
     var row_size = ceildiv(channels, width) * width
     # Tiles may run past `count`: the rows that they read must exist all the same.
     var plane = (count + rows // 4) * row_size
     var products = plan.products()
-    var scratch = Scratch[acc](products * plane + tile_sums)
+    var scratch = Scratch[acc](products * plane + POINTS * (count + rows) * VECTORS * width)
     var data = scratch.data()
     var sums = data.unsafe_offset(products * plane)
     # Rows of padding are read from `rest`; NCL data is turned into it.
@@ -270,34 +268,38 @@ def quads[
     comptime panel = vectors * width
     comptime rows = tile_rows[acc]()
     var channels = g.group_channels()
-    var i = 0
-    while i < count:
-        var left = count - i
-        var x = data.unsafe_offset(i * row_size)
-        var done = rows
-        if left > rows // 2 + rows // 4:
-            tile[rows, vectors](x, row_size, plane, filter, filter_row, channels, plan, sums)
-        elif left > rows // 4:
-            tile[rows // 2, vectors](x, row_size, plane, filter, filter_row, channels, plan, sums)
-            done = rows // 2
-        else:
-            tile[rows // 4, vectors](x, row_size, plane, filter, filter_row, channels, plan, sums)
-            done = rows // 4
-        for q in range(min(done, left)):
-            var position = first_output(plan, first + i + q)
-            var inside = position + (QUAD - 1) * plan.spacing < g.out_length and lanes >= panel
-            for j in range(vectors):
-                var filters = lanes - j * width
-                var bias = o.bias_at[acc, width](f + j * width, filters)
-                var y = outputs(sums.unsafe_offset(q * panel + j * width), rows * panel, bias)
-                if inside:
-                    comptime for k in range(QUAD):
-                        write[width](n, position + k * plan.spacing, f + j * width, y[k].cast[dtype]())
-                else:
-                    for k in range(QUAD):
-                        if position + k * plan.spacing < g.out_length:
-                            put[write, True](n, position + k * plan.spacing, f + j * width, y[k], filters)
-        i += done
+    var point_size = (count + rows) * panel
+    # Point by point: its part of the filter is read from far away once, for all tiles.
+    for p in range(POINTS):
+        var w = filter.unsafe_offset(plan.bases[p] * channels * filter_row)
+        var i = 0
+        while i < count:
+            var left = count - i
+            var x = data.unsafe_offset(plan.bases[p] * plane + i * row_size)
+            var to = sums.unsafe_offset(p * point_size + i * panel)
+            if left > rows // 2 + rows // 4:
+                tile[rows, vectors](x, row_size, plane, w, filter_row, channels, plan.counts[p], to)
+                i += rows
+            elif left > rows // 4:
+                tile[rows // 2, vectors](x, row_size, plane, w, filter_row, channels, plan.counts[p], to)
+                i += rows // 2
+            else:
+                tile[rows // 4, vectors](x, row_size, plane, w, filter_row, channels, plan.counts[p], to)
+                i += rows // 4
+    for q in range(count):
+        var position = first_output(plan, first + q)
+        var inside = position + (QUAD - 1) * plan.spacing < g.out_length and lanes >= panel
+        for j in range(vectors):
+            var filters = lanes - j * width
+            var bias = o.bias_at[acc, width](f + j * width, filters)
+            var y = outputs(sums.unsafe_offset(q * panel + j * width), point_size, bias)
+            if inside:
+                comptime for k in range(QUAD):
+                    write[width](n, position + k * plan.spacing, f + j * width, y[k].cast[dtype]())
+            else:
+                for k in range(QUAD):
+                    if position + k * plan.spacing < g.out_length:
+                        put[write, True](n, position + k * plan.spacing, f + j * width, y[k], filters)
 
 
 def pays(g: Geometry, least: Int) -> Bool:
@@ -324,6 +326,10 @@ def conv1d_winograd[
     var quad_bytes = products * ceildiv(channels, width) * width * size_of[Scalar[acc]]()
     var size = min(DATA_BYTES // quad_bytes, g.batch * g.groups * total // (4 * threads))
     size = max(1, size // rows) * rows
+    if packed and quad_bytes * filters > FAR_BYTES and total * quad_bytes <= 4 * DATA_BYTES:
+        # The filter comes from far away once a block: few long blocks, cut along the filters, take it in turns.
+        var parts = ceildiv(total * quad_bytes, MOST_BYTES)
+        size = min(total, ceildiv(ceildiv(total, parts), rows) * rows)
     comptime if not nlc:
         # Blocks of NCL data are runs of outputs without gaps.
         size = max(1, size // plan.spacing) * plan.spacing
@@ -338,7 +344,7 @@ def conv1d_winograd[
     comptime if packed:
         comptime assert dtype == acc
         # Few long blocks are cut along the filters, though each part then transforms the data again.
-        var splits = max(1, min(ceildiv(filters, PACK), ceildiv(2 * threads, g.batch * g.groups * blocks)))
+        var splits = max(1, min(ceildiv(filters, PACK), ceildiv(4 * threads, g.batch * g.groups * blocks)))
         var split = ceildiv(ceildiv(filters, PACK), splits) * PACK
 
         def in_place(i: Int) {imm}:
