@@ -10,12 +10,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import frontends
     from .dispatch import explain
-    from .nn import Conv1D, ConvTranspose1d, ConvTranspose1D
+    from .nn import Conv1D, ConvTranspose1D, ConvTranspose1d
     from .ops import conv1d, conv_transpose1d
     from .session import Model, compile, load
 
 __version__ = "0.1.0"
-__all__ = ["Conv1D", "ConvTranspose1D", "ConvTranspose1d", "Model", "compile", "conv1d", "conv_transpose1d", "explain", "frontends", "load"]
+__all__ = [
+    "Conv1D",
+    "ConvTranspose1D",
+    "ConvTranspose1d",
+    "Model",
+    "compile",
+    "conv1d",
+    "conv_transpose1d",
+    "explain",
+    "frontends",
+    "load",
+]
 
 # MAX takes a second to import: each name is loaded when it is first used.
 _HOMES = {

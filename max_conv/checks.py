@@ -30,9 +30,7 @@ def check_axes(op: str, x: TensorValue, filter: TensorValue, layout: str, filter
     if not all(isinstance(size, StaticDim) for size in filter.shape):
         raise ValueError(f"{op}: the filter's shape must be known when the graph is built, but is {_shape(filter)}.")
     if not all(int(size) for size in filter.shape):
-        raise ValueError(
-            f"{op}: the filter must not be empty, but has shape {_shape(filter)}, layout {filter_layout}."
-        )
+        raise ValueError(f"{op}: the filter must not be empty, but has shape {_shape(filter)}, layout {filter_layout}.")
     return layout if len(x.shape) == 3 else layout.replace("N", "")
 
 

@@ -111,7 +111,6 @@ class Packing:
             room[...] = pairs.swapaxes(1, 2).reshape(room.shape)
         return room
 
-
     def phased(self, filter: np.ndarray) -> np.ndarray:
         """Returns a transposed convolution's filter as SCF of the convolution that its phases are filters of.
 

@@ -104,11 +104,12 @@ def conv_transpose1d_ref(
 
     # Everything that the input reaches, and what output_padding adds; the padding is cut off at the end.
     reached = np.zeros((batch, (length - 1) * stride + geometry.reach + geometry.output_padding, groups, w.shape[3]))
-    parts = x.reshape(batch, length, groups, -1).swapaxes(1, 2)
+    parts = x.reshape(batch, length, groups, x.shape[2] // groups).swapaxes(1, 2)
     for k in range(len(w)):
         start = k * dilation
         reached[:, start : start + (length - 1) * stride + 1 : stride] += (parts @ w[k]).swapaxes(1, 2)
-    out = reached[:, geometry.left : reached.shape[1] - geometry.right].reshape(batch, -1, groups * w.shape[3])
+    kept = reached[:, geometry.left : reached.shape[1] - geometry.right]
+    out = kept.reshape(*kept.shape[:2], groups * w.shape[3])
     if bias is not None:
         out += np.asarray(bias, np.float64)
     return permute(out, "NLC", layout)

@@ -114,7 +114,9 @@ def onnxruntime(layer: Layer, data: Data, threads: int) -> Call:
         "pads": [layer.padding] * 2,
         "dilations": [layer.dilation],
     }
-    node = helper.make_node("ConvTranspose" if layer.transposed else "Conv", ["x", "w", "b"], ["y"], group=layer.groups, **sizes)
+    node = helper.make_node(
+        "ConvTranspose" if layer.transposed else "Conv", ["x", "w", "b"], ["y"], group=layer.groups, **sizes
+    )
     shapes = {"x": data.x.shape, "y": (layer.batch, layer.filters, layer.out_length)}
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items())
     weights = [numpy_helper.from_array(data.w, "w"), numpy_helper.from_array(data.bias, "b")]
@@ -185,9 +187,7 @@ def jax(layer: Layer, data: Data, _: int) -> Call:
             reach = layer.dilation * (layer.kernel_size - 1)
             pads = ((reach - layer.padding,) * 2,)
             return (
-                jax.lax.conv_general_dilated(
-                    x, w, (1,), pads, (layer.stride,), (layer.dilation,), axes, layer.groups
-                )
+                jax.lax.conv_general_dilated(x, w, (1,), pads, (layer.stride,), (layer.dilation,), axes, layer.groups)
                 + bias
             )
         geometry = ((layer.stride,), ((layer.padding,) * 2,), (1,), (layer.dilation,))

@@ -1,44 +1,42 @@
-"""Every kernel against the reference on random layers, with NaN around each input, each answer three times.
+"""Every kernel against the reference on random convolutions, half of the kernels that take each; see properties.py."""
 
-One compiled graph a kernel and dtype serves all layers: every dimension is symbolic and the geometry comes as run-time scalars.
-Lengths and channels are drawn around the sizes of tiles, blocks and vectors. `--configurations` sets the count;
-up to the default the layers are the same in every run, above it they are new ones.
-"""
-
-import math
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from max.driver import CPU, Buffer
 from max.dtype import DType
 from max.engine import InferenceSession, Model
 from max.graph import DeviceRef, Graph, Module, TensorType
 
-from conftest import DEFAULT
 from max_conv import dispatch
 from max_conv.geometry import PADDING_MODES, Geometry
 from max_conv.kernel_library import kernel_library
 from max_conv.ops import emit
-from max_conv.packing import Packing, cpu_features
+from max_conv.packing import Packing
 from max_conv.reference import conv1d_ref
-
-GUARD = 1024
-"""NaN values before and after each input."""
-EDGES = sorted({max(0, n * m + d) for n in (4, 8, 14, 16, 48, 96, 112) for m in (1, 2, 3) for d in (-1, 0, 1)})
-CHANNELS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 48, 64, 65)
-BLOCKS = (127, 128, 129, 256, 257)
-"""Channels around the block of one running sum."""
-LARGEST = 100_000
-"""Multiplications in one layer: above the size from which kernels start a second thread."""
+from properties import (
+    BLOCKS,
+    CHANNELS,
+    EDGES,
+    LARGEST,
+    SHARES,
+    SKIPPED,
+    Way,
+    answer,
+    check_answer,
+    compiles,
+    from_bits,
+    guarded,
+    run_layers,
+    to_bits,
+)
 
 SLOW = 1200
 """Groups times taps of a depthwise layer: the reference takes a NumPy call for each."""
 
-Way = tuple[str, str, str]
 WAYS: tuple[Way, ...] = (
     ("dense", "NLC", "SCF"),
     ("short", "NLC", "SCF"),
@@ -58,13 +56,6 @@ WAYS: tuple[Way, ...] = (
     ("paired", "NCL", "packed"),
 )
 """Every kernel, in the layouts that it is for."""
-
-SKIPPED = 0.5
-"""Share of its layers that each kernel leaves to the others, by the layer's seed."""
-SHARES = {DType.float32: 0.7, DType.float64: 0.1, DType.float16: 0.1, DType.bfloat16: 0.1}
-EPS = {DType.float32: 2.0**-23, DType.float64: 2.0**-52, DType.float16: 2.0**-23, DType.bfloat16: 2.0**-23}
-"""Machine epsilon of the sums. Results of sixteen bits are rounded once more."""
-ROUNDING = {DType.float32: 2.0**-24, DType.float64: 2.0**-53, DType.float16: 2.0**-11, DType.bfloat16: 2.0**-8}
 
 
 @dataclass(frozen=True)
@@ -131,13 +122,6 @@ def layers(draw: st.DrawFn) -> Layer:
     )
 
 
-def compiles(way: Way, dtype: DType) -> bool:
-    """Tells whether a kernel is there for a dtype."""
-    if way[0] == "paired":
-        return dtype == DType.bfloat16 and (way[2] != "packed" or "avx512_bf16" in cpu_features())
-    return dtype in (DType.float32, DType.float64) or (way[2] != "packed" and way[:2] != ("depthwise", "NCL"))
-
-
 def fits(way: Way, layer: Layer) -> bool:
     """Tells whether a kernel takes a layer; where it does not, it raises."""
     match way[:2]:
@@ -181,37 +165,6 @@ def models() -> dict[tuple[DType, Way], Model]:
     return {key: loaded[name] for key, name in names.items()}
 
 
-def to_bits(values: np.ndarray, dtype: DType) -> np.ndarray:
-    """Returns values in the dtype's own bits; bfloat16 as uint16, rounded by truncation."""
-    if dtype == DType.bfloat16:
-        return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    return np.ascontiguousarray(values, dtype.to_numpy())
-
-
-def from_bits(bits: np.ndarray, dtype: DType) -> np.ndarray:
-    if dtype == DType.bfloat16:
-        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return bits.astype(np.float64)
-
-
-def guarded(bits: np.ndarray, dtype: DType, offset: int) -> Buffer:
-    """Returns a buffer that lies between NaN values, at any alignment."""
-    nan = to_bits(np.array([np.nan]), dtype)
-    room = np.full(2 * GUARD + offset + bits.size, nan, bits.dtype)
-    inside = room[GUARD + offset : GUARD + offset + bits.size].reshape(bits.shape)
-    inside[...] = bits
-    return Buffer.from_numpy(inside).view(dtype, list(bits.shape))
-
-
-def answer(model: Model, inputs: list[Buffer], dtype: DType) -> np.ndarray:
-    """Runs the model three times and returns its output, which must not change."""
-    carrier = DType.uint16 if dtype == DType.bfloat16 else dtype
-    first, *more = [out.view(carrier, out.shape).to_numpy() for (out,) in (model.execute(*inputs) for _ in range(3))]
-    for again in more:
-        assert first.tobytes() == again.tobytes(), "the same call gave two answers"
-    return from_bits(first, dtype)
-
-
 def compare(layer: Layer, dtype: DType) -> None:
     """Runs about half of the kernels that take the layer and compares with the reference."""
     random = np.random.default_rng(layer.seed)
@@ -232,7 +185,6 @@ def compare(layer: Layer, dtype: DType) -> None:
         padding_mode=layer.padding_mode,
     )
     scale = np.abs(values[0]).max(initial=0) * np.abs(values[1]).max()
-    rounding = ROUNDING[dtype] * np.abs(want) + 2.0**-24 * (dtype == DType.float16)
 
     mode = PADDING_MODES.index(layer.padding_mode)
     numbers = (layer.stride, layer.dilation, *layer.padding, mode, layer.groups, layer.kernel_size)
@@ -258,33 +210,10 @@ def compare(layer: Layer, dtype: DType) -> None:
         out = answer(models()[dtype, way], operands, dtype)
         if layout == "NCL":
             out = out.transpose(0, 2, 1)
-        name = f"{kernel} {layout} {filter_layout}"
-        assert out.shape == want.shape, name
-        # Winograd's transforms lose digits whatever the number of channels: it is chosen from 32 on.
-        terms = layer.kernel_size * max(layer.group_channels, 32 if kernel == "winograd" else 1)
-        bound = 4 * EPS[dtype] * math.sqrt(terms) * scale + rounding
-        wrong = ~(np.abs(out - want) <= bound)  # NaN is wrong, too
-        assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.size} wrong, first at {np.argwhere(wrong)[0]}"
+        terms = (layer.kernel_size, layer.group_channels)
+        check_answer(" ".join(way), out, want, dtype, kernel, terms, scale)
 
 
 @pytest.mark.parametrize("dtype", list(SHARES), ids=lambda dtype: dtype.name)
 def test_random_layers(dtype: DType, pytestconfig: pytest.Config) -> None:
-    count = math.ceil(pytestconfig.getoption("configurations") * SHARES[dtype])
-    ran = 0
-
-    @settings(
-        max_examples=count,
-        derandomize=count <= math.ceil(DEFAULT * SHARES[dtype]),
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink],
-    )
-    @given(layers())
-    def check(layer: Layer) -> None:
-        nonlocal ran
-        ran += 1
-        compare(layer, dtype)
-
-    check()
-    assert ran >= count
+    run_layers(layers(), compare, dtype, pytestconfig.getoption("configurations"))

@@ -1,0 +1,112 @@
+"""What the property tests share: random sizes, NaN around each input, each answer three times, error bounds.
+
+One compiled graph a kernel and dtype serves all layers: every dimension is symbolic and the geometry comes as run-time
+scalars. Sizes are drawn around those of tiles, blocks and vectors. `--configurations` sets the count; up to the default
+the layers are the same in every run, above it they are new ones.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from max.driver import Buffer
+from max.dtype import DType
+from max.engine import Model
+
+from conftest import DEFAULT
+from max_conv.packing import cpu_features
+
+GUARD = 1024
+"""NaN values before and after each input."""
+EDGES = sorted({max(0, n * m + d) for n in (4, 8, 14, 16, 48, 96, 112) for m in (1, 2, 3) for d in (-1, 0, 1)})
+CHANNELS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 48, 64, 65)
+BLOCKS = (127, 128, 129, 256, 257)
+"""Channels around the block of one running sum."""
+LARGEST = 100_000
+"""Multiplications in one layer: above the size from which kernels start a second thread."""
+
+Way = tuple[str, str, str]
+
+SKIPPED = 0.5
+"""Share of its layers that each kernel leaves to the others, by the layer's seed."""
+SHARES = {DType.float32: 0.7, DType.float64: 0.1, DType.float16: 0.1, DType.bfloat16: 0.1}
+EPS = {DType.float32: 2.0**-23, DType.float64: 2.0**-52, DType.float16: 2.0**-23, DType.bfloat16: 2.0**-23}
+"""Machine epsilon of the sums. Results of sixteen bits are rounded once more."""
+ROUNDING = {DType.float32: 2.0**-24, DType.float64: 2.0**-53, DType.float16: 2.0**-11, DType.bfloat16: 2.0**-8}
+
+
+def compiles(way: Way, dtype: DType) -> bool:
+    """Tells whether a kernel is there for a dtype."""
+    if way[0] == "paired":
+        return dtype == DType.bfloat16 and (way[2] != "packed" or "avx512_bf16" in cpu_features())
+    return dtype in (DType.float32, DType.float64) or (way[2] != "packed" and way[:2] != ("depthwise", "NCL"))
+
+
+def to_bits(values: np.ndarray, dtype: DType) -> np.ndarray:
+    """Returns values in the dtype's own bits; bfloat16 as uint16, rounded by truncation."""
+    if dtype == DType.bfloat16:
+        return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return np.ascontiguousarray(values, dtype.to_numpy())
+
+
+def from_bits(bits: np.ndarray, dtype: DType) -> np.ndarray:
+    if dtype == DType.bfloat16:
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return bits.astype(np.float64)
+
+
+def guarded(bits: np.ndarray, dtype: DType, offset: int) -> Buffer:
+    """Returns a buffer that lies between NaN values, at any alignment."""
+    nan = to_bits(np.array([np.nan]), dtype)
+    room = np.full(2 * GUARD + offset + bits.size, nan, bits.dtype)
+    inside = room[GUARD + offset : GUARD + offset + bits.size].reshape(bits.shape)
+    inside[...] = bits
+    return Buffer.from_numpy(inside).view(dtype, list(bits.shape))
+
+
+def answer(model: Model, inputs: list[Buffer], dtype: DType) -> np.ndarray:
+    """Runs the model three times and returns its output, which must not change."""
+    carrier = DType.uint16 if dtype == DType.bfloat16 else dtype
+    first, *more = [out.view(carrier, out.shape).to_numpy() for (out,) in (model.execute(*inputs) for _ in range(3))]
+    for again in more:
+        assert first.tobytes() == again.tobytes(), "the same call gave two answers"
+    return from_bits(first, dtype)
+
+
+def check_answer(
+    name: str, out: np.ndarray, want: np.ndarray, dtype: DType, kernel: str, terms: tuple[int, int], scale: float
+) -> None:
+    """Compares with the reference. An output sums `terms`, taps and channels, whose products are at most `scale`."""
+    assert out.shape == want.shape, name
+    # Winograd's transforms lose digits whatever the number of channels: it is chosen from 32 on.
+    count = terms[0] * max(terms[1], 32 if kernel == "winograd" else 1)
+    rounding = ROUNDING[dtype] * np.abs(want) + 2.0**-24 * (dtype == DType.float16)
+    bound = 4 * EPS[dtype] * math.sqrt(count) * scale + rounding
+    wrong = ~(np.abs(out - want) <= bound)  # NaN is wrong, too
+    assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.size} wrong, first at {np.argwhere(wrong)[0]}"
+
+
+def run_layers(layers: st.SearchStrategy[Any], compare: Callable[[Any, DType], None], dtype: DType, count: int) -> None:
+    """Compares as many random layers as `dtype` has its share of `count`."""
+    examples = math.ceil(count * SHARES[dtype])
+    ran = 0
+
+    @settings(
+        max_examples=examples,
+        derandomize=count <= DEFAULT,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )
+    @given(layers)
+    def check(layer: Any) -> None:
+        nonlocal ran
+        ran += 1
+        compare(layer, dtype)
+
+    check()
+    assert ran >= examples
