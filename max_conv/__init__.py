@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from .nn import Conv1D, ConvTranspose1D, ConvTranspose1d
     from .ops import conv1d, conv_transpose1d
     from .session import Model, compile, load
+    from .weight_norm import (
+        WeightNormConv1D,
+        WeightNormConvTranspose1D,
+        WeightNormConvTranspose1d,
+        remove_weight_norm,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,12 +26,16 @@ __all__ = [
     "ConvTranspose1D",
     "ConvTranspose1d",
     "Model",
+    "WeightNormConv1D",
+    "WeightNormConvTranspose1D",
+    "WeightNormConvTranspose1d",
     "compile",
     "conv1d",
     "conv_transpose1d",
     "explain",
     "frontends",
     "load",
+    "remove_weight_norm",
 ]
 
 # MAX takes a second to import: each name is loaded when it is first used.
@@ -39,6 +49,10 @@ _HOMES = {
     "conv_transpose1d": "ops",
     "explain": "dispatch",
     "load": "session",
+    "WeightNormConv1D": "weight_norm",
+    "WeightNormConvTranspose1D": "weight_norm",
+    "WeightNormConvTranspose1d": "weight_norm",
+    "remove_weight_norm": "weight_norm",
 }
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -272,3 +272,19 @@ def fold_weight_norm(g: np.ndarray, v: np.ndarray, dim: int | None = 0) -> np.nd
         dim += v.ndim  # -1 is PyTorch's other word for the whole
     axes = tuple(axis for axis in range(v.ndim) if axis != dim)
     return np.asarray(g, np.float64) * (v / np.sqrt(np.sum(v * v, axis=axes, keepdims=True)))
+
+
+def weight_norm_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a state dict with weight norm's parts under their old names, `weight_g` and `weight_v`.
+
+    >>> list(weight_norm_names({"up.parametrizations.weight.original0": 1, "up.bias": 2}))
+    ['up.weight_g', 'up.bias']
+    """
+    parts = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    renamed = {}
+    for name, value in state.items():
+        for spelling, part in parts.items():
+            if name == spelling or name.endswith(f".{spelling}"):
+                name = name.removesuffix(spelling) + part
+        renamed[name] = value
+    return renamed

@@ -135,6 +135,9 @@ class Conv1D(_Layer):
         """The filter's axis order."""
         return "FCS" if self.permute else "SCF"
 
+    def _filter(self) -> TensorValue:
+        return self.filter
+
     def __call__(self, x: TensorValue) -> TensorValue:
         """Emits the convolution of `x` into the current graph.
 
@@ -146,7 +149,7 @@ class Conv1D(_Layer):
         """
         return conv1d(
             x,
-            self.filter,
+            self._filter(),
             self.bias,
             stride=self.stride,
             padding=self.padding,
@@ -249,18 +252,23 @@ class ConvTranspose1D(_Layer):
         Returns:
             (N, L_out, F), or (N, F, L_out) with `permute`.
         """
+        return self._emit(x, output_padding=self.output_padding, output_size=output_size)
+
+    def _filter(self) -> TensorValue:
+        return self.weight
+
+    def _emit(self, x: TensorValue, **lengths: int | None) -> TensorValue:
         return conv_transpose1d(
             x,
-            self.weight,
+            self._filter(),
             self.bias,
             stride=self.stride,
             padding=self.padding,
-            output_padding=self.output_padding,
             dilation=self.dilation,
             groups=self.num_groups,
-            output_size=output_size,
             layout=self.layout,
             filter_layout=self.filter_layout,
+            **lengths,  # type: ignore[arg-type]
         )
 
 

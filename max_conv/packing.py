@@ -6,7 +6,7 @@ of its own, beside the documented one, from which it is made. In a plain MAX ses
 
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+from max.driver import CPU, Buffer
 from max.dtype import DType
 from max.graph import DeviceRef, Graph, TensorValue, Weight
 
@@ -130,23 +131,39 @@ class Packing:
         return room.reshape(taps, layer.group_channels, -1)
 
 
-_packings: ContextVar[dict[str, tuple[Packing, Weight, Weight]] | None] = ContextVar("packings", default=None)
+@dataclass(frozen=True)
+class Derived:
+    """A weight that `compile` makes of others, by name and in this order: packed filters, and folded ones before them."""
+
+    weight: Weight
+    sources: tuple[Weight, ...]
+    make: Callable[..., Buffer]
+
+
+_derived: ContextVar[dict[str, Derived] | None] = ContextVar("derived", default=None)
 
 
 @contextmanager
-def collected() -> Iterator[dict[str, tuple[Packing, Weight, Weight]]]:
-    """Lets `conv1d` ask for packed filters, and gives what it asked for: by name, and with the weight to pack."""
-    packings: dict[str, tuple[Packing, Weight, Weight]] = {}
-    token = _packings.set(packings)
+def collected() -> Iterator[dict[str, Derived]]:
+    """Lets layers ask for weights made of their own, and gives what they asked for."""
+    wanted: dict[str, Derived] = {}
+    token = _derived.set(wanted)
     try:
-        yield packings
+        yield wanted
     finally:
-        _packings.reset(token)
+        _derived.reset(token)
+
+
+def derived(weight: Weight, sources: tuple[Weight, ...], make: Callable[..., Buffer]) -> Weight | None:
+    """Returns a weight that `compile` will make of others, or None where nobody will."""
+    wanted = _derived.get()
+    # A graph takes a single weight of a name.
+    return None if wanted is None else wanted.setdefault(weight.name, Derived(weight, sources, make)).weight
 
 
 def packable(filter: Any, kernel: str | None = None) -> TypeGuard[Weight]:
     """Tells whether a filter can be packed, for a kernel: a weight on the CPU that `compile` holds."""
-    if _packings.get() is None or not isinstance(filter, Weight) or filter.shard_idx is not None:
+    if _derived.get() is None or not isinstance(filter, Weight) or filter.shard_idx is not None:
         return False
     if kernel == "paired":
         fits = filter.dtype == DType.bfloat16 and "avx512_bf16" in cpu_features()
@@ -158,11 +175,15 @@ def packable(filter: Any, kernel: str | None = None) -> TypeGuard[Weight]:
 def packed(filter: Weight, kernel: str, layer: Layer, filter_layout: str) -> tuple[TensorValue, str]:
     """Returns the packed filter of a layer in the current graph, and the name of its layout."""
     packing = Packing(filter.name, kernel, layer, filter_layout)
-    packings = _packings.get()
-    assert packings is not None, "asked for by packable"
-    weight = Weight(packing.name, filter.dtype, packing.shape, DeviceRef.CPU())
-    # A graph takes a single weight of a name.
-    _, weight, _ = packings.setdefault(packing.name, (packing, weight, filter))
+
+    def make(buffer: Buffer) -> Buffer:
+        bits = buffer.to(CPU())
+        if buffer.dtype == DType.bfloat16:
+            bits = bits.view(DType.uint16, buffer.shape)
+        return Buffer.from_numpy(packing(bits.to_numpy())).view(buffer.dtype, packing.shape)
+
+    weight = derived(Weight(packing.name, filter.dtype, packing.shape, DeviceRef.CPU()), (filter,), make)
+    assert weight is not None, "asked for by packable"
     layout = "packed" if kernel in PANELS else "phased" if layer.transposed else "SCF"
     return Graph.current.add_weight(weight), layout
 

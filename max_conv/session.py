@@ -22,8 +22,9 @@ from max.dtype import DType
 from max.engine import InferenceSession, read
 from max.graph import DeviceRef, Graph, StaticDim, SymbolicDim, TensorType, Weight
 
+from .checkpoint import weight_norm_names
 from .idle import first_run
-from .packing import Packing, aligned, collected, cpu_features
+from .packing import aligned, collected, cpu_features
 
 FORMAT = 1
 NOT_IN_NUMPY = (DType.bfloat16,)
@@ -204,15 +205,16 @@ def compile(
     >>> compile(layer)(np.ones((1, 4, 1), np.float32)).ravel().tolist()
     [2.0, 3.0, 3.0, 2.0]
     """
-    with collected() as packings:
+    with collected() as made:
         graph, names, weights = _trace(model, inputs, weights)
     ports = [_port(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
     outputs = [_port(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
     read = {name: entry.weight for name, entry in getattr(graph, "_weights", {}).items()}
-    sources = {packing.source: filter for packing, _, filter in packings.values()}
-    buffers = _fitting({name: weight for name, weight in read.items() if name not in packings} | sources, weights)
-    for name, (packing, _, _) in packings.items():
-        buffers[name] = _packed(packing, buffers[packing.source])
+    sources = {source.name: source for entry in made.values() for source in entry.sources}
+    wanted = {name: weight for name, weight in (read | sources).items() if name not in made}
+    buffers = _fitting(wanted, weights)
+    for name, entry in made.items():
+        buffers[name] = entry.make(*(buffers[source.name] for source in entry.sources))
     buffers = {name: buffer for name, buffer in buffers.items() if name in read or name not in sources}
     return Model(_session(_accelerators(*ports, *outputs)).compile(graph), buffers, ports, outputs)
 
@@ -228,13 +230,6 @@ def _fitting(wanted: Mapping[str, Weight], weights: Mapping[str, Any]) -> dict[s
         if (got := f"{value.dtype.name} of shape {tuple(value.shape)}") != want:
             raise ValueError(f"compile: the weight {name!r} must be {want}, but is {got}.")
     return buffers
-
-
-def _packed(packing: Packing, filter: Buffer) -> Buffer:
-    bits = filter.to(CPU())
-    if filter.dtype in NOT_IN_NUMPY:
-        bits = bits.view(DType.uint16, filter.shape)
-    return Buffer.from_numpy(packing(bits.to_numpy())).view(filter.dtype, packing.shape)
 
 
 def load(path: str | os.PathLike) -> Model:
@@ -292,6 +287,7 @@ def _trace(model: Any, inputs: Any, weights: Any) -> tuple[Graph, list[str], Map
         if len(names) != len(model.inputs) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"compile: a Graph knows its inputs' types; pass {len(model.inputs)} names, not {names}.")
         return model, names, weights or {}
+    weights = None if weights is None else weight_norm_names(weights)
     if not callable(model):
         raise TypeError(f"compile: takes a layer, a function or a Graph, but got a {type(model).__name__}.")
     name = getattr(model, "__name__", type(model).__name__)

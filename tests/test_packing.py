@@ -16,8 +16,8 @@ from max.graph import DeviceRef, TensorType, ops
 import max_conv
 from harness import normal
 from max_conv import idle
+from max_conv.arrays import as_buffer
 from max_conv.dispatch import Layer
-from max_conv.frontends.eager import as_buffer
 from max_conv.frontends.torch import Conv1d
 from max_conv.geometry import Geometry
 from max_conv.layouts import permute

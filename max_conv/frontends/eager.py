@@ -1,19 +1,63 @@
 """What the front ends share: start values, and running on arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from max import nn
 from max.driver import Buffer
 from max.dtype import DType
 from max.graph import DeviceRef, TensorValue
 
+from ..arrays import as_buffer
 from ..geometry import Padding
-from ..nn import Conv1D
+from ..nn import Conv1D, ConvTranspose1D
 from ..session import Model, compile
 
 
-class EagerConv1D(Conv1D):
+class _Eager(nn.Module):
+    """A layer that starts with random weights and also runs on arrays."""
+
+    op: str
+    dtype: DType
+
+    def _start(self, fan: int, bias: bool, generator: np.random.Generator | int | None) -> None:
+        """Sets start values: U(-sqrt(1 / fan), sqrt(1 / fan)), of the bias only where `bias` says so, otherwise zeros."""
+        random = np.random.default_rng(generator)
+        bounds = {"weight": fan**-0.5, "bias": fan**-0.5 * bias}
+        self.load_state_dict(
+            {
+                name: as_buffer(random.uniform(-bounds[name], bounds[name], [int(n) for n in weight.shape]), self.dtype)
+                for name, weight in self.raw_state_dict().items()
+            }
+        )
+
+    def load_state_dict(self, state_dict: Any, **options: Any) -> None:
+        """Sets the weights; the next call on an array uses them."""
+        super().load_state_dict(state_dict, **options)
+        self._models: dict[int, Model] = {}
+
+    def _run(self, x: Any, emit: Callable[..., Any], key: int = 0) -> Any:
+        """Runs what `emit` makes of the layer on an array, with or without a batch axis; compiles it once for a `key`.
+
+        Returns:
+            A NumPy array for a NumPy array, or a `max.driver.Buffer`, which speaks DLPack.
+        """
+        for name, weight in self.layer_weights.items():
+            if weight.name != name:
+                raise ValueError(
+                    f"{self.op}: this layer's weights belong to a model, as {weight.name!r}; call the compiled model."
+                )
+        if key not in self._models:
+            self._models[key] = compile(emit, self.input_types(), weights=self.state_dict())  # type: ignore[attr-defined]
+        model = self._models[key]
+        if len(x.shape) != 2:
+            return model(x)
+        y = model(x.view(x.dtype, [1, *x.shape]) if isinstance(x, Buffer) else x[None])
+        return y.view(y.dtype, y.shape[1:]) if isinstance(y, Buffer) else y[0]
+
+
+class EagerConv1D(_Eager, Conv1D):
     """A `Conv1D` that starts with random weights and also runs on arrays."""
 
     def __init__(
@@ -29,10 +73,10 @@ class EagerConv1D(Conv1D):
         dtype: Any,
         device: DeviceRef | None,
         generator: np.random.Generator | int | None,
-        bias_bound: float = 1.0,
+        random_bias: bool = True,
         **options: Any,
     ) -> None:
-        """Takes the arguments of the front ends; `bias_bound` scales the bias's start values."""
+        """Takes the arguments of the front ends; `random_bias` tells whether the bias starts with random values."""
         super().__init__(
             one("kernel_size", kernel_size),
             in_channels,
@@ -46,20 +90,7 @@ class EagerConv1D(Conv1D):
             has_bias=bias,
             **options,
         )
-        bound = (self.num_groups / (self.in_channels * self.kernel_size)) ** 0.5
-        random = np.random.default_rng(generator)
-        bounds = {"weight": bound, "bias": bound * bias_bound}
-        self.load_state_dict(
-            {
-                name: as_buffer(random.uniform(-bounds[name], bounds[name], [int(n) for n in weight.shape]), self.dtype)
-                for name, weight in self.raw_state_dict().items()
-            }
-        )
-
-    def load_state_dict(self, state_dict: Any, **options: Any) -> None:
-        """Sets the weights; the next call on an array uses them."""
-        super().load_state_dict(state_dict, **options)
-        self._model: Model | None = None
+        self._start(self.in_channels // self.num_groups * self.kernel_size, random_bias, generator)
 
     def __call__(self, x: Any) -> Any:
         """Emits the convolution of a graph value, or runs it on an array.
@@ -70,30 +101,76 @@ class EagerConv1D(Conv1D):
         Returns:
             A graph value, a NumPy array for a NumPy array, or a `max.driver.Buffer`, which speaks DLPack.
         """
+        return super().__call__(x) if isinstance(x, TensorValue) else self._run(x, super().__call__)
+
+
+class EagerConvTranspose1D(_Eager, ConvTranspose1D):
+    """A `ConvTranspose1D` that starts with random weights and also runs on arrays."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int],
+        padding: Any,
+        output_padding: int | Sequence[int],
+        dilation: int | Sequence[int],
+        groups: int,
+        bias: bool,
+        dtype: Any,
+        device: DeviceRef | None,
+        permute: bool = False,
+    ) -> None:
+        """Takes the arguments of the front ends."""
+        super().__init__(
+            one("kernel_size", kernel_size, self.op),
+            in_channels,
+            out_channels,
+            as_dtype(dtype, self.op),
+            stride=one("stride", stride, self.op),
+            padding=padding,
+            output_padding=one("output_padding", output_padding, self.op),
+            dilation=one("dilation", dilation, self.op),
+            num_groups=groups,
+            device=device,
+            has_bias=bias,
+            permute=permute,
+        )
+
+    def __call__(self, x: Any, output_size: int | Sequence[int] | None = None) -> Any:
+        """Emits the transposed convolution of a graph value, or runs it on an array.
+
+        Args:
+            x: A graph value, or an array (NumPy or DLPack), in the layer's layout, with or without a batch axis.
+            output_size: L_out, also as a sequence of it alone, or of all of the output's sizes: `output_padding` is then
+                worked out from it.
+
+        Returns:
+            A graph value, a NumPy array for a NumPy array, or a `max.driver.Buffer`, which speaks DLPack.
+        """
+        along = self.layout[-len(x.shape) :].index("L")
+        if isinstance(output_size, tuple | list):
+            sizes = list(output_size)
+            output_size = one("output_size", [sizes[along]] if len(sizes) == len(x.shape) else sizes, self.op)
         if isinstance(x, TensorValue):
-            return super().__call__(x)
-        if self.filter.name != "weight":
-            raise ValueError(
-                f"conv1d: this layer's weights belong to a model, as {self.filter.name!r}; call the compiled model."
-            )
-        if self._model is None:
-            self._model = compile(self)
-        if len(x.shape) != 2:
-            return self._model(x)
-        y = self._model(x.view(x.dtype, [1, *x.shape]) if isinstance(x, Buffer) else x[None])
-        return y.view(y.dtype, y.shape[1:]) if isinstance(y, Buffer) else y[0]
+            return super().__call__(x, output_size)
+        added = self.output_padding
+        if output_size is not None:
+            added = self.geometry.with_output(x.shape[along], output_size).output_padding
+        return self._run(x, lambda value: self._emit(value, output_padding=added), added)
 
 
-def one(name: str, value: Any) -> Any:
+def one(name: str, value: Any, op: str = "conv1d") -> Any:
     """Returns the value of an argument that may come as a 1-tuple."""
     if isinstance(value, tuple | list):
         if len(value) != 1:
-            raise ValueError(f"conv1d: {name} must be one int or a 1-tuple, but is {value!r}.")
+            raise ValueError(f"{op}: {name} must be one int or a 1-tuple, but is {value!r}.")
         return value[0]
     return value
 
 
-def as_dtype(dtype: Any) -> DType:
+def as_dtype(dtype: Any, op: str = "conv1d") -> DType:
     """Returns MAX's dtype for MAX's, PyTorch's, MLX's or NumPy's, or its name; None is float32."""
     if isinstance(dtype, DType):
         return dtype
@@ -104,14 +181,4 @@ def as_dtype(dtype: Any) -> DType:
     try:
         return DType[name]
     except KeyError:
-        raise TypeError(f"conv1d: dtype must be float32, float64, float16 or bfloat16, but is {dtype!r}.") from None
-
-
-def as_buffer(values: np.ndarray, dtype: DType) -> Buffer:
-    """Returns values rounded to `dtype`, also bfloat16, which NumPy lacks."""
-    if dtype != DType.bfloat16:
-        return Buffer.from_numpy(np.ascontiguousarray(values, dtype.to_numpy()))
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    # Round half to even: add half of the last kept bit, less one where that bit is zero.
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return Buffer.from_numpy(rounded.astype(np.uint16)).view(DType.bfloat16, list(values.shape))
+        raise TypeError(f"{op}: dtype must be float32, float64, float16 or bfloat16, but is {dtype!r}.") from None

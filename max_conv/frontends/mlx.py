@@ -1,12 +1,12 @@
-"""`mlx.nn.Conv1d`, on MAX."""
+"""`mlx.nn.Conv1d` and `mlx.nn.ConvTranspose1d`, on MAX."""
 
 from typing import Any
 
 import numpy as np
 from max.graph import DeviceRef
 
-from ..layouts import FilterLayout
-from .eager import EagerConv1D
+from ..layouts import FilterLayout, TransposedFilterLayout
+from .eager import EagerConv1D, EagerConvTranspose1D
 
 
 class Conv1d(EagerConv1D):
@@ -65,7 +65,7 @@ class Conv1d(EagerConv1D):
             dtype,
             device,
             generator,
-            bias_bound=0.0,
+            random_bias=False,
         )
 
     @property
@@ -79,4 +79,77 @@ class Conv1d(EagerConv1D):
             f"Conv1d({self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={left if left == right else self.padding}, dilation={self.dilation}, groups={self.num_groups}, "
             f"bias={self.bias is not None})"
+        )
+
+
+class ConvTranspose1d(EagerConvTranspose1D):
+    """Convolves an NLC sequence transposed with an FSC filter, with the arguments of `mlx.nn.ConvTranspose1d`.
+
+    `L_out = (L - 1) * stride - 2 * padding + dilation * (kernel_size - 1) + output_padding + 1`
+
+    Args:
+        in_channels, out_channels: Channels of the input, C, and of the output, F.
+        kernel_size: Taps of the filter.
+        stride: Outputs from one input position to the next.
+        padding: An int; also (left, right) and "causal".
+        dilation: Outputs from one tap to the next.
+        output_padding: Outputs added on the right.
+        bias: Whether a bias is added.
+        groups: Groups of channels that are convolved separately, as in `mlx.core.conv_transpose1d`.
+        dtype: MAX's or NumPy's dtype, or its name; None is float32.
+        device: Where the layer runs; None is the CPU.
+        generator: Seeds the start values: the filter is U(-sqrt(k), sqrt(k)), k = groups / (C * kernel_size), the bias is 0.
+
+    Call:
+        x (N, L, C) or (L, C), an array or a graph value; returns (N, L_out, F) or (L_out, F).
+
+    >>> conv = ConvTranspose1d(16, 33, 4, stride=2, padding=1, generator=0)
+    >>> conv(np.zeros((20, 50, 16), np.float32)).shape
+    (20, 100, 33)
+
+    Source: https://ml-explore.github.io/mlx/build/html/python/nn/_autosummary/mlx.nn.ConvTranspose1d.html
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: Any = 0,
+        dilation: int = 1,
+        output_padding: int = 0,
+        bias: bool = True,
+        *,
+        groups: int = 1,
+        dtype: Any = None,
+        device: DeviceRef | None = None,
+        generator: np.random.Generator | int | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            dilation,
+            groups,
+            bias,
+            dtype,
+            device,
+        )
+        self._start(self.in_channels // self.num_groups * self.kernel_size, False, generator)
+
+    @property
+    def filter_layout(self) -> TransposedFilterLayout:
+        """The filter's axis order: all filters and the channels of one group."""
+        return "FSC"
+
+    def __repr__(self) -> str:
+        left, right = self.padding
+        return (
+            f"ConvTranspose1d({self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={left if left == right else self.padding}, dilation={self.dilation}, "
+            f"output_padding={self.output_padding}, bias={self.bias is not None})"
         )

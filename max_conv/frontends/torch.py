@@ -1,4 +1,4 @@
-"""`torch.nn.Conv1d`, on MAX."""
+"""`torch.nn.Conv1d` and `torch.nn.ConvTranspose1d`, on MAX."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +7,9 @@ import numpy as np
 from max.driver import Buffer
 from max.graph import DeviceRef
 
+from ..arrays import as_buffer
 from ..checkpoint import fold_weight_norm
-from .eager import EagerConv1D, as_buffer, as_dtype, one
+from .eager import EagerConv1D, EagerConvTranspose1D, as_dtype, one
 
 
 class Conv1d(EagerConv1D):
@@ -60,7 +61,7 @@ class Conv1d(EagerConv1D):
             out_channels,
             kernel_size,
             stride,
-            padding if isinstance(padding, tuple | list) and len(padding) == 2 else one("padding", padding),
+            _sides(padding),
             dilation,
             groups,
             bias,
@@ -73,32 +74,115 @@ class Conv1d(EagerConv1D):
         self._spelled_padding = padding
 
     def __repr__(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size=({self.kernel_size},), stride=({self.stride},)"
-        left, right = self.padding
-        if isinstance(self._spelled_padding, str):
-            text += f", padding={self._spelled_padding}"
-        elif left or right:
-            text += f", padding=({left},)" if left == right else f", padding=({left}, {right})"
-        if self.dilation != 1:
-            text += f", dilation=({self.dilation},)"
-        if self.num_groups != 1:
-            text += f", groups={self.num_groups}"
-        if self.bias is None:
-            text += ", bias=False"
-        if self.padding_mode != "zeros":
-            text += f", padding_mode={self.padding_mode}"
-        return f"Conv1d({text})"
+        return _repr(self)
 
 
-def from_torch(module: Any, device: DeviceRef | None = None) -> Conv1d:
-    """Makes a `Conv1d` of a `torch.nn.Conv1d`, with its weights; weight norm in either spelling is folded.
+class ConvTranspose1d(EagerConvTranspose1D):
+    """Convolves an NCL sequence transposed with a CFS filter, with the arguments of `torch.nn.ConvTranspose1d`.
+
+    `L_out = (L - 1) * stride - 2 * padding + dilation * (kernel_size - 1) + output_padding + 1`
 
     Args:
-        module: A `torch.nn.Conv1d`.
+        in_channels, out_channels: Channels of the input, C, and of the output, F.
+        kernel_size, stride, output_padding, dilation: Ints or 1-tuples.
+        padding: An int or a 1-tuple; also (left, right) and "causal".
+        groups: Groups of channels that are convolved separately.
+        bias: Whether a bias is added.
+        padding_mode: "zeros".
+        device: Where the layer runs; None is the CPU.
+        dtype: MAX's, PyTorch's or NumPy's dtype, or its name; None is float32.
+        generator: Seeds the start values: U(-sqrt(k), sqrt(k)), k = groups / (F * kernel_size).
+
+    Call:
+        x (N, C, L) or (C, L), an array or a graph value; `output_size=` names L_out, alone or behind N and F. Returns
+        (N, F, L_out) or (F, L_out).
+
+    >>> conv = ConvTranspose1d(16, 33, 4, stride=2, padding=1, generator=0)
+    >>> conv
+    ConvTranspose1d(16, 33, kernel_size=(4,), stride=(2,), padding=(1,))
+    >>> conv(np.zeros((20, 16, 50), np.float32), output_size=101).shape
+    (20, 33, 101)
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose1d.html
+    """
+
+    padding_mode = "zeros"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | Sequence[int] = 1,
+        padding_mode: str = "zeros",
+        device: DeviceRef | None = None,
+        dtype: Any = None,
+        *,
+        generator: np.random.Generator | int | None = None,
+    ) -> None:
+        if padding_mode != "zeros":
+            raise ValueError(f"{self.op}: padding_mode must be zeros, but is {padding_mode!r}.")
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            _sides(padding),
+            output_padding,
+            dilation,
+            groups,
+            bias,
+            dtype,
+            device,
+            permute=True,
+        )
+        self._spelled_padding = padding
+        self._start(self.out_channels // self.num_groups * self.kernel_size, True, generator)
+
+    def __repr__(self) -> str:
+        return _repr(self)
+
+
+def _sides(padding: Any) -> Any:
+    """Returns (left, right) as it is, and the value of a 1-tuple."""
+    return padding if isinstance(padding, tuple | list) and len(padding) == 2 else one("padding", padding)
+
+
+def _repr(layer: Conv1d | ConvTranspose1d) -> str:
+    """Returns what PyTorch prints for a layer."""
+    text = f"{layer.in_channels}, {layer.out_channels}, kernel_size=({layer.kernel_size},), stride=({layer.stride},)"
+    left, right = layer.padding
+    if isinstance(layer._spelled_padding, str):
+        text += f", padding={layer._spelled_padding}"
+    elif left or right:
+        text += f", padding=({left},)" if left == right else f", padding=({left}, {right})"
+    if layer.dilation != 1:
+        text += f", dilation=({layer.dilation},)"
+    if getattr(layer, "output_padding", 0):
+        text += f", output_padding=({layer.output_padding},)"  # type: ignore[union-attr]
+    if layer.num_groups != 1:
+        text += f", groups={layer.num_groups}"
+    if layer.bias is None:
+        text += ", bias=False"
+    if layer.padding_mode != "zeros":
+        text += f", padding_mode={layer.padding_mode}"
+    return f"{type(layer).__name__}({text})"
+
+
+def from_torch(module: Any, device: DeviceRef | None = None) -> Conv1d | ConvTranspose1d:
+    """Makes a layer of a `torch.nn.Conv1d` or a `torch.nn.ConvTranspose1d`; weight norm in either spelling is folded.
+
+    Args:
+        module: The PyTorch layer.
         device: Where the layer runs; None is the CPU.
 
     Returns:
-        A `Conv1d` with copies of the weights. The module is left as it was.
+        A `Conv1d` or `ConvTranspose1d` with copies of the weights. The module is left as it was.
 
     Raises:
         TypeError: If the module is something else.
@@ -110,21 +194,15 @@ def from_torch(module: Any, device: DeviceRef | None = None) -> Conv1d:
     """
     import torch
 
-    if not isinstance(module, torch.nn.Conv1d):
-        raise TypeError(f"from_torch: takes a torch.nn.Conv1d, but got a {type(module).__name__}.")
-    conv = Conv1d(
-        module.in_channels,
-        module.out_channels,
-        module.kernel_size,
-        module.stride,
-        module.padding,
-        module.dilation,
-        module.groups,
-        module.bias is not None,
-        module.padding_mode,
-        device,
-        module.weight.dtype,
-    )
+    kinds = {torch.nn.Conv1d: Conv1d, torch.nn.ConvTranspose1d: ConvTranspose1d}
+    kind = next((ours for theirs, ours in kinds.items() if isinstance(module, theirs)), None)
+    if kind is None:
+        raise TypeError(f"from_torch: takes a torch.nn.Conv1d or ConvTranspose1d, but got a {type(module).__name__}.")
+    names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
+    options = {name: getattr(module, name) for name in names}
+    if kind is ConvTranspose1d:
+        options["output_padding"] = module.output_padding
+    conv = kind(**options, bias=module.bias is not None, device=device, dtype=module.weight.dtype)
     state = {"weight": _weight(module)}
     if module.bias is not None:
         state["bias"] = Buffer.from_dlpack(module.bias.detach().cpu().clone())
