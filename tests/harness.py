@@ -15,8 +15,9 @@ from max.dtype import DType
 from max.engine import InferenceSession, Model
 from max.graph import DeviceRef, Graph, TensorType
 
-from max_conv import conv1d
-from max_conv.reference import conv1d_ref
+from max_conv import conv1d, conv_transpose1d
+from max_conv.geometry import TransposedGeometry
+from max_conv.reference import conv1d_ref, conv_transpose1d_ref
 
 Array = np.ndarray | torch.Tensor
 """NumPy has no bfloat16: such cases hold torch tensors."""
@@ -39,6 +40,8 @@ class Case:
     """torch's answer in the case's own dtype: ours may be at most 4 times as far off."""
     symbolic: bool = False
     """Whether the graph is built without knowing batch and length."""
+    transposed: bool = False
+    """Whether it is a transposed convolution."""
 
     @property
     def operands(self) -> list[Array]:
@@ -88,14 +91,15 @@ def execute(model: Model, arrays: Sequence[Array]) -> list[Array]:
 
 
 def run(cases: Sequence[Case], times: int = 2) -> list[Array]:
-    """Runs all cases in one graph through the public `conv1d`, and checks that running again changes no bit."""
+    """Runs all cases in one graph through the public functions, and checks that running again changes no bit."""
     types = [case.input_types() for case in cases]
     with Graph("cases", input_types=[t for case_types in types for t in case_types]) as graph:
         values = iter(graph.inputs)
         outputs = []
         for case, case_types in zip(cases, types):
             try:
-                outputs.append(conv1d(*[next(values).tensor for _ in case_types], **case.kwargs))
+                function = conv_transpose1d if case.transposed else conv1d
+                outputs.append(function(*[next(values).tensor for _ in case_types], **case.kwargs))
             except Exception as error:
                 error.add_note(f"in case {case.id}")
                 raise
@@ -111,13 +115,25 @@ def run(cases: Sequence[Case], times: int = 2) -> list[Array]:
 def reference(case: Case) -> np.ndarray:
     """Returns the float64 reference."""
     bias = None if case.bias is None else wide(case.bias)
-    return conv1d_ref(wide(case.x), wide(case.filter), bias, **case.kwargs)
+    return (conv_transpose1d_ref if case.transposed else conv1d_ref)(
+        wide(case.x), wide(case.filter), bias, **case.kwargs
+    )
+
+
+def terms_of(case: Case) -> int:
+    """Returns how many products an output sums: taps times the channels of a group."""
+    axes = case.kwargs.get("filter_layout", "SFC" if case.transposed else "SCF")
+    taps, channels = (case.filter.shape[axes.index(axis)] for axis in "SC")
+    if case.transposed:
+        channels //= 1 if axes == "FSC" else case.kwargs.get("groups", 1)
+        stride, dilation = (case.kwargs.get(name, 1) for name in ("stride", "dilation"))
+        taps = TransposedGeometry.of(taps, stride, dilation=dilation).convolution.kernel_size
+    return taps * channels
 
 
 def bound(case: Case, eps: float, reference: np.ndarray) -> np.ndarray:
     """Returns how far off each value may be; sixteen-bit types are summed in float32, and only stored in their own."""
-    terms = case.filter.size if isinstance(case.filter, np.ndarray) else case.filter.numel()
-    terms //= max(1, case.filter.shape[case.kwargs.get("filter_layout", "SCF").index("F")])
+    terms = terms_of(case)
     x, w = (np.abs(wide(a)).max(initial=0) for a in (case.x, case.filter))
     sum_eps = min(eps, torch.finfo(torch.float32).eps)
     return 4 * sum_eps * np.sqrt(terms) * x * w + eps * np.abs(reference)
@@ -157,7 +173,7 @@ def assert_within(name: str, got: np.ndarray, want: np.ndarray, limit: np.ndarra
 
 def is_one_sentence(message: str) -> bool:
     """Tells whether an error reads `conv1d: ….`, on one line, with one full stop."""
-    return re.fullmatch(r"conv1d: [^\n]+[^.]\.", message) is not None and ". " not in message
+    return re.fullmatch(r"(conv1d|conv_transpose1d): [^\n]+[^.]\.", message) is not None and ". " not in message
 
 
 def ids(cases: Iterable[Case]) -> list[str]:

@@ -55,7 +55,29 @@ def layer_cases() -> Iterator[Case]:
         yield Case(f"layer-{'-'.join(map(str, row))}", x, *weights, kwargs | {"filter_layout": "FSC"}, expected=theirs)
 
 
-CASES = [*op_cases(), *layer_cases()]
+def transposed_cases() -> Iterator[Case]:
+    """The same sizes backwards, as a layer where it has no groups, which MLX's layer lacks.
+
+    MLX computes wrong lengths for padding beyond the filter's reach: those rows have less.
+    """
+    for row in ROWS:
+        n, length, c, f, k, stride, padding, dilation, groups = row
+        sizes = dict(stride=stride, padding=min(padding, dilation * (k - 1)), dilation=dilation)
+        sizes["output_padding"] = stride // 2
+        x, w, bias = normal(n, length + padding, c), normal(f, k, c // groups, seed=1), None
+        if groups > 1:
+            theirs = mx.conv_transpose1d(mx.array(x), mx.array(w), **sizes, groups=groups)
+        else:
+            layer = nn.ConvTranspose1d(c, f, k, **sizes)
+            bias = normal(f)
+            layer.update({"weight": mx.array(w), "bias": mx.array(bias)})
+            theirs = layer(mx.array(x))
+        kwargs = sizes | {"groups": groups, "filter_layout": "FSC"}
+        name = f"transposed-{'-'.join(map(str, row))}"
+        yield Case(name, x, w, bias, kwargs, expected=np.array(theirs), transposed=True)
+
+
+CASES = [*op_cases(), *layer_cases(), *transposed_cases()]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
-"""The Conv1d models of ONNX's backend tests, with their stored inputs and outputs (converted from PyTorch)."""
+"""ONNX's backend tests: the stored Conv1d models (converted from PyTorch), and the cases of the node ConvTranspose."""
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,8 @@ import onnx
 import onnx.backend.test
 import pytest
 from onnx import numpy_helper
+from onnx.backend.test.case.node import collect_testcases
+from onnx.reference import ReferenceEvaluator
 
 from harness import Array, Case, check, check_reference, ids, run
 
@@ -51,7 +55,41 @@ def case_of(name: str) -> Case:
     return Case(name, x, w, *bias, kwargs=kwargs | {"layout": "NCL", "filter_layout": "FCS"}, expected=expected)
 
 
-CASES = [case_of(name) for name in MODELS]
+def transposed_cases() -> Iterator[Case]:
+    """The case in one dimension, and the others along their last axis, with ONNX's own evaluator as the oracle."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other nodes' cases overflow on purpose
+        found = collect_testcases("ConvTranspose")
+    for case in found:
+        (node,) = case.model.graph.node
+        x, w = (np.asarray(a) for a in case.data_sets[0][0])
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        axes = x.ndim - 2
+        last = {name: value[-1:] if isinstance(value, list) else value for name, value in attributes.items()}
+        if "pads" in attributes:
+            last["pads"] = [attributes["pads"][axes - 1], attributes["pads"][-1]]
+        between = (0,) * (axes - 1)
+        x, w = (np.ascontiguousarray(a[(slice(None), slice(None), *between)]) for a in (x, w))
+        line = onnx.helper.make_node("ConvTranspose", ["X", "W"], ["Y"], **last)
+        (expected,) = ReferenceEvaluator(line).run(None, {"X": x, "W": w})
+        if axes == 1:
+            np.testing.assert_array_equal(expected, case.data_sets[0][1][0])
+        kwargs = {"layout": "NCL", "filter_layout": "CFS", "stride": last.pop("strides", [1])[0]}
+        kwargs |= {"dilation": last.pop("dilations", [1])[0], "groups": last.pop("group", 1)}
+        kwargs |= {"output_padding": last.pop("output_padding", [0])[0], "padding": tuple(last.pop("pads", (0, 0)))}
+        if "output_shape" in last:
+            kwargs["output_size"] = last.pop("output_shape")[0]
+        if last.pop("auto_pad", None) == b"SAME_UPPER":
+            total = max(0, w.shape[2] - kwargs["stride"])
+            kwargs["padding"] = (total // 2, total - total // 2)
+            kwargs["output_size"] = x.shape[2] * kwargs["stride"]
+        assert last.pop("kernel_shape", [w.shape[2]]) == [w.shape[2]]
+        assert not last, f"{case.name}: attributes that the case does not carry: {last}"
+        yield Case(case.name, x, w, None, kwargs, expected=expected, transposed=True)
+
+
+TRANSPOSED = list(transposed_cases())
+CASES = [case_of(name) for name in MODELS] + TRANSPOSED
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +100,7 @@ def results() -> dict[str, Array]:
 def test_these_are_all() -> None:
     assert sorted(path.name for path in FOLDER.glob("test_Conv1d*")) == MODELS
     assert len(MODELS) == 8
+    assert len(TRANSPOSED) == 11 and "test_convtranspose_1d" in [case.id for case in TRANSPOSED]
     assert all(len(list((FOLDER / name).glob("test_data_set_*"))) == 1 for name in MODELS)
 
 

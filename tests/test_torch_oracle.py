@@ -1,4 +1,4 @@
-"""PyTorch's own test data for Conv1d: OpInfo samples and error inputs, module tests, ModuleInfo inputs."""
+"""PyTorch's own test data for Conv1d and ConvTranspose1d: OpInfo samples, error inputs, module tests, ModuleInfo inputs."""
 
 import copy
 import re
@@ -16,6 +16,7 @@ from harness import HOST, Array, Case, check, check_reference, dtype_of, ids, is
 from max_conv import conv1d
 
 (OP,) = (op for op in op_db if op.name == "nn.functional.conv1d")
+(TRANSPOSED,) = (op for op in op_db if op.name == "nn.functional.conv_transpose1d")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 OUT_OF_SCOPE = {
     torch.int64: "MAX models compute in floating point; torch itself has integer convolution on the CPU only",
@@ -24,6 +25,7 @@ OUT_OF_SCOPE = {
     torch.complex128: "MAX has no complex dtype",
 }
 NCL = {"layout": "NCL", "filter_layout": "FCS"}
+NCL_TRANSPOSED = {"layout": "NCL", "filter_layout": "CFS"}
 
 
 def single(value: Any) -> Any:
@@ -31,19 +33,28 @@ def single(value: Any) -> Any:
     return value[0] if isinstance(value, tuple | list) and len(value) == 1 else value
 
 
-def arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: single(value) for name, value in kwargs.items()} | NCL
+def arguments(kwargs: dict[str, Any], layouts: dict[str, str] = NCL) -> dict[str, Any]:
+    return {name: single(value) for name, value in kwargs.items()} | layouts
 
 
 def op_cases() -> Iterator[Case]:
-    for dtype in DTYPES:
-        torch.manual_seed(0)
-        for i, sample in enumerate(OP.sample_inputs("cpu", dtype)):
-            x, (w, bias), kwargs = sample.input, sample.args, sample.kwargs
-            exact = OP(x.double(), w.double(), None if bias is None else bias.double(), **kwargs)
-            yield Case(
-                f"op-{str(dtype)[6:]}-{i}", x, w, bias, arguments(kwargs), expected=exact, peer=OP(x, w, bias, **kwargs)
-            )
+    for op in (OP, TRANSPOSED):
+        transposed = op is TRANSPOSED
+        for dtype in DTYPES:
+            torch.manual_seed(0)
+            for i, sample in enumerate(op.sample_inputs("cpu", dtype)):
+                x, (w, bias), kwargs = sample.input, sample.args, sample.kwargs
+                exact = op(x.double(), w.double(), None if bias is None else bias.double(), **kwargs)
+                yield Case(
+                    f"op-{'transposed-' * transposed}{str(dtype)[6:]}-{i}",
+                    x,
+                    w,
+                    bias,
+                    arguments(kwargs, NCL_TRANSPOSED if transposed else NCL),
+                    expected=exact,
+                    peer=op(x, w, bias, **kwargs),
+                    transposed=transposed,
+                )
 
 
 def module_case(name: str, module: torch.nn.Module, x: torch.Tensor) -> Case:
@@ -52,31 +63,39 @@ def module_case(name: str, module: torch.nn.Module, x: torch.Tensor) -> Case:
         peer = module(x)
         exact = copy.deepcopy(module).double()(x.double())
     kwargs = dict(stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups)
-    kwargs["padding_mode"] = module.padding_mode
-    return Case(name, x, module.weight, module.bias, arguments(kwargs), expected=exact, peer=peer)
+    transposed = isinstance(module, torch.nn.ConvTranspose1d)
+    if transposed:
+        kwargs |= {"output_padding": module.output_padding} | NCL_TRANSPOSED
+    else:
+        kwargs |= {"padding_mode": module.padding_mode} | NCL
+    given = arguments(kwargs, {})
+    return Case(name, x, module.weight, module.bias, given, expected=exact, peer=peer, transposed=transposed)
 
 
 def new_module_rows() -> list[dict[str, Any]]:
     rows = [*get_new_module_tests(), *module_tests]
-    return [row for row in rows if row.get("fullname", row.get("module_name", "")).startswith("Conv1d")]
+    names = ("Conv1d", "ConvTranspose1d")
+    return [row for row in rows if row.get("fullname", row.get("module_name", "")).startswith(names)]
 
 
 def module_cases() -> Iterator[Case]:
     for row in new_module_rows():
-        name = row.get("fullname") or "_".join(filter(None, ["Conv1d", row.get("desc")]))
+        name = row.get("fullname") or "_".join(filter(None, [row["module_name"], row.get("desc")]))
         for dtype in (torch.float32, torch.float64):
             torch.manual_seed(0)
-            make = row.get("constructor") or (lambda row=row: torch.nn.Conv1d(*row["constructor_args"]))
+            kind = torch.nn.ConvTranspose1d if name.startswith("ConvTranspose1d") else torch.nn.Conv1d
+            make = row.get("constructor") or (lambda row=row, kind=kind: kind(*row["constructor_args"]))
             module = make().to(dtype)
-            assert type(module) is torch.nn.Conv1d, row
+            assert type(module) is kind, row
             yield module_case(f"row-{name}-{str(dtype)[6:]}", module, torch.randn(row["input_size"], dtype=dtype))
 
 
 def module_info_cases() -> Iterator[Case]:
-    infos = [info for info in module_db if info.name in ("nn.Conv1d", "nn.LazyConv1d")]
+    names = [f"nn.{lazy}{kind}" for lazy in ("", "Lazy") for kind in ("Conv1d", "ConvTranspose1d")]
+    infos = [info for info in module_db if info.name in names]
     for info in infos:
-        assert set(info.dtypes) <= set(DTYPES)
-        for dtype in info.dtypes:
+        assert set(info.dtypes) <= {*DTYPES, *OUT_OF_SCOPE}
+        for dtype in set(info.dtypes) - OUT_OF_SCOPE.keys():
             options = dict(device="cpu", dtype=dtype, requires_grad=False, training=False)
             torch.manual_seed(0)
             for i, given in enumerate(info.module_inputs_func(info, **options)):
@@ -102,17 +121,19 @@ def test_case(case: Case, results: dict[str, Array]) -> None:
 
 
 def test_nothing_is_left_out() -> None:
-    assert len([c for c in CASES if c.id.startswith("op-")]) == 10 * len(DTYPES)
-    assert len([c for c in CASES if c.id.startswith("row-")]) == 17 * 2
-    assert len([c for c in CASES if c.id.startswith("info-")]) == 8 * 2
+    assert len([c for c in CASES if c.id.startswith("op-")]) == (10 + 10) * len(DTYPES)
+    assert len([c for c in CASES if c.id.startswith("row-")]) == (17 + 4) * 2
+    assert len([c for c in CASES if c.id.startswith("info-")]) == (8 + 4) * 2
+    assert len([c for c in CASES if c.transposed]) == 10 * len(DTYPES) + 4 * 2 + 4 * 2
     assert {c.kwargs.get("padding_mode") for c in CASES} >= {"zeros", "reflect", "replicate", "circular"}
     assert {c.kwargs.get("padding") for c in CASES} >= {"same", "valid"}
     assert any(c.x.ndim == 2 for c in CASES)
 
 
 def test_every_dtype_is_in_or_out_of_scope() -> None:
-    listed = {*OP.dtypes, *OP.dtypesIfCUDA, *OP.dtypesIfROCM}
-    assert listed == {*DTYPES, *OUT_OF_SCOPE}
+    for op in (OP, TRANSPOSED):
+        assert {*op.dtypes, *op.dtypesIfCUDA, *op.dtypesIfROCM} == {*DTYPES, *OUT_OF_SCOPE}
+    assert TRANSPOSED.error_inputs_func is None, "PyTorch has error inputs for conv_transpose1d now: test them, too"
     with graph_of(torch.ones(1, 3, 8, dtype=torch.int64), torch.ones(2, 3, 3, dtype=torch.int64)) as graph:
         with pytest.raises(
             TypeError, match="conv1d: the dtype of x must be one of float32, float64, float16, bfloat16, but is int64"
