@@ -1,4 +1,4 @@
-"""Every error sentence of `conv1d` and `Conv1D`, one row each; a `raise` without a row fails."""
+"""Every error sentence of the convolutions and their layers, one row each; a `raise` without a row fails."""
 
 import ast
 import re
@@ -15,12 +15,12 @@ from max.graph import DeviceRef, Graph, TensorType, ops
 
 import max_conv
 from harness import HOST, compiled, execute, is_one_sentence, normal
-from max_conv import Conv1D, conv1d
+from max_conv import Conv1D, ConvTranspose1D, ConvTranspose1d, WeightNormConv1D, conv1d, conv_transpose1d
 from max_conv.layouts import permutation
 from max_conv.ops import emit
 
 PACKAGE = Path(max_conv.__file__).parent
-CHECKED = ("layouts.py", "geometry.py", "ops.py", "nn.py")
+CHECKED = ("layouts.py", "geometry.py", "checks.py", "ops.py", "nn.py", "weight_norm.py")
 F32 = DType.float32
 GPU = DeviceRef.GPU(0)
 
@@ -28,16 +28,29 @@ Operand = Sequence[Any] | TensorType
 Row = tuple[Callable[[], Any], type[Exception], str]
 
 
-def op(x: Operand = ("n", "l", 12), w: Operand = (3, 12, 8), bias: Operand | None = None, **kwargs: Any) -> Callable:
+def op(
+    x: Operand = ("n", "l", 12),
+    w: Operand = (3, 12, 8),
+    bias: Operand | None = None,
+    function: Callable = conv1d,
+    **kwargs: Any,
+) -> Callable:
     """Calls `conv1d` on graph inputs of these shapes."""
 
     def call() -> None:
         operands = [x, w] if bias is None else [x, w, bias]
         types = [o if isinstance(o, TensorType) else TensorType(F32, list(o), HOST) for o in operands]
         with Graph("errors", input_types=types) as graph:
-            conv1d(*[value.tensor for value in graph.inputs], **kwargs)
+            function(*[value.tensor for value in graph.inputs], **kwargs)
 
     return call
+
+
+def transposed(
+    x: Operand = ("n", "l", 12), w: Operand = (3, 8, 12), bias: Operand | None = None, **kwargs: Any
+) -> Callable:
+    """Calls `conv_transpose1d` on graph inputs of these shapes."""
+    return op(x, w, bias, conv_transpose1d, **kwargs)
 
 
 def layer(kernel_size: Any = 3, in_channels: Any = 12, out_channels: Any = 8, **kwargs: Any) -> Callable:
@@ -258,6 +271,95 @@ ROWS: dict[str, Row] = {
         ValueError,
         "conv1d: 3 groups must divide in_channels=12 and out_channels=8.",
     ),
+    # The same rules, and those of transposed convolution.
+    "transposed-layout": (
+        transposed(layout="NHC"),
+        ValueError,
+        "conv_transpose1d: layout must be one of NLC, NCL, but is 'NHC'.",
+    ),
+    "transposed-filter_layout": (
+        transposed(filter_layout="FCS"),
+        ValueError,
+        "conv_transpose1d: filter_layout must be one of SFC, CFS, FSC, but is 'FCS'.",
+    ),
+    "transposed-stride": (
+        transposed(stride=0),
+        ValueError,
+        "conv_transpose1d: stride must be at least 1, but is 0.",
+    ),
+    "transposed-groups": (
+        transposed(groups=5),
+        ValueError,
+        "conv_transpose1d: groups=5 must divide the 12 channels (filter shape (3, 8, 12), layout SFC).",
+    ),
+    "transposed-groups-FSC": (
+        transposed(w=(8, 3, 12), groups=3, filter_layout="FSC"),
+        ValueError,
+        "conv_transpose1d: groups=3 must divide the 8 filters (filter shape (8, 3, 12), layout FSC).",
+    ),
+    "transposed-channels": (
+        transposed(w=(3, 8, 10)),
+        ValueError,
+        "conv_transpose1d: the filter takes 12 channels per group (x has 12 channels, groups=1) but has 10 "
+        "(filter shape (3, 8, 10), layout SFC).",
+    ),
+    "transposed-bias": (
+        transposed(bias=(8,), groups=2),
+        ValueError,
+        "conv_transpose1d: the bias must have shape (16,), one value a filter, but has (8,).",
+    ),
+    "transposed-padding": (
+        transposed(padding="same"),
+        ValueError,
+        "conv_transpose1d: padding must be an int, (left, right) or \"causal\", but is 'same'.",
+    ),
+    "transposed-padding-negative": (
+        transposed(padding=(0, -1)),
+        ValueError,
+        "conv_transpose1d: padding must not be negative, but is (0, -1); slice the input instead.",
+    ),
+    "output_padding": (
+        transposed(stride=2, dilation=3, output_padding=3),
+        ValueError,
+        "conv_transpose1d: output_padding must be at least 0 and less than stride or dilation, but is 3 with stride 2 "
+        "and dilation 3.",
+    ),
+    "output_size": (
+        transposed(x=(1, 9, 12), stride=2, output_size=17),
+        ValueError,
+        "conv_transpose1d: output_size must be between 19 and 20 for an input of 9 positions, but is 17.",
+    ),
+    "output_size-0": (
+        transposed(output_size=0),
+        ValueError,
+        "conv_transpose1d: output_size must be at least 1, but is 0.",
+    ),
+    "transposed-empty": (
+        transposed(x=(1, 0, 12)),
+        ValueError,
+        "conv_transpose1d: x must have at least 1 position, but has 0.",
+    ),
+    "transposed-nothing": (
+        transposed(x=(1, 2, 12), padding=2),
+        ValueError,
+        "conv_transpose1d: padding (2, 2) takes off all of the 4 outputs of 2 positions; pad less.",
+    ),
+    "transposed-layer-groups": (
+        lambda: ConvTranspose1D(3, 12, 8, F32, num_groups=3),
+        ValueError,
+        "conv_transpose1d: 3 groups must divide in_channels=12 and out_channels=8.",
+    ),
+    "transposed-pair": (
+        lambda: ConvTranspose1d(3, 12, 8, F32, stride=(2, 2)),
+        ValueError,
+        "conv_transpose1d: stride must be an int or (1, int), but is (2, 2).",
+    ),
+    # weight_norm.py
+    "dim": (
+        lambda: WeightNormConv1D(3, 12, 8, F32, dim=3),
+        ValueError,
+        "conv1d: dim must be None or an axis of the filter, -3 to 2, but is 3.",
+    ),
 }
 
 
@@ -307,14 +409,19 @@ def test_nothing_is_emitted_before_an_error(batch: list[int]) -> None:
 GEOMETRY = {"stride": 1, "dilation": 1, "left": 0, "right": 0, "mode": 0, "groups": 1}
 GEOMETRY |= {"kernel_size": 3, "depthwise_groups": 8, "lines_stride": 1}
 SIZES = {"any": (1, 9, 4), "reflect": (1, 9, 4), "circular": (1, 9, 4), "replicate": (1, 9, 4)}
+GEOMETRY |= {"t_stride": 2, "t_dilation": 1, "t_left": 0, "t_right": 0, "t_groups": 1, "t_kernel_size": 4}
 SIZES |= {
     "dense_x": (1, 9, 8),
     "depthwise_x": (1, 9, 8),
     "dense_w": (3, 8, 32),
     "packed_w": (1, 6, 256),
     "lines_x": (1, 8, 9),
+    "any_up": (1, 9, 4),
+    "up_x": (1, 9, 4),
+    "phased_w": (2, 4, 16),
+    "up_packed_w": (1, 2, 128),
 }
-OUTPUTS = {"dense": (1, 7, 32), "depthwise": (1, 7, 8), "lines": (1, 8, 7)}
+OUTPUTS = {"dense": (1, 7, 32), "depthwise": (1, 7, 8), "lines": (1, 8, 7), "up": (1, 20, 8)}
 KERNEL_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "short": (
         {"any": (1, 2, 4)},
@@ -371,19 +478,46 @@ KERNEL_ROWS: dict[str, tuple[dict[str, Any], str]] = {
         {"lines_stride": 2, "lines": (1, 8, 4)},
         "conv1d: the depthwise kernel takes NCL data with stride 1 only, not 2",
     ),
+    "up-stride": (
+        {"t_stride": 0},
+        "conv_transpose1d: kernel_size, stride, dilation and the filter's sizes must be at least 1",
+    ),
+    "up-padding": ({"t_left": -1}, "conv_transpose1d: padding must not be negative"),
+    "up-channels": (
+        {"any_up": (1, 9, 5)},
+        "conv_transpose1d: x has 5 channels, but the filter takes 4 for each of 1 groups and gives 8; "
+        "pass what the graph was built for",
+    ),
+    "up-nothing": ({"any_up": (1, 0, 4)}, "conv_transpose1d: x must have at least 1 position, but has 0"),
+    "up-output": (
+        {"up": (1, 22, 8)},
+        "conv_transpose1d: the output has 22 positions, not 20 to 21; pad less or pass a longer input",
+    ),
+    "up-packed": (
+        {"up_packed_w": (1, 3, 128)},
+        "conv_transpose1d: the packed filter must have shape (1, 2, 128) for these sizes; "
+        "pass what max_conv.compile packed",
+    ),
+    "up-phased": (
+        {"phased_w": (2, 4, 8)},
+        "conv_transpose1d: the packed filter must have shape (2, 4, 16) for these sizes; "
+        "pass what max_conv.compile packed",
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """A convolution a padding mode, all sizes symbolic, and four that are emitted without a check."""
+    """A convolution a padding mode, all sizes symbolic, and others that are emitted without a check."""
     scalar = TensorType(DType.int64, [], HOST)
     inputs = [TensorType(F32, [f"n{i}", f"l{i}", f"c{i}"], HOST) for i in range(len(SIZES))]
-    outputs = [TensorType(DType.int8, [f"n{i}", f"l{i}", f"f{i}"], HOST) for i in range(10, 10 + len(OUTPUTS))]
+    outputs = [TensorType(DType.int8, [f"n{i}", f"l{i}", f"f{i}"], HOST) for i in range(20, 20 + len(OUTPUTS))]
     with Graph("errors", input_types=[*inputs, *[scalar] * len(GEOMETRY), *outputs]) as graph:
         values = [value.tensor for value in graph.inputs]
         any_x, reflect_x, circular_x, replicate_x, dense_x, depthwise_x, dense_w, packed_w, lines_x = values[:9]
-        scalars, (depthwise_groups, lines_stride), (dense, depthwise, lines) = values[9:16], values[16:18], values[18:]
+        any_up_x, up_x, phased_w, up_packed_w, *rest = values[9:]
+        scalars, (depthwise_groups, lines_stride), up_scalars, outs = rest[:7], rest[7:9], rest[9:15], rest[15:]
+        dense, depthwise, lines, up = outs
         w = ops.constant(normal(3, 4, 8), F32, device=HOST)
         one_a_group = ops.constant(normal(3, 1, 8), F32, device=HOST)
         none = ops.constant([], F32, device=HOST)
@@ -414,6 +548,11 @@ def model() -> Model:
                 "SCF",
             ),
             emit(dense_x, packed_w, none, scalars, dense.shape, "winograd", "NLC", "packed"),
+            conv_transpose1d(any_up_x, ops.constant(normal(4, 8, 4), F32, device=HOST), stride=2),
+            *(
+                emit(up_x, w, none, up_scalars, up.shape, kernel, "NLC", layout, transposed=True)
+                for w, kernel, layout in ((phased_w, "lengthwise", "phased"), (up_packed_w, "dense", "packed"))
+            ),
         )
     return compiled(graph)
 
@@ -427,6 +566,7 @@ def run_with(model: Model, spoiled: dict[str, Any]) -> list[Any]:
 
 def test_kernel_takes_what_is_right(model: Model) -> None:
     shapes = [(1, 7, 8), (1, 13, 8), (1, 12, 8), (1, 11, 8), (1, 7, 32), (1, 7, 8), (1, 8, 7), (1, 7, 32)]
+    shapes += [(1, 20, 8)] * 3
     assert [y.shape for y in run_with(model, {})] == shapes
     # The shortest inputs that each mode takes.
     run_with(model, {"any": (1, 3, 4), "reflect": (1, 4, 4), "circular": (1, 5, 4), "replicate": (1, 1, 4)})
@@ -441,7 +581,8 @@ def test_kernel_sentence(name: str, model: Model) -> None:
 
 def test_every_kernel_error_has_a_row() -> None:
     sources = "\n".join(path.read_text() for path in sorted((PACKAGE / "kernels").glob("*.mojo")))
-    starts = [start for start in re.findall(r'Error\(\s*"([^"]+)"', sources) if start.startswith("conv1d: ")]
+    prefixes = ("conv1d: ", "conv_transpose1d: ")
+    starts = [start for start in re.findall(r'Error\(\s*"([^"]+)"', sources) if start.startswith(prefixes)]
     assert len(starts) >= 6
     rows = [sentence for _, sentence in KERNEL_ROWS.values()]
     assert not (unproved := [s for s in starts if not any(row.startswith(s.rstrip(".")) for row in rows)]), unproved

@@ -66,6 +66,12 @@ def check_transposed(t: Transposed, pad_right: Int, filter_channels: Int) raises
         )
 
 
+def check_depthwise(op: StaticString, channels: Int, filters: Int, groups: Int) raises:
+    """Raises unless a layer is one for the depthwise kernel."""
+    if groups != channels or filters != channels:
+        raise Error(op, ": the depthwise kernel needs one channel in and one out a group.")
+
+
 def packed_shape[kernel: StaticString](g: Geometry) -> IndexList[3]:
     """Returns the shape of what `max_conv/packing.py` makes of a filter for a kernel."""
     var rows = Plan(g).products() if kernel == "winograd" else g.kernel

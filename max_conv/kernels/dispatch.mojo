@@ -46,8 +46,6 @@ def convolve[
         return
     comptime if kernel == "depthwise":
         comptime assert scf
-        if g.groups != g.channels or g.filters % g.channels != 0:
-            raise Error("conv1d: the depthwise kernel needs one channel in and one out a group.")
         if not nlc and g.stride != 1:
             raise Error("conv1d: the depthwise kernel takes NCL data with stride 1 only, not ", g.stride, ".")
         conv1d_depthwise[write, nlc](g, o)

@@ -6,7 +6,7 @@ from std.utils.index import IndexList
 from max.gpu.host import DeviceContext
 from max.gpu.host.info import is_cpu
 
-from .checks import check, check_shape, check_transposed, packed_shape
+from .checks import check, check_depthwise, check_shape, check_transposed, packed_shape
 from .dispatch import convolve
 from .geometry import Geometry
 from .gpu import conv1d_gpu, conv_transpose1d_gpu
@@ -92,6 +92,8 @@ struct Conv1d:
         var size = [outer, inner, 1]
         var steps = FilterSteps(size[tap_axis], size[channel_axis], size[filter_axis])
         comptime if is_cpu[target]():
+            comptime if kernel == "depthwise":
+                check_depthwise("conv1d", g.channels, g.filters, g.groups)
             convolve[write, kernel, least, whole, nlc, packed, filter_layout == "SCF"](g, steps, o)
         else:
             comptime assert not packed
@@ -184,6 +186,8 @@ struct ConvTranspose1d:
         var steps = FilterSteps(size[tap_axis], size[channel_axis], size[filter_axis])
         var group_step = t.group_filters() * steps.filter if by_filter else t.group_channels() * steps.channel
         comptime if is_cpu[target]():
+            comptime if kernel == "depthwise":
+                check_depthwise("conv_transpose1d", t.channels, t.filters, t.groups)
             conv_transpose1d[write, kernel, least, whole, full, nlc, filter_layout](t, steps, group_step, o)
         else:
             comptime assert not made
