@@ -16,7 +16,7 @@ from max.driver import CPU, Accelerator  # noqa: E402
 from max.engine import InferenceSession  # noqa: E402
 from max.graph import DeviceRef, Graph, TensorType  # noqa: E402
 
-from max_conv import conv1d  # noqa: E402
+from max_conv import conv1d, conv_transpose1d  # noqa: E402
 from max_conv.checks import DTYPES  # noqa: E402
 from max_conv.recurrent import lstm  # noqa: E402
 
@@ -30,21 +30,30 @@ LAYERS = [
     ("NCL", "FCS", (16, 8, 5), {"dilation": 3, "padding_mode": "circular", "padding": 2}),
     ("NLC", "SCF", (4, 8, 3), {"padding_mode": "replicate", "padding": (1, 4)}),
 ]
+TRANSPOSED = [
+    ("NLC", "FSC", (16, 5, 4), {"groups": 2, "stride": 3, "dilation": 2}),
+    ("NLC", "SFC", (4, 16, 8), {"stride": 2, "padding": "causal"}),
+    ("NCL", "CFS", (8, 1, 4), {"groups": 8, "stride": 6, "output_padding": 5}),
+]
 
 
 def main() -> None:
     gpu = DeviceRef.GPU()
-    rows = [(FLOAT32, layer) for layer in LAYERS] + [(dtype, layer) for dtype in OTHERS for layer in LAYERS[-2:]]
+    rows = [(FLOAT32, conv1d, layer) for layer in LAYERS]
+    rows += [(FLOAT32, conv_transpose1d, layer) for layer in TRANSPOSED]
+    for dtype in OTHERS:
+        rows += [(dtype, conv1d, layer) for layer in LAYERS[-2:]]
+        rows += [(dtype, conv_transpose1d, layer) for layer in TRANSPOSED[-2:]]
     types = []
-    for dtype, (layout, _, shape, _) in rows:
+    for dtype, _, (layout, _, shape, _) in rows:
         x = ["n", "l", 8] if layout == "NLC" else ["n", 8, "l"]
         types += [TensorType(dtype, x, gpu), TensorType(dtype, shape, gpu)]
     recurrent = [["n", "t", 8], [8, 64], [16, 64], [64], ["n", 16], ["n", 16]]
     with Graph("gpu", input_types=[*types, *(TensorType(FLOAT32, shape, gpu) for shape in recurrent)]) as graph:
         values = [value.tensor for value in graph.inputs]
         outputs = [
-            conv1d(values[2 * i], values[2 * i + 1], layout=layout, filter_layout=filter_layout, **options)
-            for i, (_, (layout, filter_layout, _, options)) in enumerate(rows)
+            function(values[2 * i], values[2 * i + 1], layout=layout, filter_layout=filter_layout, **options)
+            for i, (_, function, (layout, filter_layout, _, options)) in enumerate(rows)
         ]
         graph.output(*outputs, *lstm(*values[len(types) :]))
     InferenceSession(devices=[Accelerator(), CPU()]).compile(graph)

@@ -36,18 +36,36 @@ MLX: list[tuple[tuple, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("args", "kwargs"), TORCH)
-def test_torch_arguments_repr_and_names(args: tuple, kwargs: dict[str, Any]) -> None:
-    theirs, ours = torch.nn.Conv1d(*args, **kwargs), ours_torch.Conv1d(*args, **kwargs)
+# The same for transposed convolution.
+TORCH_TRANSPOSED: list[tuple[tuple, dict[str, Any]]] = [
+    ((6, 9, 4, 2, 1, 1), {}),
+    ((6, 9, (3,), (2,), (1,), (1,), 3, False, (3,), "zeros"), {}),
+    ((6, 9, 3), {"dilation": 2, "dtype": torch.float64}),
+]
+MLX_TRANSPOSED: list[tuple[tuple, dict[str, Any]]] = [
+    ((6, 9, 4, 2, 1, 2, 1), {}),
+    ((6, 9, 3), {"bias": False, "padding": 2}),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "kwargs"),
+    [("Conv1d", *row) for row in TORCH] + [("ConvTranspose1d", *row) for row in TORCH_TRANSPOSED],
+)
+def test_torch_arguments_repr_and_names(kind: str, args: tuple, kwargs: dict[str, Any]) -> None:
+    theirs, ours = getattr(torch.nn, kind)(*args, **kwargs), getattr(ours_torch, kind)(*args, **kwargs)
     assert repr(ours) == repr(theirs)
     shapes = {name: tuple(value.shape) for name, value in ours.state_dict().items()}
     assert shapes == {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
     assert ours.dtype.name == str(theirs.weight.dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize(("args", "kwargs"), TORCH[:2])
-def test_from_torch_runs(args: tuple, kwargs: dict[str, Any]) -> None:
-    module = torch.nn.Conv1d(*args, **kwargs)
+@pytest.mark.parametrize(
+    ("kind", "args", "kwargs"),
+    [("Conv1d", *row) for row in TORCH[:2]] + [("ConvTranspose1d", *row) for row in TORCH_TRANSPOSED[:2]],
+)
+def test_from_torch_runs(kind: str, args: tuple, kwargs: dict[str, Any]) -> None:
+    module = getattr(torch.nn, kind)(*args, **kwargs)
     conv = ours_torch.from_torch(module)
     x = torch.randn(2, 6, 21)
     with torch.no_grad():
@@ -60,6 +78,25 @@ def test_from_torch_runs(args: tuple, kwargs: dict[str, Any]) -> None:
         np.testing.assert_allclose(unbatched.numpy(), module(x[0]).numpy(), atol=1e-5)
 
 
+def test_output_size_is_pytorchs() -> None:
+    module = torch.nn.ConvTranspose1d(6, 9, 5, 3, 1)
+    conv = ours_torch.from_torch(module)
+    x = torch.randn(2, 6, 21)
+    with torch.no_grad():
+        for size in (63, [64], (65,)):
+            want = module(x, output_size=[size] if isinstance(size, int) else size).numpy()
+            np.testing.assert_allclose(conv(x.numpy(), output_size=size), want, atol=1e-5)
+        whole = module(x, output_size=(2, 9, 65)).numpy()
+        np.testing.assert_allclose(conv(x.numpy(), output_size=(2, 9, 65)), whole, atol=1e-5)
+    for size in (62, 66):
+        with pytest.raises(ValueError, match="output size"):
+            module(x, output_size=[size])
+        with pytest.raises(
+            ValueError, match=r"conv_transpose1d: output_size must be between 63 and 65 for an input of 21"
+        ):
+            conv(x.numpy(), output_size=size)
+
+
 NORMS: dict[str, Callable[[torch.nn.Module, int | None], torch.nn.Module]] = {
     "hook": lambda module, dim: torch.nn.utils.weight_norm(module, dim=dim),
     "parametrization": lambda module, dim: torch.nn.utils.parametrizations.weight_norm(module, dim=dim),
@@ -69,8 +106,9 @@ NORMS: dict[str, Callable[[torch.nn.Module, int | None], torch.nn.Module]] = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
 @pytest.mark.parametrize("dim", [0, 1, 2, None, -1, -2, -3])
 @pytest.mark.parametrize("spelling", list(NORMS))
-def test_weight_norm_is_folded(spelling: str, dim: int | None) -> None:
-    module = NORMS[spelling](torch.nn.Conv1d(4, 8, 3), dim)
+@pytest.mark.parametrize("kind", [torch.nn.Conv1d, torch.nn.ConvTranspose1d])
+def test_weight_norm_is_folded(kind: Any, spelling: str, dim: int | None) -> None:
+    module = NORMS[spelling](kind(4, 8, 3), dim)
     x = torch.randn(1, 4, 5)
     with torch.no_grad():
         for name, value in module.named_parameters():
@@ -97,20 +135,27 @@ def test_other_parametrizations_are_evaluated() -> None:
 
 
 def test_from_torch_refuses_other_modules() -> None:
-    with pytest.raises(TypeError, match=r"from_torch: takes a torch\.nn\.Conv1d, but got a ConvTranspose1d\."):
-        ours_torch.from_torch(torch.nn.ConvTranspose1d(1, 1, 1))
+    with pytest.raises(
+        TypeError, match=r"from_torch: takes a torch\.nn\.Conv1d or ConvTranspose1d, but got a Conv2d\."
+    ):
+        ours_torch.from_torch(torch.nn.Conv2d(1, 1, 1))
 
 
-@pytest.mark.parametrize(("args", "kwargs"), MLX)
-def test_mlx_arguments_repr_and_names(args: tuple, kwargs: dict[str, Any]) -> None:
-    theirs, ours = mlx_nn.Conv1d(*args, **kwargs), ours_mlx.Conv1d(*args, **kwargs)
+@pytest.mark.parametrize(
+    ("kind", "args", "kwargs"),
+    [("Conv1d", *row) for row in MLX] + [("ConvTranspose1d", *row) for row in MLX_TRANSPOSED],
+)
+def test_mlx_arguments_repr_and_names(kind: str, args: tuple, kwargs: dict[str, Any]) -> None:
+    theirs, ours = getattr(mlx_nn, kind)(*args, **kwargs), getattr(ours_mlx, kind)(*args, **kwargs)
     assert repr(ours) == repr(theirs)
     shapes = {name: tuple(value.shape) for name, value in ours.state_dict().items()}
     assert shapes == {name: tuple(value.shape) for name, value in theirs.parameters().items()}
 
 
-def test_mlx_runs() -> None:
-    theirs, ours = mlx_nn.Conv1d(6, 9, 3, 2, 1, 2, 3), ours_mlx.Conv1d(6, 9, 3, 2, 1, 2, 3)
+@pytest.mark.parametrize("kind", ["Conv1d", "ConvTranspose1d"])
+def test_mlx_runs(kind: str) -> None:
+    sizes = (6, 9, 3, 2, 1, 2, 3) if kind == "Conv1d" else (6, 9, 3, 2, 1, 2, 1)
+    theirs, ours = getattr(mlx_nn, kind)(*sizes), getattr(ours_mlx, kind)(*sizes)
     ours.load_state_dict({name: np.array(value) for name, value in theirs.parameters().items()})
     x = RANDOM.standard_normal((2, 20, 6)).astype(np.float32)
     np.testing.assert_allclose(ours(x), np.array(theirs(mx.array(x))), atol=1e-5)
@@ -133,6 +178,20 @@ def test_start_values(frontend: Any) -> None:
     again = frontend.Conv1d(64, 256, 5, groups=4, generator=1).state_dict()["weight"].to_numpy()
     other = frontend.Conv1d(64, 256, 5, groups=4, generator=2).state_dict()["weight"].to_numpy()
     assert np.array_equal(values["weight"], again) and not np.array_equal(again, other)
+
+
+def test_transposed_start_values() -> None:
+    """PyTorch's count the filters of a group times the taps, MLX's the channels."""
+    sizes = dict(groups=4, generator=1)
+    for frontend, fan in ((ours_torch, 256 // 4 * 5), (ours_mlx, 64 // 4 * 5)):
+        values = frontend.ConvTranspose1d(64, 256, 5, **sizes).state_dict()
+        bound = fan**-0.5
+        weight = values["weight"].to_numpy().ravel()
+        assert 0.99 * bound < weight.max() <= bound and -bound <= weight.min() < -0.99 * bound
+        assert abs(weight.std() - bound / 3**0.5) < 0.02 * bound
+        assert (frontend is ours_mlx) == (not values["bias"].to_numpy().any())
+    theirs = torch.nn.ConvTranspose1d(64, 256, 5, groups=4)
+    assert 0.99 * (256 // 4 * 5) ** -0.5 < theirs.weight.max() <= (256 // 4 * 5) ** -0.5
 
 
 def test_bfloat16_start_values_are_rounded_to_even() -> None:
@@ -188,6 +247,14 @@ def test_dtypes_by_any_name(dtype: Any) -> None:
             r"conv1d: kernel_size must be one int or a 1-tuple, but is \(1, 2\)\.",
         ),
         (lambda: ours_torch.Conv1d(1, 1, 1, dtype="int8x"), r"conv1d: dtype must be float32, .*, but is 'int8x'\."),
+        (
+            lambda: ours_torch.ConvTranspose1d(4, 6, 1, padding_mode="reflect"),
+            r"conv_transpose1d: padding_mode must be zeros, but is 'reflect'\.",
+        ),
+        (
+            lambda: ours_torch.ConvTranspose1d(4, 6, 1, dtype="int8"),
+            r"conv_transpose1d: dtype must be one of float32, .*, but is int8\.",
+        ),
         (lambda: ours_torch.Conv1d(4, 6, 1, groups=3), r"conv1d: 3 groups must divide in_channels=4"),
     ],
 )

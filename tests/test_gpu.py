@@ -33,7 +33,7 @@ def test_compiles_for(api: str, architecture: str) -> None:
     command = [sys.executable, str(COMPILE), api, architecture]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("compiled 11 convolutions")
+    assert done.stdout.startswith("compiled 20 convolutions")
 
 
 # Filter (K, C / groups, F), length, options.
@@ -48,6 +48,15 @@ LAYERS: dict[str, tuple[tuple[int, int, int], int, dict[str, Any]]] = {
     "replicate": ((5, 9, 5), 57, {"padding": 7, "padding_mode": "replicate"}),
     "no batch": ((1, 4, 6), 9, {}),
 }
+# Filter (K, F / groups, C), length, options.
+TRANSPOSED: dict[str, tuple[tuple[int, int, int], int, dict[str, Any]]] = {
+    "upsampling": ((16, 24, 40), 57, {"stride": 8, "padding": 4}),
+    "long": ((4, 4, 2), 35_001, {"stride": 2, "padding": "causal"}),
+    "grouped": ((5, 8, 12), 57, {"groups": 3, "stride": 2, "dilation": 3, "output_padding": 2}),
+    "depthwise": ((4, 1, 64), 125, {"groups": 64, "stride": 2}),
+    "gaps": ((3, 5, 7), 19, {"stride": 6, "dilation": 4, "padding": 2}),
+    "one position": ((7, 3, 5), 1, {"stride": 3, "padding": (2, 1)}),
+}
 
 
 def cases() -> Iterator[Case]:
@@ -59,9 +68,17 @@ def cases() -> Iterator[Case]:
             x, w = permute(x, "NLC"[-x.ndim :], axes), permute(normal(*shape), "SCF", filter_layout)
             kwargs = {**options, "layout": layout, "filter_layout": filter_layout}
             yield Case(f"{name} {layout} {filter_layout}", x, w, normal(shape[2]), kwargs)
+    for name, (shape, length, options) in TRANSPOSED.items():
+        for layout, filter_layout in (("NLC", "SFC"), ("NCL", "CFS")):
+            x, w = permute(normal(2, length, shape[2]), "NLC", layout), permute(normal(*shape), "SFC", filter_layout)
+            bias = normal(shape[1] * options.get("groups", 1))
+            kwargs = {**options, "layout": layout, "filter_layout": filter_layout}
+            yield Case(f"transposed {name} {layout}", x, w, bias, kwargs, transposed=True)
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         x, w, bias = (torch.from_numpy(normal(*shape)).to(dtype) for shape in ((2, 33, 17), (5, 17, 40), (40,)))
         yield Case(str(dtype), x, w, bias, {"padding": 2})
+        w = torch.from_numpy(normal(5, 40, 17)).to(dtype)
+        yield Case(f"transposed {dtype}", x, w, bias, {"stride": 2}, transposed=True)
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -72,7 +89,11 @@ def test_runs(name: str) -> None:
     types = [TensorType(dtype_of(array), list(array.shape), device) for array in operands]
     with Graph("runs", input_types=types) as graph:
         values = iter(value.tensor for value in graph.inputs)
-        graph.output(*(max_conv.conv1d(*(next(values) for _ in case.operands), **case.kwargs) for case in every))
+        functions = [max_conv.conv_transpose1d if case.transposed else max_conv.conv1d for case in every]
+        outputs = [
+            function(*(next(values) for _ in case.operands), **case.kwargs) for function, case in zip(functions, every)
+        ]
+        graph.output(*outputs)
     model = max_conv.compile(graph)
     for case, got in zip(every, model(*map(torch.as_tensor, operands))):
         host = torch.from_dlpack(got).cpu()
