@@ -40,6 +40,22 @@ class Layer:
     dtype: str = "float32"
     transposed: TransposedGeometry | None = None
 
+    @classmethod
+    def of(
+        cls,
+        geometry: Geometry | TransposedGeometry,
+        layout: Layout,
+        group_channels: int,
+        group_filters: int,
+        groups: int,
+        dtype: str = "float32",
+    ) -> "Layer":
+        """Describes a convolution or a transposed one."""
+        sizes = (group_channels, group_filters, groups, dtype)
+        if isinstance(geometry, TransposedGeometry):
+            return cls(geometry.convolution, layout, *sizes, transposed=geometry)
+        return cls(geometry, layout, *sizes)
+
     @property
     def columns(self) -> int:
         """Filters of a group that kernels of whole vectors compute: of all phases, for a transposed convolution."""
@@ -47,10 +63,14 @@ class Layer:
             return self.group_filters
         return self.transposed.phases * -(-self.group_filters // LANES) * LANES
 
+    @property
+    def filters(self) -> int:
+        """Filters of a group, of all phases."""
+        return self.group_filters * (self.transposed.phases if self.transposed else 1)
+
     def whole(self, kernel: str) -> bool:
         """Tells whether the filters of a group are a multiple of a panel's 32 filters, for a kernel."""
-        phases = self.transposed.phases if self.transposed else 1
-        return (self.columns if kernel in PANELS else phases * self.group_filters) % PANEL == 0
+        return (self.columns if kernel in PANELS else self.filters) % PANEL == 0
 
     @property
     def products(self) -> int:
@@ -94,7 +114,7 @@ def choose(layer: Layer, batch: int | None = None, outputs: int | None = None, *
 
 def paired(layer: Layer) -> Choice | None:
     """Returns the choice of the kernel for pairs of bfloat16 values, which other processors replace by `direct`."""
-    if layer.dtype != "bfloat16" or layer.group_channels < 8 or layer.columns < 16 or layer.groups > 16:
+    if layer.dtype != "bfloat16" or layer.group_channels < 8 or layer.filters < 16 or layer.groups > 16:
         return None
     # NCL data is turned with all rows between the first tap and the last.
     if layer.layout == "NCL" and layer.geometry.reach * layer.group_channels > 128 * 1024:
@@ -104,8 +124,10 @@ def paired(layer: Layer) -> Choice | None:
 
 def winograd(layer: Layer, packed: bool) -> Choice | None:
     """Returns the choice of Winograd's kernel where it pays."""
-    if (layer.groups > 1 and not packed) or min(layer.group_channels, layer.columns) < 32:
+    if (layer.groups > 1 and not packed) or min(layer.group_channels, layer.filters) < 32:
         return None  # 16 -> 16 k3: 0.7 times as fast as dense; 32 -> 32: 1.2 times; 33 -> 65 k5: 1.2 times
+    if layer.group_filters < 8:
+        return None  # vectors that are half empty
     if layer.products < 1.25 * layer.quad_products:
         return None  # the transforms take more than is saved
     products = quad_products(layer.geometry)
@@ -173,7 +195,8 @@ class Explanation:
         kernel: The CPU kernel's name, "gpu" for a layer on a GPU.
         why: The reason for the choice.
         output_shape: (N, L_out, F), or (N, F, L_out) for NCL data.
-        flops: Multiplications and additions of a direct convolution, taps in the padding included.
+        flops: Multiplications and additions of a direct convolution, taps in the padding included; of a transposed one,
+            those of every input value with every tap.
         multiplications: What the kernel multiplies: fewer with Winograd's algorithm.
         bytes: Input, weights and output, each moved once.
         bound: "compute" or "memory": what takes longer on a machine with the given peaks.
@@ -216,7 +239,7 @@ def explain(
     """Prints and returns which kernel a layer gets for an input, why, and what bounds its time.
 
     Args:
-        layer: A `Conv1D`, of the package or of a front end, or a `Geometry`.
+        layer: A `Conv1D` or `ConvTranspose1D`, of the package or of a front end, a `Geometry` or a `TransposedGeometry`.
         length: Of the input, L.
         batch: Of the input, N.
         channels, filters, groups, layout, dtype: Of the layer, where a `Geometry` is given; a layer knows them.
@@ -237,9 +260,8 @@ def explain(
     """
     on_gpu = False
     geometry = layer
-    if not isinstance(layer, Geometry):
-        left, right = layer.padding
-        geometry = Geometry(layer.kernel_size, layer.stride, layer.dilation, left, right, layer.padding_mode)
+    if not isinstance(layer, Geometry | TransposedGeometry):
+        geometry = layer.geometry
         channels, filters, groups = layer.in_channels, layer.out_channels, layer.num_groups
         layout, dtype = layer.layout, layer.dtype.name
         on_gpu = layer.device is not None and not layer.device.is_cpu()
@@ -253,15 +275,16 @@ def explain(
     if channels % groups or filters % groups:
         raise ValueError(f"explain: {groups} groups must divide channels={channels} and filters={filters}.")
     geometry.check_length(length)
-    described = Layer(geometry, layout, channels // groups, filters // groups, groups, dtype)
+    described = Layer.of(geometry, layout, channels // groups, filters // groups, groups, dtype)
     outputs = geometry.output_length(length)
     choice = Choice("gpu", "one thread for each output")
     if not on_gpu:
         choice = choose(described, batch, outputs, packed=packed and BYTES[dtype] > 2)
-    direct_multiplications = batch * outputs * filters * geometry.kernel_size * described.group_channels
+    positions = length if described.transposed else outputs
+    direct_multiplications = batch * positions * filters * geometry.kernel_size * described.group_channels
     multiplications = direct_multiplications
     if choice.kernel == "winograd":
-        multiplications = direct_multiplications * quad_products(geometry) // (4 * geometry.kernel_size)
+        multiplications = direct_multiplications * described.quad_products // described.products
     weights = filters * geometry.kernel_size * described.group_channels
     moved = BYTES[dtype] * (batch * length * channels + weights + batch * outputs * filters)
     compute = 2 * direct_multiplications / (gflops * 1e9 * {"float64": 0.5, "bfloat16": 2.0}.get(dtype, 1.0))

@@ -149,8 +149,7 @@ def conv_transpose1d(
             geometry = geometry.with_output(int(length), output_size)
         geometry.check_length(int(length))
 
-    sizes = (group_channels, group_filters, groups, x.dtype.name)
-    layer = Layer(geometry.convolution, layout, *sizes, transposed=geometry)
+    layer = Layer.of(geometry, layout, group_channels, group_filters, groups, x.dtype.name)
     numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, groups, geometry.kernel_size)
     outputs = Dim(geometry.output_length(length) if output_size is None else output_size)
     return _emit_layer(x, filter, bias, layer, numbers, outputs, filter_layout)

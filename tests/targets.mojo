@@ -11,6 +11,7 @@ from kernels.lanes import PACK, FilterSteps, Memory, Operands, accumulator
 from kernels.lengthwise import conv1d_lengthwise
 from kernels.paired import conv1d_paired, has_pairs
 from kernels.points import Plan, TAPS, filter_points
+from kernels.transposed import Transposed, conv_transpose1d
 from kernels.winograd import conv1d_winograd
 
 comptime KERNELS = 13
@@ -167,6 +168,76 @@ def layer(
     return Geometry(batch, length, outputs, channels, filters, groups, kernel, stride, dilation, pad, mode)
 
 
+def compare_transposed[dtype: DType, kernel: StaticString, nlc: Bool](t: Transposed) raises -> Bool:
+    """Runs one kernel on one transposed layer of noise, with an SFC filter, and tells whether it is right."""
+    comptime if kernel == "depthwise":
+        if t.groups != t.channels or t.filters != t.channels:
+            return True
+    var state = UInt64(7)
+    var channels = t.group_channels()
+    var filters = t.group_filters()
+    var x = List[Scalar[dtype]]()
+    for _ in range(t.batch * t.length * t.channels):
+        x.append(noise(state).cast[dtype]())
+    var w = List[Scalar[dtype]]()
+    for _ in range(t.kernel * filters * t.channels):
+        w.append(noise(state).cast[dtype]())
+    var bias = List[Scalar[dtype]]()
+    for _ in range(t.filters):
+        bias.append(noise(state).cast[dtype]())
+    var y = List[Scalar[dtype]](length=t.batch * t.out_length * t.filters, fill=0)
+    var out = y.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    var o = Operands[dtype](
+        x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+        w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+        bias.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+        True,
+    )
+
+    @__parameter
+    @always_inline
+    def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
+        comptime if nlc:
+            out.unsafe_offset((n * t.out_length + position) * t.filters + filter).unsafe_store(value)
+        else:
+            out.unsafe_offset((n * t.filters + filter) * t.out_length + position).unsafe_store(value)
+
+    var steps = FilterSteps(filters * t.channels, 1, t.channels)
+    conv_transpose1d[write, kernel, 0, False, False, nlc, "SFC"](t, steps, channels, o)
+    var worst = 0.0
+    for n in range(t.batch):
+        for l in range(t.out_length):
+            for f in range(t.filters):
+                var want = bias[f].cast[DType.float64]()
+                for k in range(t.kernel):
+                    var at = l + t.pad_left - k * t.dilation
+                    if at < 0 or at % t.stride != 0 or at // t.stride >= t.length:
+                        continue
+                    for c in range(channels):
+                        var channel = f // filters * channels + c
+                        var place = (n * t.channels + channel) * t.length + at // t.stride
+                        comptime if nlc:
+                            place = (n * t.length + at // t.stride) * t.channels + channel
+                        var value = w[(k * filters + f % filters) * t.channels + channel]
+                        want += x[place].cast[DType.float64]() * value.cast[DType.float64]()
+                var place = (n * t.filters + f) * t.out_length + l
+                comptime if nlc:
+                    place = (n * t.out_length + l) * t.filters + f
+                var off = abs(y[place].cast[DType.float64]() - want)
+                if not (off <= worst):  # NaN is kept
+                    worst = off
+    _ = out
+    _ = x^
+    _ = w^
+    _ = bias^
+    var terms = Float64(t.kernel * channels)
+    var limit = 1.5e-6 * sqrt(terms) + (0.004 * (terms + 1) if dtype == DType.bfloat16 else 0.0)
+    if worst <= limit:
+        return True
+    print(kernel, "transposed is off by", worst, "of", limit, "on", t.channels, t.filters, t.kernel, t.stride)
+    return False
+
+
 def main() raises:
     var right = True
     var runs = 0
@@ -184,6 +255,19 @@ def main() raises:
             right = compare[DType.float32, kernel](g) and right
             right = compare[DType.bfloat16, kernel](g) and right
             runs += 2
+    for t in [
+        Transposed(1, 30, 61, 33, 65, 1, 4, 2, 1, 1),
+        Transposed(2, 11, 50, 32, 48, 2, 11, 5, 1, 4),
+        Transposed(1, 9, 60, 5, 3, 1, 3, 6, 4, 0),
+        Transposed(1, 20, 41, 24, 24, 24, 3, 2, 3, 2),
+    ]:
+        comptime for kernel in ["dense", "depthwise", "lengthwise", "winograd"]:
+            right = compare_transposed[DType.float32, kernel, True](t) and right
+            right = compare_transposed[DType.bfloat16, kernel, True](t) and right
+            runs += 2
+        comptime for kernel in ["lengthwise", "winograd"]:
+            right = compare_transposed[DType.float32, kernel, False](t) and right
+            runs += 1
     print("right" if right else "wrong", runs)
     if not right:
         exit(1)

@@ -6,7 +6,7 @@ import pytest
 
 from max_conv import explain
 from max_conv.dispatch import LEAST_OUTPUTS, LEAST_PACKED, Layer, choose, quad_products
-from max_conv.geometry import Geometry
+from max_conv.geometry import Geometry, TransposedGeometry
 from max_conv.layouts import Layout
 
 K3 = Geometry.of(3, padding=1)
@@ -43,13 +43,34 @@ KERNELS = [
     (K3, "NLC", 80, 384, 1, "float16", "winograd"),
     (Geometry.of(3, dilation=10_000), "NCL", 80, 384, 1, "bfloat16", "lengthwise"),
 ]
+UP2, UP8 = TransposedGeometry.of(4, stride=2, padding=1), TransposedGeometry.of(16, stride=8, padding=4)
+KERNELS += [
+    (UP8, "NLC", 512, 256, 1, "float32", "winograd"),
+    (UP8, "NCL", 512, 256, 1, "float32", "winograd"),
+    (UP2, "NLC", 64, 16, 1, "float32", "winograd"),  # 32 filters of two phases
+    (UP2, "NLC", 64, 7, 1, "float32", "lengthwise"),
+    (UP2, "NLC", 31, 64, 1, "float32", "short"),
+    (TransposedGeometry.of(8, stride=8), "NLC", 512, 256, 1, "float32", "dense"),
+    (TransposedGeometry.of(5, stride=4), "NLC", 96, 96, 1, "float32", "dense"),  # 20 multiplications for 20
+    (TransposedGeometry.of(11, stride=5), "NLC", 384, 192, 1, "float32", "winograd"),
+    (UP2, "NLC", 1, 1, 512, "float32", "depthwise"),
+    (UP2, "NLC", 1, 2, 512, "float32", "lengthwise"),
+    (UP2, "NCL", 1, 1, 512, "float32", "lengthwise"),
+    (UP2, "NLC", 64, 64, 1, "bfloat16", "paired"),
+]
 
 
 @pytest.mark.parametrize(("geometry", "layout", "channels", "filters", "groups", "dtype", "kernel"), KERNELS)
 def test_kernel_of_a_layer(
-    geometry: Geometry, layout: Layout, channels: int, filters: int, groups: int, dtype: str, kernel: str
+    geometry: Geometry | TransposedGeometry,
+    layout: Layout,
+    channels: int,
+    filters: int,
+    groups: int,
+    dtype: str,
+    kernel: str,
 ) -> None:
-    assert choose(Layer(geometry, layout, channels, filters, groups, dtype)).kernel == kernel
+    assert choose(Layer.of(geometry, layout, channels, filters, groups, dtype)).kernel == kernel
 
 
 @pytest.mark.parametrize(
@@ -81,6 +102,23 @@ def test_a_layer_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert found.flops == 2 * 2 * 3000 * 384 * 3 * 80
     assert found.multiplications == found.flops // 4
     assert found.bytes == 4 * (2 * 3000 * 80 + 3 * 80 * 384 + 2 * 3000 * 384)
+
+
+def test_a_transposed_layer_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    from max.dtype import DType
+
+    from max_conv import ConvTranspose1D
+
+    up = ConvTranspose1D(16, 512, 256, DType.float32, stride=8, padding=4)
+    found = explain(up, length=100)
+    assert capsys.readouterr().out == f"{found}\n"
+    assert (found.kernel, found.bound, found.output_shape) == ("winograd", "compute", (1, 800, 256))
+    assert found.flops == 2 * 100 * 512 * 256 * 16
+    assert found.multiplications == found.flops // 2 * 5 // 8
+    assert found.bytes == 4 * (100 * 512 + 16 * 512 * 256 + 800 * 256)
+    # Fewer outputs of a phase than Winograd's kernel wants.
+    assert explain(up, length=5).kernel == "dense"
+    assert explain(UP8, length=100, channels=512, filters=256).kernel == "winograd"
 
 
 @pytest.mark.parametrize(("packed", "least", "dilations"), [(True, LEAST_PACKED, 4), (False, LEAST_OUTPUTS, 16)])

@@ -19,7 +19,7 @@ from max_conv import idle
 from max_conv.arrays import as_buffer
 from max_conv.dispatch import Layer
 from max_conv.frontends.torch import Conv1d
-from max_conv.geometry import Geometry
+from max_conv.geometry import Geometry, TransposedGeometry
 from max_conv.layouts import permute
 from max_conv.packing import LINE, Packing, aligned, cpu_features
 from max_conv.reference import conv1d_ref
@@ -39,6 +39,34 @@ def test_every_layout_packs_alike(kernel: str, filter_layout: str) -> None:
     got = Packing("weight", kernel, layer, filter_layout)(permute(w, "SCF", filter_layout))
     assert got.tobytes() == want.tobytes()
     assert got.ctypes.data % LINE == 0
+
+
+@pytest.mark.parametrize("kernel", ["winograd", "dense", "depthwise", "lengthwise"])
+def test_every_transposed_layout_packs_alike(kernel: str) -> None:
+    groups, channels, filters = (34, 1, 1) if kernel == "depthwise" else (2, 5, 34)
+    geometry = TransposedGeometry.of(7, stride=6, dilation=4)
+    layer = Layer.of(geometry, "NLC", channels, filters, groups)
+    w = normal(7, filters, groups * channels)
+    want = Packing("weight", kernel, layer, "SFC")(w)
+    fsc = w.reshape(7, filters, groups, channels).transpose(2, 1, 0, 3).reshape(groups * filters, 7, channels)
+    for layout, same in (("CFS", permute(w, "SFC", "CFS")), ("FSC", fsc)):
+        got = Packing("weight", kernel, layer, layout)(same)
+        assert got.tobytes() == want.tobytes() and got.ctypes.data % LINE == 0
+
+
+def test_phases_are_filters() -> None:
+    """Tap k belongs to phase k mod 3; in the order of time it is the last but k // 3 of the phase."""
+    w = normal(7, 5, 4)
+    layer = Layer.of(TransposedGeometry.of(7, stride=3), "NLC", 4, 5, 1)
+    phased = Packing("weight", "lengthwise", layer, "SFC")(w)
+    assert phased.shape == (3, 4, 3 * 5)
+    for t, phase in np.ndindex(3, 3):
+        k = phase + 3 * (2 - t)
+        got = phased[t, :, phase * 5 : (phase + 1) * 5]
+        assert (got == (w[k].T if k < 7 else 0)).all()
+    panels = Packing("weight", "dense", layer, "SFC")(w).reshape(2, 3, 4, 32)
+    assert (panels[0, :, :, :5] == phased[..., :5]).all() and (panels[0, :, :, 16:21] == phased[..., 5:10]).all()
+    assert (panels[1, :, :, :5] == phased[..., 10:]).all() and not panels[:, :, :, 5:16].any()
 
 
 def test_dense_panels_hold_the_filter_and_zeros() -> None:

@@ -159,8 +159,7 @@ def scalars_of(*numbers: int) -> list[Buffer]:
 
 
 def described(layer: Layer) -> dispatch.Layer:
-    sizes = (layer.group_channels, layer.group_filters, layer.groups, "float32")
-    return dispatch.Layer(layer.geometry.convolution, "NLC", *sizes, transposed=layer.geometry)
+    return dispatch.Layer.of(layer.geometry, "NLC", layer.group_channels, layer.group_filters, layer.groups)
 
 
 def compare(layer: Layer, dtype: DType) -> None:
