@@ -179,12 +179,13 @@ def start(kind: str, names: Sequence[str], threads: int, folder: Path) -> dict[s
 
 def write_reference(layer: Layer, dtype: str, file: Path) -> None:
     """Writes the float64 answer, (N, F, L): computed once for all contenders."""
-    from max_conv.reference import conv1d_ref
+    from max_conv.reference import conv1d_ref, conv_transpose1d_ref
 
-    x, w, bias = layer.data(dtype)
     stride, padding, dilation, groups = layer.options
-    options: dict[str, Any] = {"groups": groups, "layout": "NCL", "filter_layout": "FCS"}
-    np.save(file, conv1d_ref(x, w, bias, stride=stride, padding=padding, dilation=dilation, **options))
+    options: dict[str, Any] = {"groups": groups, "layout": "NCL", "stride": stride, "padding": padding}
+    options |= {"dilation": dilation, "filter_layout": "CFS" if layer.transposed else "FCS"}
+    convolve = conv_transpose1d_ref if layer.transposed else conv1d_ref
+    np.save(file, convolve(*layer.data(dtype), **options))
 
 
 def run_layer(

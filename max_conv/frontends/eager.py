@@ -150,14 +150,14 @@ class EagerConvTranspose1D(_Eager, ConvTranspose1D):
             A graph value, a NumPy array for a NumPy array, or a `max.driver.Buffer`, which speaks DLPack.
         """
         along = self.layout[-len(x.shape) :].index("L")
-        if isinstance(output_size, tuple | list):
-            sizes = list(output_size)
-            output_size = one("output_size", [sizes[along]] if len(sizes) == len(x.shape) else sizes, self.op)
+        size: Any = output_size
+        if isinstance(size, tuple | list):
+            size = one("output_size", [size[along]] if len(size) == len(x.shape) else size, self.op)
         if isinstance(x, TensorValue):
-            return super().__call__(x, output_size)
+            return super().__call__(x, size)
         added = self.output_padding
-        if output_size is not None:
-            added = self.geometry.with_output(x.shape[along], output_size).output_padding
+        if size is not None:
+            added = self.geometry.with_output(x.shape[along], size).output_padding
         return self._run(x, lambda value: self._emit(value, output_padding=added), added)
 
 
