@@ -217,12 +217,16 @@ def conv_transpose1d[
                     write[width](n, output, filter, value)
                 else:
                     put[write, True](n, output, filter, value, unit[unsafe_offset=2] - column % lanes)
-        elif True:
-            if column % lanes < unit[unsafe_offset=2]:
+        else:
+            if column % lanes >= unit[unsafe_offset=2]:
+                return
+            if output >= 0 and output + (width - 1) * t.stride < t.out_length:
                 comptime for i in range(width):
-                    if output >= 0 and output < t.out_length:
-                        write[1](n, output, filter, value[i])
-                    output += t.stride
+                    write[1](n, output + i * t.stride, filter, value[i])
+            else:
+                for i in range(width):
+                    if output + i * t.stride >= 0 and output + i * t.stride < t.out_length:
+                        write[1](n, output + i * t.stride, filter, value[i])
 
     if g.out_length > 0:
         var phased = Operands[dtype](o.x, o.w, biases, o.has_bias)
