@@ -13,10 +13,12 @@ from .layouts import FilterLayout, Layout, TransposedFilterLayout
 from .ops import conv1d, conv_transpose1d
 
 
-class _Layer(nn.Module):
-    """What both layers know of their channels, and of what they are called with."""
+class ConvolutionLayer(nn.Module):
+    """What both layers know of their channels, their filter, and what they are called with."""
 
     op: str
+    filter_attribute: str
+    filter_layout: Any
     bias: Weight | None = None
 
     def __init__(
@@ -47,6 +49,10 @@ class _Layer(nn.Module):
         """Returns a new weight of the layer's dtype and device."""
         return Weight(f"{self._prefix}{name}", self.dtype, shape, self.device or DeviceRef.CPU())
 
+    def _filter(self) -> TensorValue:
+        """Returns what the layer convolves with."""
+        return getattr(self, self.filter_attribute)
+
     @property
     def layout(self) -> Layout:
         """The data's axis order."""
@@ -58,7 +64,7 @@ class _Layer(nn.Module):
         return (TensorType(self.dtype, [sizes[axis] for axis in self.layout], self.device or DeviceRef.CPU()),)
 
 
-class Conv1D(_Layer):
+class Conv1D(ConvolutionLayer):
     """Convolves a sequence; a drop-in for `max.nn.Conv1D`.
 
     `L_out = (L + left + right - dilation * (kernel_size - 1) - 1) // stride + 1`
@@ -93,7 +99,7 @@ class Conv1D(_Layer):
     Source: `max.nn.Conv1D`, whose arguments these are.
     """
 
-    op = "conv1d"
+    op, filter_attribute = "conv1d", "filter"
     filter: Weight
 
     def __init__(
@@ -135,9 +141,6 @@ class Conv1D(_Layer):
         """The filter's axis order."""
         return "FCS" if self.permute else "SCF"
 
-    def _filter(self) -> TensorValue:
-        return self.filter
-
     def __call__(self, x: TensorValue) -> TensorValue:
         """Emits the convolution of `x` into the current graph.
 
@@ -161,7 +164,7 @@ class Conv1D(_Layer):
         )
 
 
-class ConvTranspose1D(_Layer):
+class ConvTranspose1D(ConvolutionLayer):
     """Convolves a sequence transposed, as upsampling layers do; `max.nn.ConvTranspose1d` with groups and dilation.
 
     `L_out = (L - 1) * stride - left - right + dilation * (kernel_size - 1) + output_padding + 1`
@@ -197,7 +200,7 @@ class ConvTranspose1D(_Layer):
     https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose1d.html
     """
 
-    op = "conv_transpose1d"
+    op, filter_attribute = "conv_transpose1d", "weight"
     weight: Weight
 
     def __init__(
@@ -253,9 +256,6 @@ class ConvTranspose1D(_Layer):
             (N, L_out, F), or (N, F, L_out) with `permute`.
         """
         return self._emit(x, output_padding=self.output_padding, output_size=output_size)
-
-    def _filter(self) -> TensorValue:
-        return self.weight
 
     def _emit(self, x: TensorValue, **lengths: int | None) -> TensorValue:
         return conv_transpose1d(

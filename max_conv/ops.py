@@ -165,7 +165,7 @@ def _emit_layer(
     filter_layout: str,
 ) -> TensorValue:
     """Chooses the kernel of a layer that has been checked, and emits it."""
-    x = _in_graph(x)
+    x = in_graph(x)
     if batched := x.rank == 3:
         batch = x.shape[0]
     else:
@@ -173,7 +173,7 @@ def _emit_layer(
     known = [int(size) if isinstance(size, StaticDim) else None for size in (batch, outputs)]
     kernel = choose(layer, *known, packed=packable(filter)).kernel
     operand, order = _operand(filter, kernel, layer, filter_layout)
-    bias = ops.constant([], x.dtype, device=x.device) if bias is None else _in_graph(bias)
+    bias = ops.constant([], x.dtype, device=x.device) if bias is None else in_graph(bias)
     scalars = [ops.constant(number, DType.int64, device=DeviceRef.CPU()) for number in numbers]
     sizes = {"N": batch, "L": outputs, "C": Dim(layer.group_filters * layer.groups)}
     shape = [sizes[axis] for axis in layer.layout]
@@ -190,7 +190,7 @@ def _operand(filter: TensorValue, kernel: str, layer: Layer, filter_layout: str)
     permuted = needs_scf and filter_layout != "SCF" and not layer.transposed
     if packable(filter, kernel) and (kernel in PANELS or permuted or layer.transposed):
         return packed(filter, kernel, layer, filter_layout)
-    filter = _in_graph(filter)
+    filter = in_graph(filter)
     return (permute(filter, filter_layout, "SCF"), "SCF") if permuted else (filter, filter_layout)
 
 
@@ -249,7 +249,8 @@ def custom_op(
     return [value.tensor for value in ops.custom(name, device, operands, results, parameters)]
 
 
-def _in_graph(value: TensorValue) -> TensorValue:
+def in_graph(value: TensorValue) -> TensorValue:
+    """Returns a weight as a value of the current graph, and any other value as it is."""
     if isinstance(value, Weight) and value.shard_idx is None:
         # A weight remembers the first graph it was used in; asking the graph lets a layer be traced again.
         return Graph.current.add_weight(value, force_initial_weight_on_host=not value._has_alias)

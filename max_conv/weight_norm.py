@@ -15,15 +15,16 @@ from max.graph import TensorValue, Weight, ops
 from .arrays import as_buffer, as_float64
 from .checkpoint import fold_weight_norm, weight_norm_names
 from .layouts import permutation, permute
-from .nn import Conv1D, ConvTranspose1D
+from .nn import Conv1D, ConvolutionLayer, ConvTranspose1D
 from .nn import ConvTranspose1d as PlainConvTranspose1d
+from .ops import in_graph
 from .packing import derived
 
 TORCH = {"SCF": "FCS", "SFC": "CFS"}
 """PyTorch's axis order of native filters, in which `dim` counts."""
 
 
-class _WeightNorm(nn.Module):
+class _WeightNorm(ConvolutionLayer):
     """What weight norm adds to a layer whose filter is the weight named "weight"."""
 
     weight_g: Weight
@@ -32,18 +33,18 @@ class _WeightNorm(nn.Module):
     def __init__(self, *args: Any, dim: int | None = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if dim is not None and dim not in range(-3, 3):
-            raise ValueError(f"{self.op}: dim must be None or an axis of the filter, -3 to 2, but is {dim!r}.")  # type: ignore[attr-defined]
+            raise ValueError(f"{self.op}: dim must be None or an axis of the filter, -3 to 2, but is {dim!r}.")
         self.dim = None if dim in (None, -1) else dim % 3  # -1 is PyTorch's other word for the whole
         self.folded = False
-        filter = super()._filter()  # type: ignore[misc]
-        sizes = [int(filter.shape[axis]) for axis in permutation(self._order, self._torch_order)]
+        shape = [int(size) for size in super()._filter().shape]
+        sizes = [shape[axis] for axis in permutation(self._order, self._torch_order)]
         norms = [] if self.dim is None else [size if axis == self.dim else 1 for axis, size in enumerate(sizes)]
-        self.weight_g = self._declare("weight_g", norms)  # type: ignore[attr-defined]
-        self.weight_v = self._declare("weight_v", filter.shape)  # type: ignore[attr-defined]
+        self.weight_g = self._declare("weight_g", norms)
+        self.weight_v = self._declare("weight_v", shape)
 
     @property
     def _order(self) -> str:
-        return self.filter_layout  # type: ignore[attr-defined]
+        return self.filter_layout
 
     @property
     def _torch_order(self) -> str:
@@ -53,40 +54,43 @@ class _WeightNorm(nn.Module):
     def layer_weights(self) -> dict[str, Weight]:
         """The weights by name: those of weight norm until they are folded, then the filter."""
         absent = ("weight_g", "weight_v") if self.folded else ("weight",)
-        names = {self._prefix + name for name in absent}  # type: ignore[attr-defined]
+        names = {self._prefix + name for name in absent}
         return {name: weight for name, weight in super().layer_weights.items() if name not in names}
 
     def fold(self, g: Any, v: Any) -> Buffer:
         """Returns the filter that magnitude and direction stand for, in the layer's layout and dtype."""
         direction = permute(as_float64(v), self._order, self._torch_order)
         folded = fold_weight_norm(as_float64(g), direction, self.dim)
-        return as_buffer(permute(folded, self._torch_order, self._order), self.dtype)  # type: ignore[attr-defined]
+        return as_buffer(permute(folded, self._torch_order, self._order), self.dtype)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], **options: Any) -> None:
         """Sets the weights, and folds magnitude and direction, in either of PyTorch's spellings."""
         state = weight_norm_names(state_dict)
-        g, v, filter = (f"{self._prefix}{name}" for name in ("weight_g", "weight_v", "weight"))  # type: ignore[attr-defined]
+        g, v, filter = (f"{self._prefix}{name}" for name in ("weight_g", "weight_v", "weight"))
         if g in state and v in state:
             state[filter] = self.fold(state.pop(g), state.pop(v))
-        if filter in state:
-            self.folded = True
-        super().load_state_dict(state, **options)
+        before, self.folded = self.folded, self.folded or filter in state
+        try:
+            super().load_state_dict(state, **options)
+        except ValueError:
+            self.folded = before
+            raise
 
     def _filter(self) -> TensorValue:
         if self.folded:
-            return super()._filter()  # type: ignore[misc]
+            return super()._filter()
         v = self.weight_v
         weight = Weight(f"{v.name}.folded", v.dtype, v.shape, v.device)
         return derived(weight, (self.weight_g, v), self.fold) or self._fold_in_graph()
 
     def _fold_in_graph(self) -> TensorValue:
         axes = permutation(self._order, self._torch_order)
-        direction = ops.cast(self.weight_v, DType.float64).permute(list(axes))
+        direction = ops.cast(in_graph(self.weight_v), DType.float64).permute(list(axes))
         squares = direction * direction
         for axis in range(3):
             if axis != self.dim:
                 squares = ops.sum(squares, axis)
-        magnitude = ops.cast(self.weight_g, DType.float64).reshape([*squares.shape])
+        magnitude = ops.cast(in_graph(self.weight_g), DType.float64).reshape([*squares.shape])
         folded = direction * (magnitude / ops.sqrt(squares))
         return ops.cast(folded.permute(list(permutation(self._torch_order, self._order))), self.weight_v.dtype)
 
@@ -158,7 +162,7 @@ def remove_weight_norm(module: nn.Module) -> None:
     state = dict(module.state_dict(auto_initialize=False))
     for prefix, layer in module.named_modules():
         if isinstance(layer, _WeightNorm) and not layer.folded:
-            start = prefix + layer._prefix  # type: ignore[attr-defined]
+            start = prefix + layer._prefix
             g, v = (state.pop(f"{start}{name}") for name in ("weight_g", "weight_v"))
             state[f"{start}weight"] = layer.fold(g, v)
             layer.folded = True

@@ -15,7 +15,7 @@ import dev
 import max_conv
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = ("README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "CONTRIBUTING.md", "CHANGELOG.md")
 README = (ROOT / "README.md").read_text()
 
 
@@ -43,7 +43,7 @@ def test_docstring_examples(name):
     assert not runner.summarize(verbose=False).failed, "".join(said)
 
 
-@pytest.mark.parametrize("name", ["Conv1D", "compile", "conv1d"])
+@pytest.mark.parametrize("name", ["Conv1D", "ConvTranspose1D", "compile", "conv1d", "conv_transpose1d"])
 def test_the_public_names_have_examples(name):
     assert doctest.DocTestFinder(recurse=False).find(getattr(max_conv, name), name)[0].examples
 

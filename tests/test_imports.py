@@ -28,7 +28,7 @@ MODULES: dict[str, tuple[str, str]] = {
     "ops": ("checks dispatch geometry kernel_library layouts packing", "max"),
     "recurrent": ("checks ops", "max"),
     "nn": ("checks geometry layouts ops", "max"),
-    "weight_norm": ("arrays checkpoint layouts nn packing", "max"),
+    "weight_norm": ("arrays checkpoint layouts nn ops packing", "max"),
     "idle": ("", ""),
     "session": ("checkpoint idle packing", "max numpy"),
     "checkpoint": ("geometry layouts", "numpy"),

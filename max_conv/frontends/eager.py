@@ -4,22 +4,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from max import nn
 from max.driver import Buffer
 from max.dtype import DType
 from max.graph import DeviceRef, TensorValue
 
 from ..arrays import as_buffer
 from ..geometry import Padding
-from ..nn import Conv1D, ConvTranspose1D
+from ..nn import Conv1D, ConvolutionLayer, ConvTranspose1D
 from ..session import Model, compile
 
 
-class _Eager(nn.Module):
+class _Eager(ConvolutionLayer):
     """A layer that starts with random weights and also runs on arrays."""
-
-    op: str
-    dtype: DType
 
     def _start(self, fan: int, bias: bool, generator: np.random.Generator | int | None) -> None:
         """Sets start values: U(-sqrt(1 / fan), sqrt(1 / fan)), of the bias only where `bias` says so, otherwise zeros."""
@@ -49,7 +45,7 @@ class _Eager(nn.Module):
                     f"{self.op}: this layer's weights belong to a model, as {weight.name!r}; call the compiled model."
                 )
         if key not in self._models:
-            self._models[key] = compile(emit, self.input_types(), weights=self.state_dict())  # type: ignore[attr-defined]
+            self._models[key] = compile(emit, self.input_types(), weights=self.state_dict())
         model = self._models[key]
         if len(x.shape) != 2:
             return model(x)
