@@ -179,7 +179,9 @@ def conv_transpose1d[
     comptime lanes = 1 if depthwise or kernel == "lengthwise" else LANES
     var g = t.convolution(lanes)
     var filters = t.group_filters()
-    var room = g.filters // (t.groups * t.phases())
+    var phases = t.phases()
+    var room = g.filters // (t.groups * phases)
+    var start = t.first() * t.stride - t.pad_left
 
     # Where `lanes` filters of the convolution go: outputs from the first one's place, filters, how many there are.
     var units = g.filters // lanes
@@ -189,13 +191,13 @@ def conv_transpose1d[
     var biases = bias.data()
     for unit in range(units):
         var column = unit * lanes
-        var group = column // (room * t.phases())
-        var phase = column // room % t.phases()
+        var group = column // (room * phases)
+        var phase = column // room % phases
         comptime if depthwise:
             group = column % t.groups
             phase = column // t.groups
         var filter = column % room
-        places[unsafe_offset=3 * unit] = t.first() * t.stride + phase * t.dilation - t.pad_left
+        places[unsafe_offset=3 * unit] = start + phase * t.dilation
         places[unsafe_offset=3 * unit + 1] = group * filters + filter
         places[unsafe_offset=3 * unit + 2] = filters - filter
         if o.has_bias:

@@ -6,6 +6,7 @@ vectors of filters is summed like a tile of `dense`. The polynomials stand in `p
 
 from std.math import ceildiv, gcd
 from std.sys.info import simd_width_of, size_of
+from std.sys.intrinsics import PrefetchOptions, prefetch
 
 from .dense import tile_rows
 from .geometry import Geometry
@@ -18,6 +19,10 @@ from .window import Window
 comptime VECTORS = 2
 comptime SUM = 32
 """Terms in one running sum. Transforms cost accuracy, shorter sums win it back."""
+comptime NEAR = PrefetchOptions().for_read().high_locality().to_data_cache()
+comptime AHEAD = 24
+"""Channels between the filter's values that are multiplied and those that are asked for: a filter that is far away came 15 to
+25 % faster, others alike."""
 comptime DATA_BYTES = 320 * 1024
 """Transformed data of one block."""
 comptime MOST_BYTES = 720 * 1024
@@ -116,6 +121,7 @@ def tile[
             for c in range(channel, min(channel + step, channels)):
                 var b = Array[SIMD[acc, width], vectors](fill=SIMD[acc, width](0))
                 comptime for j in range(vectors):
+                    prefetch[NEAR](w.unsafe_offset((c + AHEAD) * filter_row + j * width))
                     b[j] = w.unsafe_offset(c * filter_row + j * width).unsafe_load[width=width]()
                 comptime for i in range(rows):
                     var a = SIMD[acc, width](x[unsafe_offset=i * row_size + c])
