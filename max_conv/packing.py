@@ -82,8 +82,7 @@ class Packing:
         layer = self.layer
         taps = layer.geometry.kernel_size
         if self.kernel not in PANELS:
-            phases = layer.transposed.phases if layer.transposed else 1
-            return taps, layer.group_channels, layer.groups * phases * layer.group_filters
+            return taps, layer.group_channels, layer.groups * layer.filters
         panels = -(-layer.columns // PANEL)
         rows = quad_products(layer.geometry) if self.kernel == "winograd" else taps
         channels = layer.group_channels + (self.kernel == "paired" and layer.group_channels % 2)

@@ -12,3 +12,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=DEFAULT,
         help="How many random layers the property tests compare with the reference (a long run: 1000000).",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Lets the longest files begin, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: "property" not in item.path.name)

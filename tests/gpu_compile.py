@@ -43,7 +43,7 @@ def main() -> None:
     rows += [(FLOAT32, conv_transpose1d, layer) for layer in TRANSPOSED]
     for dtype in OTHERS:
         rows += [(dtype, conv1d, layer) for layer in LAYERS[-2:]]
-        rows += [(dtype, conv_transpose1d, layer) for layer in TRANSPOSED[-2:]]
+        rows += [(dtype, conv_transpose1d, layer) for layer in TRANSPOSED[-1:]]
     types = []
     for dtype, _, (layout, _, shape, _) in rows:
         x = ["n", "l", 8] if layout == "NLC" else ["n", 8, "l"]

@@ -79,7 +79,7 @@ def answer(model: Model, inputs: list[Buffer], dtype: DType) -> np.ndarray:
 def check_answer(
     name: str, out: np.ndarray, want: np.ndarray, dtype: DType, kernel: str, terms: tuple[int, int], scale: float
 ) -> None:
-    """Compares with the reference. An output sums `terms`, taps and channels, whose products are at most `scale`."""
+    """Compares with the reference. An output sums `terms`, taps and channels; `scale` bounds products and bias."""
     assert out.shape == want.shape, name
     # Winograd's transforms lose digits whatever the number of channels: it is chosen from 32 on.
     count = terms[0] * max(terms[1], 32 if kernel == "winograd" else 1)

@@ -374,10 +374,13 @@ def test_sentence(name: str) -> None:
 
 
 def raise_statements() -> set[tuple[str, int]]:
-    """Returns the file and line of every `raise` in the checked sources."""
+    """Returns the file and line of every `raise` of a sentence in the checked sources."""
     trees = {name: ast.parse((PACKAGE / name).read_text()) for name in CHECKED}
     return {
-        (name, node.lineno) for name, tree in trees.items() for node in ast.walk(tree) if isinstance(node, ast.Raise)
+        (name, node.lineno)
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Raise) and node.exc
     }
 
 

@@ -184,7 +184,7 @@ def compare(layer: Layer, dtype: DType) -> None:
         groups=layer.groups,
         padding_mode=layer.padding_mode,
     )
-    scale = np.abs(values[0]).max(initial=0) * np.abs(values[1]).max()
+    scale = max(np.abs(values[0]).max(initial=0) * np.abs(values[1]).max(), np.abs(values[2]).max(initial=0))
 
     mode = PADDING_MODES.index(layer.padding_mode)
     numbers = (layer.stride, layer.dilation, *layer.padding, mode, layer.groups, layer.kernel_size)

@@ -208,6 +208,24 @@ def conv_transpose1d[
 
     @__parameter
     @always_inline
+    def scatter[width: Int](n: Int, output: Int, filter: Int, value: SIMD[dtype, width]):
+        """Writes outputs that stand a stride apart, as far as they are there."""
+        if output >= 0 and output + (width - 1) * t.stride < t.out_length:
+            comptime for i in range(width):
+                write[1](n, output + i * t.stride, filter, value[i])
+        else:
+            for i in range(width):
+                if output + i * t.stride >= 0 and output + i * t.stride < t.out_length:
+                    write[1](n, output + i * t.stride, filter, value[i])
+
+    @__parameter
+    @no_inline
+    def scatter_called[width: Int](n: Int, output: Int, filter: Int, value: SIMD[dtype, width]):
+        """The same for `lengthwise`, which has many places to call it from: inlined, a layer compiled in 3.3 s, not 2.1."""
+        scatter(n, output, filter, value)
+
+    @__parameter
+    @always_inline
     def place[width: Int](n: Int, position: Int, column: Int, value: SIMD[dtype, width]):
         """Writes outputs of neighbouring columns in NLC data, and of neighbouring positions in NCL data."""
         var unit = places.unsafe_offset(column // lanes * 3)
@@ -220,15 +238,11 @@ def conv_transpose1d[
                 else:
                     put[write, True](n, output, filter, value, unit[unsafe_offset=2] - column % lanes)
         else:
-            if column % lanes >= unit[unsafe_offset=2]:
-                return
-            if output >= 0 and output + (width - 1) * t.stride < t.out_length:
-                comptime for i in range(width):
-                    write[1](n, output + i * t.stride, filter, value[i])
-            else:
-                for i in range(width):
-                    if output + i * t.stride >= 0 and output + i * t.stride < t.out_length:
-                        write[1](n, output + i * t.stride, filter, value[i])
+            if column % lanes < unit[unsafe_offset=2]:
+                comptime if kernel == "lengthwise":
+                    scatter_called(n, output, filter, value)
+                else:
+                    scatter(n, output, filter, value)
 
     if g.out_length > 0:
         var phased = Operands[dtype](o.x, o.w, biases, o.has_bias)
