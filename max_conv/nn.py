@@ -19,10 +19,12 @@ class ConvolutionLayer(nn.Module):
     op: str
     filter_attribute: str
     filter_layout: Any
+    geometry: Geometry | TransposedGeometry
     bias: Weight | None = None
 
     def __init__(
         self,
+        geometry: Geometry | TransposedGeometry,
         in_channels: int,
         out_channels: int,
         dtype: DType,
@@ -32,6 +34,11 @@ class ConvolutionLayer(nn.Module):
         name: str | None,
     ) -> None:
         super().__init__()
+        self.geometry = geometry
+        self.kernel_size = geometry.kernel_size
+        self.stride = geometry.stride
+        self.padding = (geometry.left, geometry.right)
+        self.dilation = geometry.dilation
         self.in_channels = positive("in_channels", in_channels, self.op)
         self.out_channels = positive("out_channels", out_channels, self.op)
         self.num_groups = positive("num_groups", groups, self.op)
@@ -120,21 +127,12 @@ class Conv1D(ConvolutionLayer):
         padding_mode: str = "zeros",
     ) -> None:
         geometry = Geometry.of(kernel_size, stride, padding, dilation, padding_mode)
-        super().__init__(in_channels, out_channels, dtype, num_groups, device, permute, name)
-        self.kernel_size = geometry.kernel_size
-        self.stride = geometry.stride
-        self.padding = (geometry.left, geometry.right)
-        self.dilation = geometry.dilation
+        super().__init__(geometry, in_channels, out_channels, dtype, num_groups, device, permute, name)
         self.padding_mode = padding_mode
         sizes = {"S": geometry.kernel_size, "C": self.in_channels // self.num_groups, "F": self.out_channels}
         self.filter = self._declare("weight", [sizes[axis] for axis in self.filter_layout])
         if has_bias:
             self.bias = self._declare("bias", [self.out_channels])
-
-    @property
-    def geometry(self) -> Geometry:
-        """What the layer does along the length."""
-        return Geometry(self.kernel_size, self.stride, self.dilation, *self.padding, self.padding_mode)  # type: ignore[arg-type]
 
     @property
     def filter_layout(self) -> FilterLayout:
@@ -201,6 +199,7 @@ class ConvTranspose1D(ConvolutionLayer):
     """
 
     op, filter_attribute = "conv_transpose1d", "weight"
+    geometry: TransposedGeometry
     weight: Weight
 
     def __init__(
@@ -220,13 +219,9 @@ class ConvTranspose1D(ConvolutionLayer):
         *,
         num_groups: int = 1,
     ) -> None:
-        self.geometry = TransposedGeometry.of(kernel_size, stride, padding, output_padding, dilation)
-        super().__init__(in_channels, out_channels, dtype, num_groups, device, permute, name)
-        self.kernel_size = self.geometry.kernel_size
-        self.stride = self.geometry.stride
-        self.padding = (self.geometry.left, self.geometry.right)
-        self.dilation = self.geometry.dilation
-        self.output_padding = self.geometry.output_padding
+        geometry = TransposedGeometry.of(kernel_size, stride, padding, output_padding, dilation)
+        super().__init__(geometry, in_channels, out_channels, dtype, num_groups, device, permute, name)
+        self.output_padding = geometry.output_padding
         self.weight = self._declare("weight", self.filter_shape)
         if has_bias:
             self.bias = self._declare("bias", [self.out_channels])
