@@ -193,7 +193,7 @@ def jax(layer: Layer, data: Data, _: int) -> Call:
         geometry = ((layer.stride,), ((layer.padding,) * 2,), (1,), (layer.dilation,))
         return jax.lax.conv_general_dilated(x, w, *geometry, axes, layer.groups) + bias
 
-    w = data.w
+    w: Any = data.w
     if layer.transposed:
         parts = w.reshape(layer.groups, -1, *w.shape[1:])[..., ::-1]
         w = np.ascontiguousarray(parts.swapaxes(1, 2).reshape(layer.filters, -1, layer.kernel_size))

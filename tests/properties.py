@@ -6,17 +6,20 @@ the layers are the same in every run, above it they are new ones.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from max.driver import Buffer
+from max.driver import CPU, Buffer
 from max.dtype import DType
-from max.engine import Model
+from max.engine import InferenceSession, Model
+from max.graph import DeviceRef, Graph, Module, TensorType
 
 from conftest import DEFAULT
+from max_conv.kernel_library import kernel_library
+from max_conv.ops import emit
 from max_conv.packing import cpu_features
 
 GUARD = 1024
@@ -56,6 +59,41 @@ def from_bits(bits: np.ndarray, dtype: DType) -> np.ndarray:
     if dtype == DType.bfloat16:
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return bits.astype(np.float64)
+
+
+def compile_ways(ways: Mapping[Way, bool]) -> dict[tuple[DType, Way], Model]:
+    """Compiles a graph for each dtype and way, of a transposed convolution where its value says so.
+
+    A kernel that gives way to another one is made to take all layers.
+    """
+    cpu = DeviceRef.CPU()
+    module = Module()
+    names = {}
+    for dtype in SHARES:
+        for way, transposed in ways.items():
+            kernel, layout, filter_layout = way
+            if not compiles(way, dtype):
+                continue
+            types = [
+                TensorType(dtype, ["n", *(["l", "c"] if layout == "NLC" else ["c", "l"])], cpu),
+                TensorType(dtype, ["w0", "w1", "w2"], cpu),
+                TensorType(dtype, ["b"], cpu),
+                TensorType(DType.int8, ["lo", "fo"], cpu),
+                *[TensorType(DType.int64, [], cpu)] * (6 if transposed else 7),
+            ]
+            names[dtype, way] = name = "_".join((dtype.name, *way))
+            with Graph(name, input_types=types, module=module) as graph:
+                x, w, bias, out, *scalars = (value.tensor for value in graph.inputs)
+                sizes = {"N": x.shape[0], "L": out.shape[0], "C": out.shape[1]}
+                shape = [sizes[axis] for axis in layout]
+                y = emit(x, w, bias, scalars, shape, kernel, layout, filter_layout, least=0, transposed=transposed)
+                graph.output(y)
+    loaded = InferenceSession(devices=[CPU()]).load_all(module, custom_extensions=[kernel_library()])
+    return {key: loaded[name] for key, name in names.items()}
+
+
+def scalars_of(*numbers: int) -> list[Buffer]:
+    return [Buffer.from_numpy(np.array(number, np.int64)) for number in numbers]
 
 
 def guarded(bits: np.ndarray, dtype: DType, offset: int) -> Buffer:

@@ -6,15 +6,12 @@ from functools import cache
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from max.driver import CPU, Buffer
+from max.driver import Buffer
 from max.dtype import DType
-from max.engine import InferenceSession, Model
-from max.graph import DeviceRef, Graph, Module, TensorType
+from max.engine import Model
 
 from max_conv import dispatch
 from max_conv.geometry import PADDING_MODES, Geometry
-from max_conv.kernel_library import kernel_library
-from max_conv.ops import emit
 from max_conv.packing import Packing
 from max_conv.reference import conv1d_ref
 from properties import (
@@ -27,10 +24,12 @@ from properties import (
     Way,
     answer,
     check_answer,
+    compile_ways,
     compiles,
     from_bits,
     guarded,
     run_layers,
+    scalars_of,
     to_bits,
 )
 
@@ -134,35 +133,7 @@ def fits(way: Way, layer: Layer) -> bool:
 
 @cache
 def models() -> dict[tuple[DType, Way], Model]:
-    """Compiles a graph for each dtype and way; a kernel that gives way to another one is made to take all layers."""
-    cpu = DeviceRef.CPU()
-    module = Module()
-    names = {}
-    for dtype in SHARES:
-        types = [
-            TensorType(dtype, ["n", "l", "c"], cpu),
-            TensorType(dtype, ["k", "cg", "f"], cpu),
-            TensorType(dtype, ["b"], cpu),
-            TensorType(DType.int8, ["lo", "fo"], cpu),
-            *[TensorType(DType.int64, [], cpu)] * 7,
-        ]
-        for way in WAYS:
-            kernel, layout, filter_layout = way
-            if not compiles(way, dtype):
-                continue
-            names[dtype, way] = name = "_".join((dtype.name, *way))
-            given = types[:]
-            if layout == "NCL":
-                given[0] = TensorType(dtype, ["n", "c", "l"], cpu)
-            if filter_layout == "FCS":
-                given[1] = TensorType(dtype, ["f", "cg", "k"], cpu)
-            with Graph(name, input_types=given, module=module) as graph:
-                x, w, bias, out, *scalars = (value.tensor for value in graph.inputs)
-                sizes = {"N": x.shape[0], "L": out.shape[0], "C": out.shape[1]}
-                shape = [sizes[axis] for axis in layout]
-                graph.output(emit(x, w, bias, scalars, shape, kernel, layout, filter_layout, least=0))
-    loaded = InferenceSession(devices=[CPU()]).load_all(module, custom_extensions=[kernel_library()])
-    return {key: loaded[name] for key, name in names.items()}
+    return compile_ways(dict.fromkeys(WAYS, False))
 
 
 def compare(layer: Layer, dtype: DType) -> None:
@@ -188,7 +159,6 @@ def compare(layer: Layer, dtype: DType) -> None:
 
     mode = PADDING_MODES.index(layer.padding_mode)
     numbers = (layer.stride, layer.dilation, *layer.padding, mode, layer.groups, layer.kernel_size)
-    scalars = [Buffer.from_numpy(np.array(number, np.int64)) for number in numbers]
     out_length = Buffer.from_numpy(np.zeros(want.shape[1:], np.int8))
     held = {"NLC": x, "NCL": x.transpose(0, 2, 1), "SCF": w, "FCS": w.transpose(2, 1, 0), "F": bias}
     buffers = {name: guarded(bits, dtype, int(random.integers(0, 64))) for name, bits in held.items()}
@@ -206,7 +176,7 @@ def compare(layer: Layer, dtype: DType) -> None:
             )
             filter = Packing("weight", kernel, described, "SCF")(w)
             buffers["packed"] = guarded(filter, dtype, int(random.integers(0, 64)))
-        operands = [buffers[layout], buffers[filter_layout], buffers["F"], out_length, *scalars]
+        operands = [buffers[layout], buffers[filter_layout], buffers["F"], out_length, *scalars_of(*numbers)]
         out = answer(models()[dtype, way], operands, dtype)
         if layout == "NCL":
             out = out.transpose(0, 2, 1)

@@ -8,16 +8,13 @@ from functools import cache
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from max.driver import CPU, Buffer
+from max.driver import Buffer
 from max.dtype import DType
-from max.engine import InferenceSession, Model
-from max.graph import DeviceRef, Graph, Module, TensorType
+from max.engine import Model
 
 from max_conv import dispatch
 from max_conv.geometry import TransposedGeometry
-from max_conv.kernel_library import kernel_library
 from max_conv.layouts import permute
-from max_conv.ops import emit
 from max_conv.packing import Packing
 from max_conv.reference import conv_transpose1d_ref
 from properties import (
@@ -31,10 +28,12 @@ from properties import (
     Way,
     answer,
     check_answer,
+    compile_ways,
     compiles,
     from_bits,
     guarded,
     run_layers,
+    scalars_of,
     to_bits,
 )
 
@@ -126,36 +125,7 @@ def fits(way: Way, layer: Layer) -> bool:
 
 @cache
 def models() -> dict[tuple[DType, Way], Model]:
-    """Compiles a graph for each dtype and way, and for the adjoint of each dtype."""
-    cpu = DeviceRef.CPU()
-    module = Module()
-    names = {}
-    for dtype in SHARES:
-        for way in (*WAYS, CONVOLUTION):
-            kernel, layout, filter_layout = way
-            if not compiles(way, dtype):
-                continue
-            transposed = way != CONVOLUTION
-            types = [
-                TensorType(dtype, ["n", *(["l", "c"] if layout == "NLC" else ["c", "l"])], cpu),
-                TensorType(dtype, ["w0", "w1", "w2"], cpu),
-                TensorType(dtype, ["b"], cpu),
-                TensorType(DType.int8, ["lo", "fo"], cpu),
-                *[TensorType(DType.int64, [], cpu)] * (6 if transposed else 7),
-            ]
-            names[dtype, way] = name = "_".join((dtype.name, *way))
-            with Graph(name, input_types=types, module=module) as graph:
-                x, w, bias, out, *scalars = (value.tensor for value in graph.inputs)
-                sizes = {"N": x.shape[0], "L": out.shape[0], "C": out.shape[1]}
-                shape = [sizes[axis] for axis in layout]
-                y = emit(x, w, bias, scalars, shape, kernel, layout, filter_layout, least=0, transposed=transposed)
-                graph.output(y)
-    loaded = InferenceSession(devices=[CPU()]).load_all(module, custom_extensions=[kernel_library()])
-    return {key: loaded[name] for key, name in names.items()}
-
-
-def scalars_of(*numbers: int) -> list[Buffer]:
-    return [Buffer.from_numpy(np.array(number, np.int64)) for number in numbers]
+    return compile_ways(dict.fromkeys(WAYS, True) | {CONVOLUTION: False})
 
 
 def described(layer: Layer) -> dispatch.Layer:
