@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from max.dtype import DType
-from max.graph import DeviceRef, Graph
+from max.graph import DeviceRef
 
-from max_conv import Conv1D
+from max_conv import Conv1D, PackedGraph
 from max_conv.geometry import Padding
 
 
@@ -32,7 +32,7 @@ def build(
     weights: Mapping[str, Any],
     device: DeviceRef | None = None,
     dtype: DType = DType.float32,
-) -> Graph:
+) -> PackedGraph:
     """Builds the graph of one convolution.
 
     Args:
@@ -69,4 +69,4 @@ def build(
         permute=config.permute,
         padding_mode=config.padding_mode,
     )
-    return Graph("conv1d", layer, layer.input_types())
+    return PackedGraph("conv1d", layer, layer.input_types())

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .dispatch import explain
     from .nn import Conv1D, ConvTranspose1D, ConvTranspose1d
     from .ops import conv1d, conv_transpose1d
-    from .session import Model, compile, load
+    from .packing import PackedGraph
+    from .session import Model, compile, load, registry
     from .weight_norm import (
         WeightNormConv1D,
         WeightNormConvTranspose1D,
@@ -26,6 +27,7 @@ __all__ = [
     "ConvTranspose1D",
     "ConvTranspose1d",
     "Model",
+    "PackedGraph",
     "WeightNormConv1D",
     "WeightNormConvTranspose1D",
     "WeightNormConvTranspose1d",
@@ -35,6 +37,7 @@ __all__ = [
     "explain",
     "frontends",
     "load",
+    "registry",
     "remove_weight_norm",
 ]
 
@@ -44,11 +47,13 @@ _HOMES = {
     "ConvTranspose1D": "nn",
     "ConvTranspose1d": "nn",
     "Model": "session",
+    "PackedGraph": "packing",
     "compile": "session",
     "conv1d": "ops",
     "conv_transpose1d": "ops",
     "explain": "dispatch",
     "load": "session",
+    "registry": "session",
     "WeightNormConv1D": "weight_norm",
     "WeightNormConvTranspose1D": "weight_norm",
     "WeightNormConvTranspose1d": "weight_norm",

@@ -1,14 +1,12 @@
 """Filters in the order in which kernels read them, made once when a model is compiled.
 
-`max_conv.compile` holds the weights, so it packs the filters of the layers that it traces: `conv1d` then takes a weight
-of its own, beside the documented one, from which it is made. In a plain MAX session kernels take the filter as it is.
+`max_conv.compile` holds the weights, so it packs the filters of the layers in a `PackedGraph`: there `conv1d` takes a
+weight of its own, made of the documented one. In any other graph kernels take the filter as it is.
 """
 
 import platform
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -139,30 +137,41 @@ class Derived:
     make: Callable[..., Buffer]
 
 
-_derived: ContextVar[dict[str, Derived] | None] = ContextVar("derived", default=None)
+class PackedGraph(Graph):
+    """A graph whose layers take weights made of their own, which `max_conv.compile` makes once.
+
+    A `Graph` in every other way. A plain MAX session takes one with the weights that `max_conv.registry` returns.
+
+    Attributes:
+        derived: The weights to make, by name.
+    """
+
+    derived: dict[str, Derived]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.derived = {}
+        super().__init__(*args, **kwargs)
 
 
-@contextmanager
-def collected() -> Iterator[dict[str, Derived]]:
-    """Lets layers ask for weights made of their own, and gives what they asked for."""
-    wanted: dict[str, Derived] = {}
-    token = _derived.set(wanted)
+def _wanted() -> dict[str, Derived] | None:
+    """Returns what the current graph wants made, or None where nobody will make it."""
     try:
-        yield wanted
-    finally:
-        _derived.reset(token)
+        graph = Graph.current
+    except LookupError:
+        return None
+    return graph.derived if isinstance(graph, PackedGraph) else None
 
 
 def derived(weight: Weight, sources: tuple[Weight, ...], make: Callable[..., Buffer]) -> Weight | None:
     """Returns a weight that `compile` will make of others, or None where nobody will."""
-    wanted = _derived.get()
+    wanted = _wanted()
     # A graph takes a single weight of a name.
     return None if wanted is None else wanted.setdefault(weight.name, Derived(weight, sources, make)).weight
 
 
 def packable(filter: Any, kernel: str | None = None) -> TypeGuard[Weight]:
     """Tells whether a filter can be packed, for a kernel: a weight on the CPU that `compile` holds."""
-    if _derived.get() is None or not isinstance(filter, Weight) or filter.shard_idx is not None:
+    if _wanted() is None or not isinstance(filter, Weight) or filter.shard_idx is not None:
         return False
     if kernel == "paired":
         fits = filter.dtype == DType.bfloat16 and "avx512_bf16" in cpu_features()

@@ -24,7 +24,7 @@ from max.graph import DeviceRef, Graph, StaticDim, SymbolicDim, TensorType, Weig
 
 from .checkpoint import weight_norm_names
 from .idle import first_run
-from .packing import aligned, collected, cpu_features
+from .packing import PackedGraph, aligned, cpu_features
 
 FORMAT = 1
 NOT_IN_NUMPY = (DType.bfloat16,)
@@ -181,8 +181,8 @@ def compile(
 ) -> Model:
     """Compiles a layer, a builder function or a graph into a callable on arrays.
 
-    Filters of a layer or a function are packed once in the order that the kernels read; those of a finished graph stay
-    as they are, and the kernels pack them in each call.
+    Filters of a layer, a function or a `PackedGraph` are packed once in the order that the kernels read; in any other
+    graph they stay as they are, and the kernels pack them in each call.
 
     Args:
         model: A `max.nn.Module`; a function from graph values to one or several; or a finished `Graph`.
@@ -205,18 +205,39 @@ def compile(
     >>> compile(layer)(np.ones((1, 4, 1), np.float32)).ravel().tolist()
     [2.0, 3.0, 3.0, 2.0]
     """
-    with collected() as made:
-        graph, names, weights = _trace(model, inputs, weights)
+    graph, names, weights = _trace(model, inputs, weights)
     ports = [_port(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
     outputs = [_port(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
+    buffers = registry(graph, weights)
+    return Model(_session(_accelerators(*ports, *outputs)).compile(graph), buffers, ports, outputs)
+
+
+def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:
+    """Returns the weights of a graph as a MAX session takes them: a `PackedGraph`'s packed, any other's as they are.
+
+    Args:
+        graph: The graph, whole.
+        weights: Arrays by weight name. What is returned may share their memory and has to outlive the session's model.
+
+    Raises:
+        ValueError: If a weight has no value, or one of another dtype or shape.
+        TypeError: If a value is no array.
+
+    >>> import numpy as np
+    >>> from max.engine import InferenceSession
+    >>> from max_conv.graphs import conv1d
+    >>> weights = {"weight": np.ones((3, 16, 32), np.float32)}
+    >>> graph = conv1d.build(conv1d.Config(padding=1), weights)
+    >>> model = InferenceSession().load(graph, weights_registry=registry(graph, weights))
+    """
+    made = graph.derived if isinstance(graph, PackedGraph) else {}
     read = {name: entry.weight for name, entry in getattr(graph, "_weights", {}).items()}
     sources = {source.name: source for entry in made.values() for source in entry.sources}
     wanted = {name: weight for name, weight in (read | sources).items() if name not in made}
     buffers = _fitting(wanted, weights)
     for name, entry in made.items():
         buffers[name] = entry.make(*(buffers[source.name] for source in entry.sources))
-    buffers = {name: buffer for name, buffer in buffers.items() if name in read or name not in sources}
-    return Model(_session(_accelerators(*ports, *outputs)).compile(graph), buffers, ports, outputs)
+    return {name: buffer for name, buffer in buffers.items() if name in read or name not in sources}
 
 
 def _fitting(wanted: Mapping[str, Weight], weights: Mapping[str, Any]) -> dict[str, Buffer]:
@@ -300,7 +321,7 @@ def _trace(model: Any, inputs: Any, weights: Any) -> tuple[Graph, list[str], Map
     if isinstance(model, nn.Module):
         model.load_state_dict(weights if weights is not None else _own_weights(name, model))
         weights = model.state_dict(auto_initialize=False)
-    return Graph(name, model, input_types=types), names, weights or {}
+    return PackedGraph(name, model, input_types=types), names, weights or {}
 
 
 def _argument_names(function: Callable[..., Any], count: int) -> list[str]:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "max_conv"
 # Every module of the package: the modules of the package that it may import, anywhere in it, and the packages outside
 # the standard library that it may import as it is loaded. What a module needs on some paths only, it imports there.
 MODULES: dict[str, tuple[str, str]] = {
-    "__init__": ("dispatch frontends nn ops session weight_norm", ""),
+    "__init__": ("dispatch frontends nn ops packing session weight_norm", ""),
     "layouts": ("", "numpy"),
     "geometry": ("", ""),
     "reference": ("geometry layouts", "numpy"),

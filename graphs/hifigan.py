@@ -1,0 +1,155 @@
+"""HiFi-GAN, a vocoder: from a mel spectrogram to sound.
+
+A convolution, then stages that upsample by a transposed convolution and run three residual blocks of dilated convolutions
+beside each other, whose mean goes on. `Config` tells V1, V2 and V3 of the paper, SpeechT5's vocoder and their like apart.
+Source: Kong, Kim and Bae, HiFi-GAN, 2020, https://arxiv.org/abs/2010.05646, https://github.com/jik876/hifi-gan.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from max.dtype import DType
+from max.graph import DeviceRef, TensorType, TensorValue, ops
+
+from max_conv import PackedGraph
+from max_conv.convert import LayerMap, read_native
+
+from .parts import Weights, check_weights, leaky_relu
+
+# In SpeechT5's names upsampling layers are `upsampler.0`, and each block counts its own convolutions.
+LAYERS = LayerMap(
+    conv=("conv_pre.weight", "conv_post.weight", "resblocks.*.convs*.*.weight"),
+    conv_transpose=("ups.*.weight",),
+    copy=("*.bias", "mean", "scale"),
+    optional=("mean", "scale"),
+    rename=((r"^upsampler\.", "ups."),),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The network's sizes; the defaults are V1, of the published LJ Speech and universal models."""
+
+    mels: int = 80
+    channels: int = 512
+    rates: tuple[int, ...] = (8, 8, 2, 2)
+    rate_kernel_sizes: tuple[int, ...] = (16, 16, 4, 4)
+    kernel_sizes: tuple[int, ...] = (3, 7, 11)
+    dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    block: int = 1
+    """1: each dilated convolution is followed by a plain one. 2: it stands alone, as in V3."""
+    slope: float = 0.1
+    rate: int = 22050
+    """Samples a second."""
+    normalised: bool = False
+    """Whether the spectrogram is normalised first, with `mean` and `scale` of the checkpoint."""
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "Config":
+        """Reads the original's config.json, or that of transformers' SpeechT5HifiGan."""
+        get = config.get
+        return cls(
+            mels=get("model_in_dim", get("num_mels", 80)),
+            channels=config["upsample_initial_channel"],
+            rates=tuple(config["upsample_rates"]),
+            rate_kernel_sizes=tuple(config["upsample_kernel_sizes"]),
+            kernel_sizes=tuple(config["resblock_kernel_sizes"]),
+            dilations=tuple(tuple(row) for row in config["resblock_dilation_sizes"]),
+            block=int(get("resblock", 1)),
+            slope=get("leaky_relu_slope", 0.1),
+            rate=config["sampling_rate"],
+            normalised=get("normalize_before", False),
+        )
+
+    @property
+    def hop(self) -> int:
+        """Samples a frame of the spectrogram."""
+        return math.prod(self.rates)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the native weights' shapes."""
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def layer(name: str, bias: int, *filter: int) -> None:
+            shapes[f"{name}.weight"], shapes[f"{name}.bias"] = filter, (bias,)
+
+        layer("conv_pre", self.channels, 7, self.mels, self.channels)
+        channels = self.channels
+        for i, kernel_size in enumerate(self.rate_kernel_sizes):
+            layer(f"ups.{i}", channels // 2, kernel_size, channels // 2, channels)
+            channels //= 2
+            for j, (taps, dilations) in enumerate(zip(self.kernel_sizes, self.dilations, strict=True)):
+                for k in range(len(dilations)):
+                    for convs in ("convs1", "convs2") if self.block == 1 else ("convs",):
+                        name = f"resblocks.{i * len(self.kernel_sizes) + j}.{convs}.{k}"
+                        layer(name, channels, taps, channels, channels)
+        layer("conv_post", 1, 7, channels, 1)
+        if self.normalised:
+            shapes["mean"] = shapes["scale"] = (self.mels,)
+        return shapes
+
+
+def load_weights(reference: str | Path, config: Config = Config()) -> dict[str, np.ndarray]:
+    """Reads a generator's checkpoint, of the original or of SpeechT5HifiGan, into native weights."""
+    weights = read_native(reference, LAYERS, "hifigan")
+    check_weights("hifigan", weights, config.shapes())
+    return weights
+
+
+def build(
+    config: Config,
+    weights: Mapping[str, np.ndarray],
+    device: DeviceRef | None = None,
+    dtype: DType = DType.float32,
+) -> PackedGraph:
+    """Builds the graph: a spectrogram (batch, frames, mels) to sound (batch, frames * hop), -1 to 1.
+
+    Args:
+        config: The sizes.
+        weights: What `load_weights` returns; only its names and shapes go into the graph.
+        device: Where the graph runs; None is the CPU.
+        dtype: What it computes in. Input and output are float32.
+
+    Raises:
+        ValueError: If the weights do not fit the config.
+    """
+    check_weights("hifigan", weights, config.shapes())
+    device = device or DeviceRef.CPU()
+    w = Weights(weights, device, dtype)
+    inputs = [TensorType(DType.float32, ["batch", "frames", config.mels], device)]
+    with PackedGraph("hifigan", input_types=inputs) as graph:
+        x = ops.cast(graph.inputs[0].tensor, dtype)
+        if config.normalised:
+            x = (x - w["mean"]) / w["scale"]
+        x = w.conv(x, "conv_pre", padding=3)
+        for i, (rate, taps) in enumerate(zip(config.rates, config.rate_kernel_sizes, strict=True)):
+            padding = (taps - rate) // 2
+            x = w.conv_transpose(leaky_relu(x, config.slope), f"ups.{i}", stride=rate, padding=padding)
+            x = _blocks(config, w, x, i * len(config.kernel_sizes))
+        x = ops.tanh(w.conv(leaky_relu(x, 0.01), "conv_post", padding=3))
+        graph.output(ops.cast(ops.squeeze(x, 2), DType.float32))
+    return graph
+
+
+def _blocks(config: Config, w: Weights, x: TensorValue, first: int) -> TensorValue:
+    """Returns the mean of a stage's residual blocks."""
+    total = None
+    begin = leaky_relu(x, config.slope)
+    for j, (taps, dilations) in enumerate(zip(config.kernel_sizes, config.dilations, strict=True)):
+        block, y, active = w / "resblocks" / (first + j), x, begin
+        for k, dilation in enumerate(dilations):
+            convs = ("convs1", dilation), ("convs2", 1)
+            if config.block != 1:
+                convs = (("convs", dilation),)
+            for depth, (name, step) in enumerate(convs):
+                z = leaky_relu(z, config.slope) if depth else active
+                z = block.conv(z, f"{name}.{k}", dilation=step, padding=step * (taps - 1) // 2)
+            y = y + z
+            active = leaky_relu(y, config.slope)
+        total = y if total is None else total + y
+    assert total is not None, "a stage has blocks"
+    return total / len(config.kernel_sizes)
