@@ -1,290 +1,289 @@
-"""Checkpoints of other libraries: read, convert to the native filter layout, fold weight norm."""
+"""Checkpoints of other libraries, opened without loading them: names, shapes and metadata at once, tensors one by one."""
 
 import json
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from .layouts import FilterLayout, check_filter_layout, permute
+from .assets import resolve
+from .folding import fold_weight_norm, weight_norm_names
+from .marker import MARK, Marker
+from .safetensors_file import SafetensorsFile, Spec
+from .tensors import DTYPES, Tensor, of_array, width
+from .torch_file import TorchFile
 
-MARK = "max_conv.filters"
-"""The metadata key of converted files: which tensors were permuted, to which layout."""
+__all__ = ["MARK", "Checkpoint", "Tensor", "fold_weight_norm", "open_checkpoint", "read_layer", "weight_norm_names"]
 
-# safetensors' names for dtypes: in files, and when writing; the width in bytes tells how to carry the bits.
-_DTYPES = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U64": ("uint64", 8),
-    "U32": ("uint32", 4),
-    "U16": ("uint16", 2),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
-}
+PIECE = 8 << 20
+"""The bytes of a piece in which tensors stream from file to file."""
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+INDEX = ".index.json"
+PREFERRED = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+PREFIXES = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before every name."""
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor's bits: safetensors' name of its dtype, and an array of unsigned ints as wide as the dtype.
+class _File(Protocol):
+    @property
+    def specs(self) -> Mapping[str, Spec]: ...
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+    def load(self, name: str, start: int, stop: int) -> np.ndarray: ...
+    def close(self) -> None: ...
 
-    Bits are moved, never values: conversion is lossless for dtypes that NumPy does not know, too.
+
+class Entry(NamedTuple):
+    """A tensor of an open checkpoint: what it is, and how values `start` to `stop` are read."""
+
+    spec: Spec
+    load: Callable[[int, int], np.ndarray]
+
+
+class Checkpoint:
+    """An open checkpoint, which holds no tensor in memory; a context manager.
+
+    Attributes:
+        source: The reference that was opened, for messages.
+        files: The files that it consists of, an index before its shards.
+        metadata: Strings by name, of safetensors files.
     """
 
-    dtype: str
-    bits: np.ndarray
+    def __init__(self, source: str, files: list[Path], entries: Mapping[str, Entry], metadata: Mapping[str, str]):
+        self.source, self.files, self.metadata = source, files, dict(metadata)
+        self._entries = dict(entries)
+        self._closing: list[_File] = []
+
+    @classmethod
+    def of_arrays(cls, state: Mapping[str, np.ndarray], source: str = "the state") -> "Checkpoint":
+        """Returns arrays in memory as a checkpoint.
+
+        >>> Checkpoint.of_arrays({"a": np.zeros((2, 3), np.float32)}).shape("a")
+        (2, 3)
+        """
+
+        def entry(array: np.ndarray) -> Entry:
+            tensor = of_array(np.asarray(array))
+            flat = tensor.bits.reshape(-1)
+            return Entry(Spec(tensor.dtype, tensor.bits.shape), lambda start, stop: flat[start:stop])
+
+        return cls(source, [], {name: entry(array) for name, array in state.items()}, {})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for file in self._closing:
+            file.close()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors, in the file's order."""
+        return list(self._entries)
+
+    def spec(self, name: str) -> Spec:
+        return self._entries[name].spec
+
+    def dtype(self, name: str) -> str:
+        """Returns safetensors' name of a tensor's dtype."""
+        return self._entries[name].spec.dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].spec.shape
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """Yields a tensor's bits in row-major order, in flat arrays of at most `PIECE` bytes."""
+        spec, load = self._entries[name]
+        step = PIECE // width(spec.dtype)
+        for start in range(0, spec.size, step):
+            yield load(start, min(start + step, spec.size))
+
+    def read(self, name: str) -> Tensor:
+        """Reads one tensor.
+
+        Raises:
+            KeyError: If there is none of this name.
+        """
+        spec = self._entries[name].spec
+        bits = np.empty(spec.size, f"u{width(spec.dtype)}")
+        start = 0
+        for piece in self.pieces(name):
+            bits[start : start + len(piece)] = piece
+            start += len(piece)
+        return Tensor(spec.dtype, bits.reshape(spec.shape))
 
 
-def convert(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
-    filters: Sequence[str],
-    *,
-    layout: FilterLayout = "FCS",
-    to: FilterLayout = "SCF",
-    force: bool = False,
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Copies a checkpoint to a safetensors file, with its Conv1d filters in another layout.
+def open_checkpoint(reference: str | os.PathLike) -> Checkpoint:
+    """Opens a checkpoint; its tensors are read when they are asked for.
 
     Args:
-        source: A `.safetensors` file, a sharded `.index.json`, or a PyTorch `.pt`, `.pth` or `.bin` file.
-        target: The `.safetensors` file to write. It appears whole or not at all.
-        filters: Shell patterns of the names of Conv1d filters, such as "encoder.conv*.weight". The layer decides
-            which tensors are filters, never their sizes: what no pattern names is copied bit for bit.
-        layout: The filters' axis order in `source`: "FCS" is PyTorch's.
-        to: The axis order to write: "SCF" is the native one.
-        force: Overwrites `target`.
-
-    Returns:
-        The permuted tensors by name: shape before, shape after.
-
-    Raises:
-        ValueError: A pattern that names nothing or something that is no filter, a damaged or converted file.
-        FileExistsError: If `target` exists and `force` is not given.
-    """
-    check_filter_layout(layout)
-    check_filter_layout(to)
-    target = Path(target)
-    if target.suffix != ".safetensors":
-        raise ValueError(f"convert: the output must end in .safetensors, but is {target}.")
-    if target.exists() and not force:
-        raise FileExistsError(f"convert: {target} exists already; pass --force to overwrite it.")
-    tensors, metadata = read_checkpoint(source)
-    if MARK in metadata:
-        raise ValueError(f"convert: {source} was converted already ({metadata[MARK]}); convert the original instead.")
-    names = _match(tensors, filters)
-    done = {}
-    for name in names:
-        tensor = tensors[name]
-        if tensor.bits.ndim != 3:
-            raise ValueError(
-                f"convert: {name} has shape {tensor.bits.shape}, but a Conv1d filter has 3 axes; name only filters."
-            )
-        tensors[name] = Tensor(tensor.dtype, permute(tensor.bits, layout, to))
-        done[name] = (tensor.bits.shape, tensors[name].bits.shape)
-    write_safetensors(target, tensors, {**metadata, MARK: json.dumps({"layout": to, "names": sorted(names)})})
-    return done
-
-
-def _match(tensors: dict[str, Tensor], patterns: Sequence[str]) -> list[str]:
-    if not patterns:
-        raise ValueError("convert: name the Conv1d filters with --conv PATTERN; nothing is guessed from shapes.")
-    names: dict[str, None] = {}
-    for pattern in patterns:
-        found = [name for name in tensors if fnmatchcase(name, pattern)]
-        if not found:
-            raise ValueError(f"convert: no tensor is named like {pattern!r}; the file has {_some(list(tensors))}.")
-        names.update(dict.fromkeys(found))
-    return list(names)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads every tensor of a checkpoint, and its metadata.
+        reference: A `.safetensors` file, a sharded `.index.json`, a PyTorch `.pt`, `.pth`, `.bin` or `.ckpt` file, a
+            directory that holds one of them, or what `max_conv.assets.resolve` downloads. State dicts inside what
+            training scripts save are found, and a "module." before every name is taken off.
 
     Raises:
         FileNotFoundError: If there is no such file, or a shard is missing.
         ValueError: If the file is of another kind, damaged, or holds anything but tensors.
+        ImportError: If it is PyTorch's and PyTorch is not installed.
+
+    >>> open_checkpoint("model.onnx")
+    Traceback (most recent call last):
+    FileNotFoundError: checkpoint: there is no file model.onnx.
     """
-    path = Path(path)
+    path = _locate(reference)
+    opened: list[_File] = []
+    try:
+        if path.name.endswith(INDEX):
+            files, entries, metadata = _open_sharded(path, str(reference), opened)
+        else:
+            files, (entries, metadata) = [path], _open_file(path, opened)
+        found = Checkpoint(str(reference), files, entries if MARK in metadata else _without_prefix(entries), metadata)
+        found._closing = opened
+        return found
+    except BaseException:
+        for file in opened:
+            file.close()
+        raise
+
+
+def _locate(reference: str | os.PathLike) -> Path:
+    if "://" in str(reference):
+        return resolve(str(reference))
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return _inside(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {path}.")
-    if path.name.endswith(".index.json"):
-        return _read_sharded(path)
+    return path
+
+
+def _inside(folder: Path) -> Path:
+    """Returns the one checkpoint of a directory."""
+    for name in PREFERRED:
+        if (folder / name).is_file():
+            return folder / name
+    suffixes = (INDEX, ".safetensors", *TORCH_SUFFIXES)
+    found = sorted(path for path in folder.iterdir() if path.name.endswith(suffixes) and path.is_file())
+    indices = [path for path in found if path.name.endswith(INDEX)]
+    shards = {folder / shard for index in indices for shard in _weight_map(index).values()}
+    found = [path for path in found if path not in shards]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise FileNotFoundError(f"checkpoint: the folder {folder} has no file that ends in {', '.join(suffixes)}.")
+    names = some([path.name for path in found])
+    raise ValueError(f"checkpoint: the folder {folder} has {len(found)} checkpoints, {names}; name one of them.")
+
+
+def _open_file(path: Path, opened: list[_File]) -> tuple[dict[str, Entry], Mapping[str, str]]:
+    file: _File
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in (".pt", ".pth", ".bin"):
-        return _read_torch(path), {}
-    raise ValueError(f"checkpoint: {path} must end in .safetensors, .index.json, .pt, .pth or .bin.")
+        file = SafetensorsFile(path)
+    elif path.suffix in TORCH_SUFFIXES:
+        file = TorchFile(path)
+    else:
+        endings = ", ".join((".safetensors", INDEX, *TORCH_SUFFIXES[:-1]))
+        raise ValueError(f"checkpoint: {path} must end in {endings} or {TORCH_SUFFIXES[-1]}.")
+    opened.append(file)
+    return {name: Entry(spec, _loader(file, name)) for name, spec in file.specs.items()}, file.metadata
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    safetensors = _safetensors()
+def _loader(file: _File, name: str) -> Callable[[int, int], np.ndarray]:
+    return lambda start, stop: file.load(name, start, stop)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Returns the shard of every tensor of an index."""
     try:
-        entries = safetensors.deserialize(path.read_bytes())
-        with safetensors.safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"checkpoint: {path} is not a safetensors file, or is damaged ({error}).") from None
-    tensors = {}
-    for name, entry in entries:
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"checkpoint: {name} in {path} is {entry['dtype']}, which is not supported.")
-        bits = np.frombuffer(entry["data"], f"u{_DTYPES[entry['dtype']][1]}").reshape(entry["shape"])
-        tensors[name] = Tensor(entry["dtype"], bits)
-    return tensors, metadata
-
-
-def _read_sharded(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        places = json.loads(path.read_text())["weight_map"]
-        shards = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        with path.open("rb") as file:
+            places = json.load(file)["weight_map"]
+        shards = set(places.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"checkpoint: {path} is not an index of shards: it has no weight_map.") from None
-    tensors: dict[str, Tensor] = {}
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard or shard.endswith(".json"):
-            raise ValueError(f"checkpoint: {path} names the shard {shard!r}, but shards must lie beside it.")
-        found = read_checkpoint(path.parent / shard)[0]
+        plain = isinstance(shard, str) and shard.isprintable() and Path(shard).name == shard and "\\" not in shard
+        if not plain or shard.endswith(".json"):
+            raise ValueError(f"checkpoint: {path} names the shard {shard!a:.60}, but shards must lie beside it.")
+    return places
+
+
+def _open_sharded(
+    path: Path, reference: str, opened: list[_File]
+) -> tuple[list[Path], dict[str, Entry], Mapping[str, str]]:
+    places = _weight_map(path)
+    files, entries, marks = [path], {}, []
+    metadata: dict[str, str] = {}
+    for shard in sorted(set(places.values())):
+        beside = path.parent / shard
+        if "://" in reference:  # Each file of a repository is downloaded on its own.
+            beside = resolve(f"{reference.rpartition('/')[0]}/{shard}")
+        elif not beside.is_file():
+            raise FileNotFoundError(f"checkpoint: there is no file {beside}, a shard of {path.name}.")
+        files.append(beside)
+        found, said = _open_file(beside, opened)
+        metadata |= said
+        marks.append(said.get(MARK))
         wanted = [name for name, place in places.items() if place == shard]
         if missing := [name for name in wanted if name not in found]:
-            raise ValueError(f"checkpoint: {shard} lacks {missing[0]}, which {path.name} says it holds.")
-        tensors.update((name, found[name]) for name in wanted)
-    return tensors, {}
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    try:
-        import torch
-    except ImportError:
-        raise ImportError(f"checkpoint: reading {path} needs PyTorch; install torch.") from None
-    try:
-        # weights_only refuses pickles that would run code.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
+            raise ValueError(f"checkpoint: {shard} lacks {missing[0]!a:.60}, which {path.name} says it holds.")
+        entries.update((name, found[name]) for name in wanted)
+    if len(set(marks)) > 1:
         raise ValueError(
-            f"checkpoint: {path} is not a PyTorch file of weights alone, or is damaged ({reason})."
-        ) from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"checkpoint: {path} holds more than a state dict; save module.state_dict() alone.")
-    codes = {name: code for code, (name, _) in _DTYPES.items()}
-    tensors = {}
-    for name, value in state.items():
-        dtype = str(value.dtype).removeprefix("torch.")
-        if dtype not in codes:
-            raise ValueError(f"checkpoint: {name} in {path} is {dtype}, which is not supported.")
-        width = _DTYPES[codes[dtype]][1]
-        flat = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        tensors[name] = Tensor(codes[dtype], flat.view(f"u{width}").reshape(value.shape))
-    return tensors
-
-
-def write_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes tensors to a safetensors file, which appears whole or not at all."""
-    safetensors = _safetensors()
-    path = Path(path)
-    kept = {name: np.ascontiguousarray(tensor.bits) for name, tensor in tensors.items()}
-    specs = {
-        name: safetensors.TensorSpec(
-            dtype=_DTYPES[tensors[name].dtype][0],
-            shape=tensors[name].bits.shape,
-            data_ptr=bits.ctypes.data,
-            data_len=bits.nbytes,
+            f"checkpoint: the shards of {path} differ in their layout marker; convert the originals again."
         )
-        for name, bits in kept.items()
-    }
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        whole = Path(folder) / "whole"
-        safetensors.serialize_file(specs, whole, metadata)
-        whole.replace(path)
+    return files, {name: entries[name] for name in places}, metadata
 
 
-def read_layer(path: str | os.PathLike, name: str) -> tuple[dict[str, Any], Any]:
+def _without_prefix(entries: dict[str, Entry]) -> dict[str, Entry]:
+    for prefix in PREFIXES:
+        if entries and all(name.startswith(prefix) and name != prefix for name in entries):
+            entries = {name.removeprefix(prefix): entry for name, entry in entries.items()}
+    return entries
+
+
+def some(names: list[str]) -> str:
+    """Returns the first names of a list, for a sentence.
+
+    >>> some(list("abcdefg"))
+    'a, b, c, d, e and 2 more'
+    """
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def read_layer(path: str | os.PathLike, name: str, native: bool = False) -> tuple[dict[str, Any], Any]:
     """Reads one layer of a checkpoint: its weights as MAX buffers, and their MAX dtype.
 
     Args:
-        path: As for `read_checkpoint`.
+        path: As for `open_checkpoint`.
         name: The layer: its tensors are `{name}.weight` and, where there is one, `{name}.bias`.
+        native: Whether the filter is taken for native (SCF) or for PyTorch's (FCS). Files that `max-conv convert` wrote
+            say which they are, and are not taken for the other.
 
     Raises:
-        ValueError: If the checkpoint has no such layer, or its weight and bias differ in dtype.
+        ValueError: If the checkpoint has no such layer, its weight and bias differ in dtype, or it is marked as of the
+            other layout.
     """
     from max.driver import Buffer
     from max.dtype import DType
 
-    tensors, _ = read_checkpoint(path)
-    found = {key: tensors[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in tensors}
-    if "weight" not in found:
-        raise ValueError(f"checkpoint: {path} has no tensor {name}.weight; it has {_some(list(tensors))}.")
+    with open_checkpoint(path) as checkpoint:
+        marker = Marker.of(checkpoint.metadata, checkpoint.source)
+        if marker and (marker.layout == "native") != native:
+            does = "pass --native" if not native else "leave --native out"
+            raise ValueError(f"checkpoint: {path} is marked as of {marker.layout} layout; {does}.")
+        names = {key: f"{name}.{key}" for key in ("weight", "bias") if f"{name}.{key}" in checkpoint.names}
+        if "weight" not in names:
+            raise ValueError(f"checkpoint: {path} has no tensor {name}.weight; it has {some(checkpoint.names)}.")
+        found = {key: checkpoint.read(full) for key, full in names.items()}
     dtypes = {tensor.dtype for tensor in found.values()}
     if len(dtypes) > 1:
         raise ValueError(f"checkpoint: {name} in {path} mixes {' and '.join(sorted(dtypes))}; cast one to the other.")
-    dtype = DType[_DTYPES[found["weight"].dtype][0]]
+    dtype = DType[DTYPES[found["weight"].dtype][0]]
     return {
         key: Buffer.from_numpy(np.ascontiguousarray(tensor.bits)).view(dtype, list(tensor.bits.shape))
         for key, tensor in found.items()
     }, dtype
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-    except ImportError:
-        raise ImportError(
-            "checkpoint: safetensors files need the package safetensors; pip install 'max-conv[safetensors]'."
-        ) from None
-    return safetensors
-
-
-def fold_weight_norm(g: np.ndarray, v: np.ndarray, dim: int | None = 0) -> np.ndarray:
-    """Returns the filter that weight norm's magnitude `g` and direction `v` stand for: `g * v / |v|`, in float64.
-
-    Args:
-        g: Broadcasts against `v`: ones in every axis but `dim`.
-        v: The direction, any shape.
-        dim: The axis that keeps a norm of its own; None and -1 are one norm of the whole, as in PyTorch.
-
-    >>> fold_weight_norm(np.array([[10.0]]), np.array([[3.0, 4.0]])).tolist()
-    [[6.0, 8.0]]
-
-    Source: Salimans and Kingma, Weight Normalization, 2016, https://arxiv.org/abs/1602.07868
-    """
-    v = np.asarray(v, np.float64)
-    if dim is not None and dim < -1:
-        dim += v.ndim  # -1 is PyTorch's other word for the whole
-    axes = tuple(axis for axis in range(v.ndim) if axis != dim)
-    return np.asarray(g, np.float64) * (v / np.sqrt(np.sum(v * v, axis=axes, keepdims=True)))
-
-
-def weight_norm_names(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a state dict with weight norm's parts under their old names, `weight_g` and `weight_v`.
-
-    >>> list(weight_norm_names({"up.parametrizations.weight.original0": 1, "up.bias": 2}))
-    ['up.weight_g', 'up.bias']
-    """
-    parts = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
-    renamed = {}
-    for name, value in state.items():
-        for spelling, part in parts.items():
-            if name == spelling or name.endswith(f".{spelling}"):
-                name = name.removesuffix(spelling) + part
-        renamed[name] = value
-    return renamed

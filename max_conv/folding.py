@@ -1,0 +1,122 @@
+"""Weight norm, spectral norm and batch norm, folded into the filter in float64."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+def fold_weight_norm(g: np.ndarray, v: np.ndarray, dim: int | None = 0) -> np.ndarray:
+    """Returns the filter that weight norm's magnitude `g` and direction `v` stand for: `g * v / |v|`, in float64.
+
+    Args:
+        g: Broadcasts against `v`: ones in every axis but `dim`.
+        v: The direction, any shape.
+        dim: The axis that keeps a norm of its own; None and -1 are one norm of the whole, as in PyTorch.
+
+    >>> fold_weight_norm(np.array([[10.0]]), np.array([[3.0, 4.0]])).tolist()
+    [[6.0, 8.0]]
+
+    Source: Salimans and Kingma, Weight Normalization, 2016, https://arxiv.org/abs/1602.07868
+    """
+    v = np.asarray(v, np.float64)
+    if dim is not None and dim < -1:
+        dim += v.ndim  # -1 is PyTorch's other word for the whole
+    axes = tuple(axis for axis in range(v.ndim) if axis != dim)
+    return np.asarray(g, np.float64) * (v / np.sqrt(np.sum(v * v, axis=axes, keepdims=True)))
+
+
+def weight_norm_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a state dict with weight norm's parts under their old names, `weight_g` and `weight_v`.
+
+    >>> list(weight_norm_names({"up.parametrizations.weight.original0": 1, "up.bias": 2}))
+    ['up.weight_g', 'up.bias']
+    """
+    parts = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    renamed = {}
+    for name, value in state.items():
+        for spelling, part in parts.items():
+            if name == spelling or name.endswith(f".{spelling}"):
+                name = name.removesuffix(spelling) + part
+        renamed[name] = value
+    return renamed
+
+
+def weight_norm_dim(g: tuple[int, ...], v: tuple[int, ...]) -> int | None:
+    """Returns the axis that keeps norms of its own, which follows from the shapes of weight norm's parts.
+
+    Args:
+        g, v: The shapes of the magnitude and of the direction.
+
+    Raises:
+        ValueError: If no axis explains them.
+
+    >>> weight_norm_dim((8, 1, 1), (8, 4, 3)), weight_norm_dim((), (8, 4, 3)), weight_norm_dim((1, 1, 1), (1, 4, 3))
+    (0, None, None)
+    """
+    # One norm along an axis of size 1 is one norm of the whole.
+    own = [axis for axis, size in enumerate(g) if size != 1]
+    if (not own and len(g) in (0, len(v))) or g == (1,):
+        return None
+    if len(g) == len(v) and len(own) == 1 and g[own[0]] == v[own[0]]:
+        return own[0]
+    raise ValueError(f"a magnitude of shape {g} does not belong to a direction of shape {v}")
+
+
+def fold_spectral_norm(weight: np.ndarray, u: np.ndarray, v: np.ndarray, dim: int = 0) -> np.ndarray:
+    """Returns the filter that spectral norm computes in eval mode: `weight / (u W v)`, in float64.
+
+    W is the weight as a matrix with axis `dim` first; u and v are the buffers, left and right singular vectors.
+
+    Args:
+        weight: Any shape.
+        u: (weight.shape[dim],).
+        v: (the product of the other sizes,).
+        dim: 0, and 1 for PyTorch's transposed convolutions.
+
+    >>> fold_spectral_norm(np.array([[6.0, 8.0]]), np.ones(1), np.array([0.6, 0.8])).tolist()
+    [[0.6, 0.8]]
+
+    Source: Miyato et al., Spectral Normalization, 2018, https://arxiv.org/abs/1802.05957
+    """
+    weight = np.asarray(weight, np.float64)
+    matrix = np.moveaxis(weight, dim, 0).reshape(weight.shape[dim], -1)
+    sigma = np.asarray(u, np.float64) @ (matrix @ np.asarray(v, np.float64))
+    return weight / sigma
+
+
+class BatchNorm(NamedTuple):
+    """What a batch norm in eval mode does, with its running mean and variance: each is (F,), in float64."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+    eps: float
+
+    @property
+    def scale(self) -> np.ndarray:
+        return self.weight / np.sqrt(self.variance + self.eps)
+
+    def fold_filter(self, filter: np.ndarray, transposed: bool) -> np.ndarray:
+        """Returns the filter, FCS or, transposed, CFS, as the batch norm behind it scales it.
+
+        >>> norm = BatchNorm(np.array([2.0]), np.zeros(1), np.zeros(1), np.ones(1), 0.0)
+        >>> norm.fold_filter(np.ones((1, 1, 2)), False).tolist()
+        [[[2.0, 2.0]]]
+        """
+        if not transposed:
+            return filter * self.scale[:, None, None]
+        # CFS holds the filters of one group: the channels of each group have filters of their own.
+        channels, filters, taps = filter.shape
+        groups = len(self.scale) // filters
+        parts = filter.reshape(groups, channels // groups, filters, taps)
+        return (parts * self.scale.reshape(groups, 1, filters, 1)).reshape(filter.shape)
+
+    def fold_bias(self, bias: np.ndarray | float = 0.0) -> np.ndarray:
+        """Returns the bias of the layer and the batch norm behind it together, (F,).
+
+        >>> BatchNorm(np.array([2.0]), np.array([1.0]), np.array([3.0]), np.ones(1), 0.0).fold_bias().tolist()
+        [-5.0]
+        """
+        return (bias - self.mean) * self.scale + self.bias

@@ -1,0 +1,162 @@
+"""Tensors as bits, of every dtype of a checkpoint; their values, and values rounded to a dtype."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "C64": ("complex64", 8),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+"""safetensors' names of dtypes: PyTorch's name, and the width in bytes."""
+
+CODES = {name: code for code, (name, _) in DTYPES.items()}
+"""PyTorch's and NumPy's names of dtypes: safetensors' name."""
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""The dtypes whose values can be read."""
+
+ROUNDED = ("F64", "F32", "F16", "BF16")
+"""The dtypes that values can be rounded to."""
+
+_EXACT = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor's bits: safetensors' name of its dtype, and an array of unsigned ints as wide as the dtype.
+
+    Bits are moved, never values: conversion is lossless for dtypes that NumPy does not know, too.
+    """
+
+    dtype: str
+    bits: np.ndarray
+
+
+def width(dtype: str) -> int:
+    """Returns the bytes of one value.
+
+    >>> width("BF16")
+    2
+    """
+    return DTYPES[dtype][1]
+
+
+def of_array(array: np.ndarray) -> Tensor:
+    """Returns an array as bits.
+
+    Args:
+        array: Any shape; of NumPy's dtypes, or of one with PyTorch's name, such as the bfloat16 of ml_dtypes.
+
+    Raises:
+        TypeError: If checkpoints have no such dtype.
+
+    >>> of_array(np.ones(2, np.float16)).bits.tolist()
+    [15360, 15360]
+    """
+    code = CODES.get(array.dtype.name)
+    if code is None:
+        raise TypeError(f"tensors: checkpoints hold no arrays of {array.dtype}; cast it to float32.")
+    shape = array.shape
+    native = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
+    return Tensor(code, native.view(f"u{width(code)}").reshape(shape))
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Returns a tensor as an array that NumPy can compute with: float16, bfloat16 and 8-bit floats become float32.
+
+    Raises:
+        ValueError: If the dtype has no values that NumPy knows.
+
+    >>> as_array(Tensor("BF16", np.array([0x3FC0], np.uint16))).tolist()
+    [1.5]
+    """
+    if tensor.dtype in FLOATS and tensor.dtype not in ("F64", "F32"):
+        return values(tensor).astype(np.float32)
+    name = DTYPES[tensor.dtype][0]
+    if name not in np.sctypeDict:
+        raise ValueError(f"tensors: NumPy has no {name}; convert the file with --dtype f32.")
+    return tensor.bits.view(name)
+
+
+def values(tensor: Tensor) -> np.ndarray:
+    """Returns a floating tensor's values in float64, which holds them all exactly.
+
+    >>> values(Tensor("F8_E4M3", np.array([0x38, 0x7F], np.uint8))).tolist()
+    [1.0, nan]
+    """
+    bits = tensor.bits
+    match tensor.dtype:
+        case "BF16":
+            return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        case "F8_E5M2":
+            return (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float64)
+        case "F8_E4M3":
+            return _E4M3[bits]
+        case _:
+            return bits.view(_EXACT[tensor.dtype]).astype(np.float64)
+
+
+def rounded(array: np.ndarray, dtype: str) -> Tensor:
+    """Rounds float64 values to a dtype, once, to nearest, ties to even.
+
+    Args:
+        array: float64, any shape.
+        dtype: "F64", "F32", "F16" or "BF16".
+
+    Raises:
+        OverflowError: If a finite value is too large for the dtype.
+        ValueError: If values cannot be rounded to the dtype.
+
+    >>> rounded(np.array([1.0, 1.00390625]), "BF16").bits.tolist() == [0x3F80, 0x3F80]
+    True
+    """
+    if dtype not in ROUNDED:
+        raise ValueError(f"tensors: nothing is rounded to {DTYPES[dtype][0]}; choose float64, 32, 16 or bfloat16.")
+    with np.errstate(over="ignore", under="ignore"):
+        tensor = Tensor("BF16", _bfloat16(array)) if dtype == "BF16" else of_array(array.astype(_EXACT[dtype]))
+    if not np.array_equal(np.isfinite(values(tensor)), np.isfinite(array)):
+        worst = np.abs(array[np.isfinite(array)]).max()
+        raise OverflowError(f"{worst:.6g} is too large for {DTYPES[dtype][0]}")
+    return tensor
+
+
+def _bfloat16(array: np.ndarray) -> np.ndarray:
+    """Rounds through float32, to odd where that is inexact, so that the second rounding sees on which side it was."""
+    single = array.astype(np.float32)
+    bits = single.view(np.uint32).copy()
+    wide = single.astype(np.float64)
+    inexact = (wide != array) & ~np.isnan(array) & (bits & 1 == 0)
+    bits += (inexact & (np.abs(wide) < np.abs(array))).astype(np.uint32)
+    bits -= (inexact & (np.abs(wide) > np.abs(array))).astype(np.uint32)
+    halves = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    # A NaN's payload may lie in the bits that are cut off: it must not become an infinity.
+    return np.where(np.isnan(array), (bits >> 16).astype(np.uint16) | np.uint16(0x40), halves)
+
+
+def _e4m3() -> np.ndarray:
+    bits = np.arange(256)
+    exponent, fraction = (bits >> 3) & 15, (bits & 7) / 8
+    magnitude = np.where(exponent == 0, fraction * 2.0**-6, (1 + fraction) * 2.0 ** (exponent - 7))
+    magnitude[bits & 0x7F == 0x7F] = np.nan
+    return np.where(bits & 0x80, -magnitude, magnitude)
+
+
+_E4M3 = _e4m3()

@@ -1,0 +1,151 @@
+"""PyTorch's files of weights, mapped instead of loaded, and never with code that they would run."""
+
+import contextlib
+import ctypes
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .safetensors_file import AXES_LIMIT, Spec, check_name
+from .tensors import CODES, width
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "generator", "module")
+"""Names under which training scripts keep the state dict, beside optimizers, steps and hyper-parameters."""
+
+_PAGEOUT = 21  # Linux's MADV_PAGEOUT: gives mapped pages back to the file, and loses nothing where they are not mapped.
+
+
+class TorchFile:
+    """An open PyTorch file: `specs` of the tensors of its state dict, data on request.
+
+    Files of PyTorch 1.6 and newer are mapped: they take memory only while a piece is read. Older ones are loaded.
+
+    Raises:
+        ImportError: If PyTorch is not installed.
+        ValueError: If the file is damaged, holds more than weights, or claims more data than it has.
+    """
+
+    metadata: Mapping[str, str] = {}
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            self._mapped = file.read(4) == b"PK\x03\x04"
+        if self._mapped:
+            _check_zip(path)
+        self._tensors = _state_dict(_load(path, self._mapped), path)
+        self.specs = {name: self._spec(name, value) for name, value in self._tensors.items()}
+
+    def close(self) -> None:
+        self._tensors = {}
+
+    def load(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Returns values `start` to `stop` of a tensor, counted in row-major order, as unsigned ints."""
+        torch = _torch(self.path)
+        each = width(self.specs[name].dtype)
+        kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[each]
+        value = self._tensors[name]
+        bits = value.view(kind).numpy().view(f"u{each}")
+        # Slicing and flat both copy what they return.
+        found = bits.reshape(-1)[start:stop].copy() if value.is_contiguous() else bits.flat[start:stop]
+        if self._mapped and sys.platform == "linux":
+            _page_out(value)
+        return found
+
+    def _spec(self, name: str, value: Any) -> Spec:
+        torch = _torch(self.path)
+        check_name(name, self.path)
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise ValueError(
+                f"checkpoint: {name} in {self.path} is sparse, quantized or empty; save it as plain values."
+            )
+        code = CODES.get(str(value.dtype).removeprefix("torch."))
+        if code is None or value.is_conj() or value.ndim > AXES_LIMIT:
+            raise ValueError(
+                f"checkpoint: {name} in {self.path} is {value.dtype} of {value.ndim} axes, which is not supported."
+            )
+        spec = Spec(code, tuple(value.shape))
+        # An expanded tensor repeats its values: four bytes can claim to be terabytes.
+        if spec.nbytes > value.untyped_storage().nbytes():
+            raise ValueError(
+                f"checkpoint: {name} in {self.path} claims {spec.nbytes} bytes, but the file has "
+                f"{value.untyped_storage().nbytes()} for it; save a contiguous copy."
+            )
+        return spec
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(f"checkpoint: reading {path} needs PyTorch; install torch.") from None
+    return torch
+
+
+def _check_zip(path: Path) -> None:
+    """Raises ValueError where the archive would have to be unpacked: what is mapped must lie in the file as it is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.file_size != entry.compress_size]
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError) as error:
+        raise _damaged(path, str(error)) from None
+    if packed:
+        raise _damaged(path, f"{packed[0]!a:.60} is compressed, which torch.save never does")
+
+
+def _load(path: Path, mapped: bool) -> Any:
+    torch = _torch(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    # Damaged pickles raise whatever the damage leads to.
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        if code := re.search(r"GLOBAL ([\w.]+)", text):
+            raise ValueError(
+                f"checkpoint: {path} is not a PyTorch file of weights alone: it would run {code[1]}; "
+                "save module.state_dict() alone."
+            ) from None
+        inner = re.search(r"WeightsUnpickler error: (.*)", text)
+        raise _damaged(path, (inner[1] if inner else text).strip().splitlines()[0][:120]) from None
+
+
+def _state_dict(found: Any, path: Path) -> dict[str, Any]:
+    """Returns the state dict inside what a training script saved."""
+    torch = _torch(path)
+    for _ in WRAPPERS:
+        inner = [found[key] for key in WRAPPERS if isinstance(found, dict) and isinstance(found.get(key), dict)]
+        if not inner:
+            break
+        found = inner[0]
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"checkpoint: {path} holds more than a state dict: a {type(found).__name__}; save module.state_dict() alone."
+        )
+    for name, value in found.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"checkpoint: {path} holds more than a state dict: {name!a:.60} is a {type(value).__name__}; "
+                "save module.state_dict() alone."
+            )
+    return {name: value.detach() for name, value in found.items()}
+
+
+def _page_out(value: Any) -> None:
+    """Gives the memory of a mapped tensor back to its file."""
+    page = 4096
+    begin = value.data_ptr() // page * page
+    size = value.untyped_storage().nbytes() - value.storage_offset() * value.element_size()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), _PAGEOUT)
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"checkpoint: {path} is not a PyTorch file of weights alone, or is damaged ({reason}).")
