@@ -19,6 +19,7 @@ _PYPI = re.compile(
     r"(?P<package>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==(?P<version>[A-Za-z0-9.!+]+)/(?P<file>[^#]+)"
     r"(?:#sha256=(?P<digest>[0-9a-fA-F]{64}))?"
 )
+_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?/(?P<file>.+)", re.ASCII)
 _UNREACHABLE = re.compile(r"connection broken by|Connection aborted|Read timed out|Could not fetch URL")
 
 
@@ -28,7 +29,8 @@ def resolve(reference: str | Path) -> Path:
     Args:
         reference: A path, or `pypi://PACKAGE==VERSION/FILE`, a file inside a wheel of the Python Package Index.
             `#sha256=HEX` at the end pins the wheel. The wheel is downloaded with pip, never installed, and only FILE
-            is kept.
+            is kept. Or `hf://ORG/REPO@REVISION/FILE`, a file of a repository of Hugging Face's hub, which huggingface_hub
+            keeps in its own cache; `@REVISION`, a branch, tag or commit, may be missing.
 
     Returns:
         The path of an existing file.
@@ -37,7 +39,8 @@ def resolve(reference: str | Path) -> Path:
         ValueError: If the reference cannot be read, or the wheel has another SHA-256 than the reference says.
         FileNotFoundError: If there is no such file, here or in the wheel.
         ConnectionError: If the package index does not answer.
-        OSError: If pip fails for another reason, with pip's own words.
+        OSError: If pip or huggingface_hub fails for another reason, with its own words.
+        ImportError: If huggingface_hub is needed and not installed.
 
     >>> resolve(__file__).name
     'assets.py'
@@ -52,7 +55,9 @@ def resolve(reference: str | Path) -> Path:
     path = Path(reference).expanduser()
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"assets: {path} {what}; pass the path of a file or pypi://PACKAGE==VERSION/FILE.")
+        raise FileNotFoundError(
+            f"assets: {path} {what}; pass the path of a file, pypi://PACKAGE==VERSION/FILE or hf://ORG/REPO/FILE."
+        )
     return path
 
 
@@ -80,7 +85,25 @@ def _from_pypi(reference: str, rest: str) -> Path:
     return cached_folder(folder, fill) / member.name
 
 
-_SCHEMES: dict[str, Callable[[str, str], Path]] = {"pypi": _from_pypi}
+def _from_hub(reference: str, rest: str) -> Path:
+    match = _HUB.fullmatch(rest)
+    if match is None or ".." in PurePosixPath(rest).parts or "\\" in rest or not rest.isprintable():
+        raise ValueError(f"assets: {reference!a} does not read hf://ORG/REPO/FILE or hf://ORG/REPO@REVISION/FILE.")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ImportError(
+            f"assets: {reference} needs the package huggingface_hub; pip install 'max-conv[hub]'."
+        ) from None
+    try:
+        return Path(huggingface_hub.hf_hub_download(match["repo"], match["file"], revision=match["revision"]))
+    # What it raises, of its own and of its HTTP library, differs from version to version.
+    except Exception as error:
+        said = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
+        raise OSError(f"assets: {reference} cannot be downloaded; huggingface_hub says: {said}.") from None
+
+
+_SCHEMES: dict[str, Callable[[str, str], Path]] = {"pypi": _from_pypi, "hf": _from_hub}
 
 
 def _download(reference: str, requirement: str, folder: Path) -> Path:

@@ -215,7 +215,8 @@ def _open_sharded(
     path: Path, reference: str, opened: list[_File]
 ) -> tuple[list[Path], dict[str, Entry], Mapping[str, str]]:
     places = _weight_map(path)
-    files, entries, marks = [path], {}, []
+    files, marks = [path], []
+    entries: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
     for shard in sorted(set(places.values())):
         beside = path.parent / shard

@@ -1,48 +1,19 @@
 """The console command `max-conv`."""
 
-import contextlib
 import importlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
+from .cli_convert import convert
+from .terminal import FORCE, JSON, Commands, new_file, step, table
+
 # MAX, NumPy and rich take long to import: each command imports what it uses, so that --help answers at once.
-
-
-class Sentence(click.ClickException):
-    """An error for the person at the terminal: one sentence on stderr, exit code 2."""
-
-    exit_code = 2
-
-    def show(self, file: Any = None) -> None:
-        click.echo(f"max-conv: {self.message}", err=True)
-
-
-class Commands(click.Group):
-    """Shows the errors that people cause as sentences instead of tracebacks."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise
-        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-            if os.environ.get("MAX_CONV_TRACEBACK"):
-                raise
-            raise Sentence(sentence(error)) from error
-
-
-def sentence(error: Exception) -> str:
-    """Returns what an error says, without an operating system's number."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
-    return str(error) or type(error).__name__
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,43 +22,7 @@ def main() -> None:
     """1-D convolution for Modular MAX: right on every shape, complete, and fast."""
 
 
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-FORCE = click.option("--force", is_flag=True, help="Overwrite the output file.")
-
-
-@contextlib.contextmanager
-def step(what: str) -> Iterator[None]:
-    """Shows what goes on while it goes on, and how long it took if that was over a second."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    start = time.perf_counter()
-    with console.status(f"{what} …"):
-        yield
-    if (seconds := time.perf_counter() - start) > 1:
-        console.print(f"{what}: {seconds:.1f} s", style="dim", highlight=False)
-
-
-def table(title: str, columns: dict[str, str], rows: list[list[str]]) -> None:
-    """Prints a table on stdout. `columns` tells how each one is justified."""
-    from rich.console import Console
-    from rich.table import Table
-
-    grid = Table(title=title, title_justify="left")
-    for column, justify in columns.items():
-        grid.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for row in rows:
-        grid.add_row(*row)
-    Console().print(grid)
-
-
-def new_file(path: Path, force: bool) -> Path:
-    """Returns `path`, or raises where it would overwrite a file without `force`, or where its folder is missing."""
-    if path.exists() and not force:
-        raise FileExistsError(f"{path} exists already; pass --force to overwrite it.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent}; make it first.")
-    return path
+main.add_command(convert)
 
 
 @main.group()
@@ -186,39 +121,6 @@ def _silero_model(saved: Path | None, weights: str | None) -> Any:
         return session.compile(silero.build(silero.Config(), state), weights=state)
 
 
-@main.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
-@click.option(
-    "--conv", "patterns", multiple=True, metavar="PATTERN", help="Names of Conv1d filters, as in 'enc.*.weight'."
-)
-@click.option(
-    "--from", "layout", default="FCS", show_default=True, help="The filters' layout in SOURCE; FCS is PyTorch's."
-)
-@click.option("--to", default="SCF", show_default=True, help="The filters' layout in TARGET; SCF is native.")
-@FORCE
-@JSON
-def convert(
-    source: Path, target: Path, patterns: tuple[str, ...], layout: str, to: str, force: bool, as_json: bool
-) -> None:
-    """Copies a checkpoint to TARGET (.safetensors) with its Conv1d filters in the native layout.
-
-    SOURCE is a .safetensors file, a sharded .index.json, or a .pt, .pth or .bin file of weights. Filters are what
-    --conv names, never guessed from shapes; all other tensors are copied bit for bit.
-    """
-    from . import checkpoint
-
-    with step(f"converting {source}"):
-        done = checkpoint.convert(source, new_file(target, force=True), patterns, layout=layout, to=to, force=force)  # type: ignore[arg-type]
-    if as_json:
-        click.echo(
-            json.dumps({"target": str(target), "filters": {name: list(shapes) for name, shapes in done.items()}})
-        )
-        return
-    rows = [[name, str(before), str(after)] for name, (before, after) in done.items()]
-    table(f"Filters in {target}", {"name": "left", layout: "right", to: "right"}, rows)
-
-
 @main.group("compile")
 def compile_() -> None:
     """Compiles a model to a file that loads in milliseconds."""
@@ -236,7 +138,7 @@ def compile_silero_vad(target: Path, weights: str | None, force: bool, as_json: 
 
 
 @compile_.command("conv1d")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--layer", required=True, metavar="NAME", help="The layer: its weights are NAME.weight and NAME.bias.")
 @click.option("--native", is_flag=True, help="The filter is SCF and the data NLC; without it both are PyTorch's.")
@@ -248,7 +150,7 @@ def compile_silero_vad(target: Path, weights: str | None, force: bool, as_json: 
 @FORCE
 @JSON
 def compile_conv1d(
-    checkpoint: Path, target: Path, layer: str, native: bool, padding: str, force: bool, as_json: bool, **options: Any
+    checkpoint: str, target: Path, layer: str, native: bool, padding: str, force: bool, as_json: bool, **options: Any
 ) -> None:
     """Compiles one convolution of a CHECKPOINT to TARGET, for `max_conv.load(TARGET)`."""
     from . import session
@@ -256,7 +158,7 @@ def compile_conv1d(
 
     new_file(target, force)
     with step(f"reading {checkpoint}"):
-        weights, dtype = read_layer(checkpoint, layer)
+        weights, dtype = read_layer(checkpoint, layer, native)
     builder = importlib.import_module("max_conv.graphs.conv1d")
     config = builder.Config(**options, padding=_padding(padding), permute=not native)
     with step("compiling"):

@@ -42,7 +42,7 @@ class Marker:
             return None
         try:
             found = json.loads(metadata[MARK])
-            marker = cls(found["layout"], *(tuple(found[key]) for key in ("conv", "conv_transpose")), found["renamed"])
+            marker = cls(found["layout"], tuple(found["conv"]), tuple(found["conv_transpose"]), found["renamed"])
         except (ValueError, KeyError, TypeError, RecursionError):
             marker = None
         if marker is None or not _sound(marker):

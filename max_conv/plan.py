@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, cast
 
 from .checkpoint import Checkpoint, some
 from .folding import weight_norm_dim
+from .layer_map import LayerMap
 from .marker import Marker, Side
 from .tensors import FLOATS, ROUNDED
 
@@ -34,75 +35,6 @@ _PARTS = {
     ),
 }
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-
-@dataclass(frozen=True)
-class LayerMap:
-    """Which tensors of a checkpoint are filters, and what becomes of the others.
-
-    Patterns are shell patterns of names, after renaming and after folding of weight norm.
-
-    Attributes:
-        conv: Filters of Conv1d layers, FCS in PyTorch, SCF native.
-        conv_transpose: Filters of ConvTranspose1d layers, CFS in PyTorch, SFC native.
-        copy: Every other tensor that the model takes; it stays as it is.
-        ignore: What the model does not take; it is dropped, whatever other patterns name it.
-        rename: Pairs of a regular expression and what `re.sub` puts in its place, in order, before anything else.
-        optional: Patterns of `conv`, `conv_transpose` and `copy` that may name nothing.
-
-    >>> LayerMap(conv=("conv_pre.weight",), copy=("*.bias",)).kind("conv_pre.weight")
-    'conv'
-    """
-
-    conv: tuple[str, ...] = ()
-    conv_transpose: tuple[str, ...] = ()
-    copy: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-    rename: tuple[tuple[str, str], ...] = ()
-    optional: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            value = tuple(tuple(item) if isinstance(item, list) else item for item in value) if value != "" else ()
-            texts = [text for pair in value for text in pair] if entry.name == "rename" else list(value)
-            one = isinstance(getattr(self, entry.name), str)
-            pairs = entry.name != "rename" or all(isinstance(p, tuple) and len(p) == 2 for p in value)
-            if one or not pairs or not all(isinstance(text, str) for text in texts):
-                what = "pairs of strings" if entry.name == "rename" else "a list of strings"
-                raise TypeError(f"convert: {entry.name} must be {what}, but is {getattr(self, entry.name)!r:.80}.")
-            object.__setattr__(self, entry.name, value)
-        if unknown := [p for p in self.optional if p not in (*self.conv, *self.conv_transpose, *self.copy)]:
-            raise ValueError(f"convert: {unknown[0]!r} is optional, but no pattern of conv, conv_transpose or copy.")
-
-    def kind(self, name: str) -> str | None:
-        """Returns "ignore", "conv", "conv_transpose", "copy", or None where no pattern names the tensor.
-
-        Raises:
-            ValueError: If it is named as a filter of both kinds.
-        """
-        if _any(name, self.ignore):
-            return "ignore"
-        both = [kind for kind in ("conv", "conv_transpose") if _any(name, getattr(self, kind))]
-        if len(both) == 2:
-            raise ValueError(f"convert: {name} is named both as conv and as conv_transpose; name it once.")
-        return both[0] if both else "copy" if _any(name, self.copy) else None
-
-    def renamed(self, name: str) -> str:
-        """Returns a name as the rules of `rename` change it.
-
-        Raises:
-            ValueError: If a rule is no regular expression.
-
-        >>> LayerMap(rename=(("^net[.]", ""), ("w$", "weight"))).renamed("net.conv.w")
-        'conv.weight'
-        """
-        for old, new in self.rename:
-            try:
-                name = re.sub(old, new, name)
-            except (re.error, IndexError) as error:
-                raise ValueError(f"convert: the renaming rule {old!r} -> {new!r} is wrong: {error}.") from None
-        return name
 
 
 @dataclass(frozen=True)
@@ -223,8 +155,12 @@ def plan_native(
     )
 
 
-def plan_torch(checkpoint: Checkpoint) -> Plan:
-    """Plans the way back: the marker knows the filters and the names that they had.
+def plan_marked(checkpoint: Checkpoint, target: Side) -> Plan:
+    """Plans what needs no declaration, because the marker knows the filters and the names that they had.
+
+    Args:
+        checkpoint: A file that `max-conv convert` wrote.
+        target: "torch", or the layout that the file has already.
 
     Raises:
         ValueError: If the file has no marker, or one that does not fit.
@@ -232,26 +168,23 @@ def plan_torch(checkpoint: Checkpoint) -> Plan:
     marker = Marker.of(checkpoint.metadata, checkpoint.source)
     if marker is None:
         raise ValueError(
-            f"convert: {checkpoint.source} has no layout marker, which only `max-conv convert` writes; "
-            "a file without one is taken for PyTorch's."
+            f"convert: {checkpoint.source} has no layout marker, which max-conv convert writes; without one its filters "
+            "are taken for PyTorch's already."
         )
+    back = marker.layout == "native" and target == "torch"
     tensors = []
     for name in checkpoint.names:
-        kind: Kind = marker.kind(name)  # type: ignore[assignment]
         shape, dtype = _size(checkpoint, name)
+        kind = cast(Kind, marker.kind(name))
         if kind != "copy" and len(shape) != 3:
             raise ValueError(
                 f"convert: {name} is marked as a filter, but has shape {shape}; convert the original again."
             )
-        new = marker.renamed.get(name, name) if marker.layout == "native" else name
+        new = marker.renamed.get(name, name) if back else name
         tensors.append(Planned(new, {"w": name}, kind, shape, dtype))
     if len({item.name for item in tensors}) < len(tensors):
         raise ValueError(f"convert: {checkpoint.source} gives two tensors one name; convert the original again.")
-    return Plan(tensors, marker.layout, "torch")
-
-
-def _any(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    return Plan(tensors, marker.layout, target, renamed={} if back else dict(marker.renamed))
 
 
 def _size(checkpoint: Checkpoint, name: str) -> tuple[tuple[int, ...], str]:
@@ -347,7 +280,9 @@ def _check_spectral(checkpoint: Checkpoint, sources: Mapping[str, str], dim: int
 def _classify(
     found: Mapping[str, Planned], layers: LayerMap, strict: bool, what: str
 ) -> tuple[list[Planned], list[str]]:
-    tensors, dropped, lost = [], [], []
+    tensors: list[Planned] = []
+    dropped: list[str] = []
+    lost = []
     for name, item in found.items():
         kind = layers.kind(name)
         if kind == "ignore":
@@ -355,7 +290,7 @@ def _classify(
         elif kind is None and strict:
             lost.append(name)
         else:
-            tensors.append(replace(item, kind=kind or "copy", declared=kind is not None))
+            tensors.append(replace(item, kind=cast(Kind, kind or "copy"), declared=kind is not None))
     if lost:
         raise ValueError(
             f"{what}: no pattern names {some(lost)}; declare each as conv, conv_transpose or copy, or ignore it."

@@ -59,7 +59,7 @@ class SafetensorsFile:
         each = width(self.specs[name].dtype)
         data = np.empty((stop - start) * each, np.uint8)
         self._file.seek(self._starts[name] + start * each)
-        if self._file.readinto(data) != len(data):  # type: ignore[attr-defined]
+        if self._file.readinto(data.data) != len(data):
             raise ValueError(f"checkpoint: {self.path} became shorter while it was read; {name} is incomplete.")
         return data.view(f"<u{each}")
 

@@ -67,9 +67,16 @@ def test_takes_a_path(tmp_path, monkeypatch):
 
 FILE = "parcel/data/weights.bin"
 ERRORS = [
-    ("nowhere.bin", FileNotFoundError, "assets: nowhere.bin does not exist; pass the path of a file or pypi://PACK"),
+    ("nowhere.bin", FileNotFoundError, "assets: nowhere.bin does not exist; pass the path of a file, pypi://PACK"),
     ("/", FileNotFoundError, "assets: / is a folder, not a file; "),
-    ("hub://parcel", ValueError, "assets: hub://parcel starts with hub://, but only paths and pypi:// are known."),
+    (
+        "hub://parcel",
+        ValueError,
+        "assets: hub://parcel starts with hub://, but only paths and pypi://, hf:// are known.",
+    ),
+    ("hf://repo/file", ValueError, "assets: 'hf://repo/file' does not read hf://ORG/REPO/FILE or hf://ORG/REPO@REV"),
+    ("hf://org/repo/../file", ValueError, "does not read hf://ORG/REPO/FILE"),
+    ("hf://org/repo@/file", ValueError, "does not read hf://ORG/REPO/FILE"),
     ("pypi://parcel", ValueError, "assets: pypi://parcel does not read pypi://PACKAGE==VERSION/FILE"),
     ("pypi://--x==1/a", ValueError, "does not read pypi://PACKAGE==VERSION/FILE"),
     (f"pypi://parcel==1.5/{FILE}#sha256=12", ValueError, "or the same with #sha256=HEX."),
@@ -122,3 +129,32 @@ def test_no_pip(wheel, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(OSError, match=r"needs pip to be downloaded, but .*/python has none; run -m ensurepip\."):
         resolve(f"pypi://parcel==1.5/{FILE}")
+
+
+class Hub:
+    """Stands in for huggingface_hub, which would need a network."""
+
+    def __init__(self, folder):
+        self.folder, self.asked = folder, []
+
+    def hf_hub_download(self, repo_id, filename, *, revision=None):
+        self.asked.append((repo_id, filename, revision))
+        if not (self.folder / filename).is_file():
+            raise LookupError(f"404 Client Error: {filename} not found\nRequest ID: 1")
+        return str(self.folder / filename)
+
+
+def test_the_hub(tmp_path, monkeypatch):
+    hub = Hub(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/model.bin").touch()
+    assert resolve("hf://org/repo/sub/model.bin") == resolve("hf://org/re.po@v1/sub/model.bin")
+    assert hub.asked == [("org/repo", "sub/model.bin", None), ("org/re.po", "sub/model.bin", "v1")]
+    with pytest.raises(
+        OSError, match=r"^assets: hf://org/repo/gone cannot be .* says: 404 Client Error: gone not found\.$"
+    ):
+        resolve("hf://org/repo/gone")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"^assets: hf://org/repo/a needs the package huggingface_hub; pip install "):
+        resolve("hf://org/repo/a")

@@ -62,7 +62,9 @@ def test_convert(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "native.safetensors"
     assert "enc.weight" in good("convert", folder / "m.pt", target, "--conv", "*.weight")
     facts = json.loads(good("convert", folder / "m.pt", target, "--conv", "*.weight", "--force", "--json"))
-    assert facts == {"target": str(target), "filters": {"enc.weight": [[8, 4, 3], [3, 4, 8]]}}
+    assert facts["files"] == [str(target)] and not facts["already"]
+    weight = {"sources": ["enc.weight"], "name": "enc.weight", "shape": [3, 4, 8], "dtype": "F32"}
+    assert facts["tensors"][0] == {**weight, "layout": "FCS -> SCF", "declared": True}
 
 
 def test_compile_one_layer(folder: Path, tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         r"there is no folder no; make it first",
     ),
     "not safetensors": (["convert", "m.pt", "x.bin", "--conv", "*"], r"the output must end in \.safetensors"),
-    "no pattern": (["convert", "m.pt", "x.safetensors"], r"name the Conv1d filters with --conv PATTERN"),
+    "no pattern": (["convert", "m.pt", "x.safetensors"], r"name the filters with --conv PATTERN"),
     "no source": (["convert", "gone.pt", "x.safetensors", "--conv", "*"], r"there is no file .*gone\.pt"),
     "damaged": (["convert", "rubbish.safetensors", "x.safetensors", "--conv", "*"], r"is not a safetensors file"),
     "exists": (["convert", "m.pt", "rubbish.safetensors", "--conv", "*"], r"exists already; pass --force"),

@@ -37,8 +37,11 @@ MODULES: dict[str, tuple[str, str]] = {
     "folding": ("", "numpy"),
     "marker": ("", ""),
     "checkpoint": ("assets folding marker safetensors_file tensors torch_file", "numpy"),
-    "plan": ("checkpoint folding marker tensors", ""),
-    "convert": ("checkpoint folding layouts plan tensors", "numpy"),
+    "layer_map": ("", ""),
+    "plan": ("checkpoint folding layer_map marker tensors", ""),
+    "making": ("checkpoint folding layouts plan tensors", "numpy"),
+    "verify": ("checkpoint making plan reference tensors", "numpy"),
+    "convert": ("checkpoint layer_map making marker plan safetensors_file tensors verify", "numpy"),
     "frontends": ("frontends.mlx frontends.torch", ""),
     "frontends.eager": ("arrays geometry nn session", "max numpy"),
     "frontends.mlx": ("frontends.eager layouts", "max numpy"),
@@ -47,12 +50,14 @@ MODULES: dict[str, tuple[str, str]] = {
     "audio": ("", "numpy"),
     "speech": ("", "numpy"),
     "picture": ("speech", "numpy"),
-    "cli": ("assets audio cache checkpoint kernel_library picture session speech", "click"),
+    "terminal": ("", "click"),
+    "cli_convert": ("convert layer_map tensors terminal", "click"),
+    "cli": ("assets audio cache checkpoint cli_convert kernel_library picture session speech terminal", "click"),
 }
 LIGHT = [name for name, (_, outside) in MODULES.items() if "max" not in outside.split()]
 """Modules that are loaded without MAX, and so within a moment."""
 
-BY_NAME = {"__init__", "frontends", "cli"}
+BY_NAME = {"__init__", "frontends", "cli", "cli_convert"}
 """Modules that load others by name: lazily, and for the command line also the graphs."""
 
 PUBLIC = {"max_conv", *(f"max_conv.{name}" for name in MODULES if name not in ("__init__", "cli", "frontends.eager"))}

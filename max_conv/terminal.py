@@ -1,0 +1,119 @@
+"""What the commands say to the person at the terminal."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+# rich takes long to import: each function imports what it uses, so that --help answers at once.
+
+
+class Sentence(click.ClickException):
+    """An error for the person at the terminal: one sentence on stderr, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"max-conv: {self.message}", err=True)
+
+
+class Commands(click.Group):
+    """Shows the errors that people cause as sentences instead of tracebacks."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with sentences():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def sentences() -> Iterator[None]:
+    """Turns errors that people cause into sentences; MAX_CONV_TRACEBACK shows where they come from instead."""
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        raise
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        if os.environ.get("MAX_CONV_TRACEBACK"):
+            raise
+        raise Sentence(sentence(error)) from error
+
+
+def sentence(error: BaseException) -> str:
+    """Returns what an error says, without an operating system's number.
+
+    >>> sentence(FileNotFoundError(2, "No such file or directory", "model.pt"))
+    'model.pt: No such file or directory.'
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return str(error) or type(error).__name__
+
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+FORCE = click.option("--force", is_flag=True, help="Overwrite the output file.")
+
+
+@contextlib.contextmanager
+def step(what: str) -> Iterator[None]:
+    """Shows what goes on while it goes on, and how long it took if that was over a second."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    start = time.perf_counter()
+    with console.status(f"{what} …"):
+        yield
+    if (seconds := time.perf_counter() - start) > 1:
+        console.print(f"{what}: {seconds:.1f} s", style="dim", highlight=False)
+
+
+@contextlib.contextmanager
+def bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows bars of bytes with their rate on stderr; yields what tells them: the task, bytes more, bytes in all."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, Any] = {}
+
+    def tell(what: str, done: int, total: int) -> None:
+        progress.start()
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=total)
+        progress.advance(tasks[what], done)
+
+    try:
+        yield tell
+    finally:
+        if tasks:
+            progress.stop()
+
+
+def table(title: str, columns: dict[str, str], rows: list[list[str]]) -> None:
+    """Prints a table on stdout. `columns` tells how each one is justified."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(title=Text(title), title_justify="left")
+    for column, justify in columns.items():
+        grid.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    # A file or a pipe has no width: nothing is broken there that fits on a wide page.
+    Console(width=None if sys.stdout.isatty() else 160).print(grid)
+
+
+def new_file(path: Path, force: bool) -> Path:
+    """Returns `path`, or raises where it would overwrite a file without `force`, or where its folder is missing."""
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists already; pass --force to overwrite it.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}; make it first.")
+    return path

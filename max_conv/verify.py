@@ -1,0 +1,127 @@
+"""The check of a converted file: every layer in PyTorch, from the source, beside the reference, from the output."""
+
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import Checkpoint
+from .making import batch_norm
+from .plan import ORDERS, Plan, Planned
+from .reference import conv1d_ref, conv_transpose1d_ref
+from .tensors import FLOATS, Tensor, values
+
+_EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
+_SMALLEST = {"F64": 2.0**-1074, "F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}
+_EXTRA = 4
+"""Positions of the input beyond the filter's length: enough to tell any tap from any other."""
+
+
+def verify(source: Checkpoint, plan: Plan, target: Checkpoint, eps: float = 1e-5) -> int:
+    """Compares the layers of a converted file with what PyTorch makes of the source, on random sound.
+
+    Each output may be off by `4 eps (|x| * |w| + |b|)`, eps being that of the dtype in the output. What was only copied
+    must be the same in every bit.
+
+    Args:
+        source: What was converted.
+        plan: How.
+        target: What was written, read back.
+        eps: What folded batch norms add to the variance.
+
+    Returns:
+        The number of layers.
+
+    Raises:
+        ImportError: If PyTorch is not installed.
+        ValueError: If a layer's output is another, with its name.
+    """
+    torch = _torch()
+    items = {item.name: item for item in plan.tensors}
+    count = 0
+    for item in plan.tensors:
+        if item.kind != "copy":
+            _check_layer(torch, source, plan, items, item, target, eps)
+            count += 1
+        elif item.plain and target.dtype(item.name) == item.dtype:
+            pairs = zip(source.pieces(item.sources["w"]), target.pieces(item.name), strict=True)
+            if not all(np.array_equal(before, after) for before, after in pairs):
+                raise ValueError(f"verify: {item.name} should be a copy, but has other bits; nothing was written.")
+    return count
+
+
+def _check_layer(
+    torch: Any, source: Checkpoint, plan: Plan, items: dict[str, Planned], item: Planned, target: Checkpoint, eps: float
+) -> None:
+    layer = item.name.removesuffix("weight")
+    bias_item = items.get(f"{layer}bias") if item.name.endswith("weight") else None
+    filter = _source_filter(torch, source, plan, item)
+    channels = filter.shape[0 if item.kind == "conv_transpose" else 1]
+    norm = None if item.batch_norm is None else batch_norm(source, item.batch_norm, eps)
+    groups = len(norm.scale) // filter.shape[1] if norm and item.kind == "conv_transpose" else 1
+    seed = np.random.default_rng(len(item.name))
+    x = seed.standard_normal((1, channels, filter.shape[2] + _EXTRA))
+
+    bias = None
+    if bias_item is not None and "w" in bias_item.sources:
+        bias = torch.from_numpy(_numbers(source.read(bias_item.sources["w"])))
+        bias = bias if bias.shape == (filter.shape[0 if item.kind == "conv" else 1] * groups,) else None
+    function = torch.nn.functional.conv1d if item.kind == "conv" else torch.nn.functional.conv_transpose1d
+    want = function(torch.from_numpy(x), filter, bias, groups=groups)
+    if norm is not None:
+        mean, variance, weight, offset = map(torch.from_numpy, (norm.mean, norm.variance, norm.weight, norm.bias))
+        want = torch.nn.functional.batch_norm(want, mean, variance, weight, offset, False, 0.0, eps)
+
+    new = _numbers(target.read(item.name))
+    has_bias = bias is not None or norm is not None
+    new_bias = _numbers(target.read(f"{layer}bias")) if has_bias else None
+    got = _reference(item, plan, x, new, new_bias, groups)
+    size = _reference(item, plan, np.abs(x), np.abs(new), None if new_bias is None else np.abs(new_bias), groups)
+    dtypes = [target.dtype(item.name), *([target.dtype(f"{layer}bias")] if has_bias else [])]
+    eps, smallest = (max(table.get(dtype, 0.0) for dtype in dtypes) for table in (_EPS, _SMALLEST))
+    bound = 4 * max(eps, 1e-13) * size + smallest * (1 + np.abs(x).sum())
+    with np.errstate(invalid="ignore"):
+        off = np.abs(got - want.numpy())
+        wrong = ~((off <= bound) | (got == want.numpy()) | (np.isnan(got) & np.isnan(want.numpy())))
+    if wrong.any():
+        raise ValueError(
+            f"verify: the layer {layer.rstrip('.') or item.name} gives another output than in PyTorch, off by "
+            f"{np.nanmax(off[wrong]):.3g} where {bound[wrong].min():.3g} is allowed; nothing was written."
+        )
+
+
+def _source_filter(torch: Any, source: Checkpoint, plan: Plan, item: Planned) -> Any:
+    """Returns the filter that PyTorch's layer has, in float64: FCS, or CFS of a transposed one."""
+    parts = {part: torch.from_numpy(_numbers(source.read(name))) for part, name in item.sources.items()}
+    if item.norm == "weight norm":
+        g, v = parts["g"], parts["v"]
+        own = [axis for axis, size in enumerate(g.shape) if size != 1]
+        if not own:
+            return torch._weight_norm(v, g.reshape(()), -1)
+        axes = [axis for axis in range(v.ndim) if axis != own[0]]
+        return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
+    if item.norm:
+        first = parts["w"].transpose(0, 1) if item.kind == "conv_transpose" else parts["w"]
+        return parts["w"] / torch.dot(parts["u"], torch.mv(first.reshape(first.shape[0], -1), parts["v"]))
+    # Both native orders are PyTorch's backwards.
+    return parts["w"].permute(2, 1, 0) if plan.source == "native" else parts["w"]
+
+
+def _reference(
+    item: Planned, plan: Plan, x: np.ndarray, filter: np.ndarray, bias: np.ndarray | None, groups: int
+) -> np.ndarray:
+    """Returns the output (N, F, L) of the reference, of a filter of the output's layout."""
+    function: Any = conv1d_ref if item.kind == "conv" else conv_transpose1d_ref
+    return function(x, filter, bias, groups=groups, layout="NCL", filter_layout=ORDERS[item.kind][plan.target])
+
+
+def _numbers(tensor: Tensor) -> np.ndarray:
+    """Returns values, or for dtypes that have none here the bits as numbers, which a copy has in common."""
+    return values(tensor) if tensor.dtype in FLOATS else tensor.bits.astype(np.float64)
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise ImportError("verify: comparing with PyTorch needs PyTorch; install torch.") from None
+    return torch
