@@ -142,14 +142,17 @@ def _blocks(config: Config, w: Weights, x: TensorValue, first: int) -> TensorVal
     for j, (taps, dilations) in enumerate(zip(config.kernel_sizes, config.dilations, strict=True)):
         block, y, active = w / "resblocks" / (first + j), x, begin
         for k, dilation in enumerate(dilations):
-            convs = ("convs1", dilation), ("convs2", 1)
-            if config.block != 1:
-                convs = (("convs", dilation),)
-            for depth, (name, step) in enumerate(convs):
-                z = leaky_relu(z, config.slope) if depth else active
-                z = block.conv(z, f"{name}.{k}", dilation=step, padding=step * (taps - 1) // 2)
+            if config.block == 1:
+                z = leaky_relu(_conv(block, active, f"convs1.{k}", taps, dilation), config.slope)
+                z = _conv(block, z, f"convs2.{k}", taps, 1)
+            else:
+                z = _conv(block, active, f"convs.{k}", taps, dilation)
             y = y + z
             active = leaky_relu(y, config.slope)
         total = y if total is None else total + y
     assert total is not None, "a stage has blocks"
     return total / len(config.kernel_sizes)
+
+
+def _conv(w: Weights, x: TensorValue, name: str, taps: int, dilation: int) -> TensorValue:
+    return w.conv(x, name, dilation=dilation, padding=dilation * (taps - 1) // 2)

@@ -98,7 +98,10 @@ class Weights:
         return lstm(x, *matrices, bias, nothing, nothing)[0]
 
     def _bias(self, name: str) -> TensorValue | None:
-        return self[f"{name}.bias"] if f"{name}.bias" in self else None
+        bias = f"{name}.bias"
+        if bias not in self:
+            return None
+        return self[bias]
 
 
 def check_weights(model: str, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
