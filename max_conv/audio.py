@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,30 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
         if not len(samples):
             raise ValueError(f"audio: {path} is shorter than one sample at {rate} Hz; pass a longer sound.")
     return np.ascontiguousarray(samples.T)
+
+
+def as_signals(model: str, audio: Any) -> np.ndarray:
+    """Returns sound that a model is given, one signal or several, as float32 (B, samples).
+
+    Args:
+        model: The model's name, which begins error messages.
+        audio: (samples,) or (B, samples), -1 to 1.
+
+    Raises:
+        TypeError: If the audio holds integers.
+        ValueError: If the audio has more axes, no samples, or one that is not finite.
+
+    >>> as_signals("net", np.zeros(8)).shape
+    (1, 8)
+    """
+    signals = np.asarray(audio)
+    if not np.issubdtype(signals.dtype, np.floating):
+        raise TypeError(f"{model}: audio must be floating point, -1 to 1, but is {signals.dtype}.")
+    if signals.ndim not in (1, 2) or not signals.size:
+        raise ValueError(f"{model}: audio must have shape (samples,) or (batch, samples), but has {signals.shape}.")
+    if not np.isfinite(signals).all():
+        raise ValueError(f"{model}: audio must be finite, but holds an infinity or a NaN.")
+    return np.atleast_2d(signals).astype(np.float32, copy=False)
 
 
 def _libraries() -> tuple[ModuleType, ModuleType]:

