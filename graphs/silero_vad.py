@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, Graph, TensorType, TensorValue, Weight, ops
+from max.graph import DeviceRef, TensorType, TensorValue, ops
 
-from max_conv import conv1d
-from max_conv.assets import resolve
-from max_conv.layouts import permute
-from max_conv.recurrent import lstm
+from max_conv import PackedGraph
+from max_conv.audio import as_signals
+from max_conv.convert import LayerMap, read_native, to_native
 
-# The wheel's ONNX and TorchScript files hold the same network with other values than this checkpoint; under the
-# checkpoint's names, `native_weights` takes those as well.
+from .parts import Weights, check_weights
+
+# The wheel's ONNX and TorchScript files hold the same network with other values than this checkpoint.
 WEIGHTS = (
     "pypi://silero-vad==6.2.3/silero_vad/data/silero_vad_16k.safetensors"
     "#sha256=7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8"
@@ -33,7 +33,18 @@ _PYANNOTE_WHEEL = "852ea15c4d85bc34773e618267603ffca6a521669a74d33742692cc67fc70
 SAMPLE_AUDIO = _PYANNOTE.format("wav", _PYANNOTE_WHEEL)
 SAMPLE_LABELS = _PYANNOTE.format("rttm", _PYANNOTE_WHEEL)
 
-Weights = Mapping[str, np.ndarray]
+LAYERS = LayerMap(
+    conv=("stft_conv.weight", "conv?.weight", "final_conv.weight"),
+    copy=("*.bias", "lstm_cell.*"),
+    ignore=("_model_8k.*",),
+    rename=(  # the names in the ONNX files, and behind "_model." in the TorchScript file
+        (r"^_?model\.", ""),
+        (r"^stft\.forward_basis_buffer$", "stft_conv.weight"),
+        *((rf"^encoder\.{i}\.reparam_conv\.", f"conv{i + 1}.") for i in range(4)),
+        (r"^decoder\.rnn\.", "lstm_cell."),
+        (r"^decoder\.decoder\.2\.", "final_conv."),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -56,68 +67,52 @@ class Config:
         return self.window // 2 + 1
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the native weights' shapes: filters SCF, matrices (in, out)."""
+        """Returns the native weights' shapes."""
         shapes: dict[str, tuple[int, ...]] = {"stft_conv.weight": (self.window, 1, 2 * self.bins)}
         channels = self.bins
         for i, (filters, _) in enumerate(self.layers, 1):
             shapes |= {f"conv{i}.weight": (self.kernel_size, channels, filters), f"conv{i}.bias": (filters,)}
             channels = filters
         gates = 4 * self.units
-        shapes |= {"lstm_cell.weight_ih": (channels, gates), "lstm_cell.weight_hh": (self.units, gates)}
-        shapes |= {"lstm_cell.bias": (gates,), "final_conv.weight": (1, self.units, 1), "final_conv.bias": (1,)}
+        shapes |= {"lstm_cell.weight_ih": (gates, channels), "lstm_cell.weight_hh": (gates, self.units)}
+        shapes |= {
+            "lstm_cell.bias_ih": (gates,),
+            "lstm_cell.bias_hh": (gates,),
+            "final_conv.weight": (1, self.units, 1),
+            "final_conv.bias": (1,),
+        }
         return shapes
 
 
 def load_weights(reference: str | Path = WEIGHTS, config: Config = Config()) -> dict[str, np.ndarray]:
     """Reads the network's checkpoint into native weights.
 
-    Args:
-        reference: A `.safetensors` file, or what `max_conv.assets.resolve` takes.
-        config: The sizes that the weights must have.
-
-    Returns:
-        What `native_weights` returns.
-
     Raises:
-        ImportError: If safetensors is not installed.
-        ValueError: If the file is not a safetensors file, or does not hold this network.
+        ImportError: If the package that reads the file is not installed.
+        ValueError: If the file is no checkpoint, or does not hold this network.
     """
-    try:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-    except ImportError:
-        raise ImportError(
-            "silero_vad: reading weights needs safetensors; run pip install 'max-conv[safetensors]'."
-        ) from None
-    path = resolve(reference)
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"silero_vad: {path} cannot be read as a safetensors file ({error}).") from None
-    return native_weights(tensors, config)
+    weights = read_native(reference, LAYERS, "silero_vad")
+    check_weights("silero_vad", weights, config.shapes())
+    return weights
 
 
 def native_weights(tensors: Mapping[str, np.ndarray], config: Config = Config()) -> dict[str, np.ndarray]:
-    """Turns a checkpoint's tensors into native weights: filters SCF, matrices (in, out), the LSTM's biases added.
-
-    Returns:
-        Contiguous float32 arrays by name.
+    """Turns tensors under the names of Silero's checkpoint, its ONNX or its TorchScript files into native weights.
 
     Raises:
         ValueError: If a tensor is missing, unknown or of another shape.
     """
-    weights = {}
-    for name, tensor in tensors.items():
-        order = {3: ("FCS", "SCF"), 2: ("FC", "CF")}.get(tensor.ndim, ("F", "F"))
-        weights[name] = permute(np.ascontiguousarray(tensor, np.float32), *order)
-    biases = ("lstm_cell.bias_ih", "lstm_cell.bias_hh")
-    if all(name in weights for name in biases):
-        weights["lstm_cell.bias"] = weights.pop(biases[0]) + weights.pop(biases[1])
-    _check(config, weights)
+    weights = to_native(tensors, LAYERS, "silero_vad")
+    check_weights("silero_vad", weights, config.shapes())
     return weights
 
 
-def build(config: Config, weights: Weights, *, device: DeviceRef | None = None, dtype: DType = DType.float32) -> Graph:
+def build(
+    config: Config,
+    weights: Mapping[str, np.ndarray],
+    device: DeviceRef | None = None,
+    dtype: DType = DType.float32,
+) -> PackedGraph:
     """Builds the graph; its weights are filled in when it is compiled, `max_conv.compile(graph, weights=weights)`.
 
     Inputs, in order, all float32, with symbolic B and T of at least 1:
@@ -141,26 +136,20 @@ def build(config: Config, weights: Weights, *, device: DeviceRef | None = None, 
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    _check(config, weights)
+    check_weights("silero_vad", weights, config.shapes())
     device = device or DeviceRef.CPU()
     sizes: list[list[Any]] = [["time", config.hop], [config.context], [config.units], [config.units]]
     inputs = [TensorType(DType.float32, ["batch", *size], device) for size in sizes]
-    with Graph("silero_vad", input_types=inputs) as graph:
-        chunks, context, hidden, cell = (value.tensor for value in graph.inputs)
-
-        def w(name: str) -> TensorValue:
-            weight = Weight(name, DType.float32, list(weights[name].shape), device)
-            return ops.cast(TensorValue(weight), dtype)
-
+    w = Weights(weights, device, dtype)
+    with PackedGraph("silero_vad", input_types=inputs) as graph:
+        chunks, context, *memory = (value.tensor for value in graph.inputs)
         sound, context = _with_context(config, chunks, context)
-        features = _features(config, ops.cast(sound, dtype), w)
+        features = _features(config, w, ops.cast(sound, dtype))
         features = ops.reshape(features, [chunks.shape[0], chunks.shape[1], features.shape[2]])
-        memory = (ops.cast(hidden, dtype), ops.cast(cell, dtype))
-        matrices = (w("lstm_cell.weight_ih"), w("lstm_cell.weight_hh"), w("lstm_cell.bias"))
-        outputs, *memory_after = lstm(features, *matrices, *memory)
-        score = conv1d(ops.relu(outputs), w("final_conv.weight"), w("final_conv.bias"))
-        probability = ops.sigmoid(ops.squeeze(score, 2))
-        graph.output(*(ops.cast(value, DType.float32) for value in (probability, context, *memory_after)))
+        hidden, cell = (ops.cast(value, dtype) for value in memory)
+        outputs, hidden, cell = (w / "lstm_cell").lstm_from(features, hidden, cell)
+        probability = ops.sigmoid(ops.squeeze(w.conv(ops.relu(outputs), "final_conv"), 2))
+        graph.output(*(ops.cast(value, DType.float32) for value in (probability, context, hidden, cell)))
     return graph
 
 
@@ -188,18 +177,11 @@ def detect(model: Callable[..., Any], audio: Any, config: Config = Config()) -> 
         TypeError: If the audio holds integers.
         ValueError: If the audio has more axes, no samples, or one that is not finite.
     """
-    signals = np.asarray(audio)
-    if not np.issubdtype(signals.dtype, np.floating):
-        raise TypeError(f"silero_vad: audio must be floating point, -1 to 1, but is {signals.dtype}.")
-    if signals.ndim not in (1, 2) or not signals.size:
-        raise ValueError(f"silero_vad: audio must have shape (samples,) or (batch, samples), but has {signals.shape}.")
-    if not np.isfinite(signals).all():
-        raise ValueError("silero_vad: audio must be finite, but holds an infinity or a NaN.")
-    lines = np.atleast_2d(signals).astype(np.float32, copy=False)
+    lines = as_signals("silero_vad", audio)
     batch, samples = lines.shape
     lines = np.pad(lines, ((0, 0), (0, -samples % config.hop)))
     probability, *_ = model(lines.reshape(batch, -1, config.hop), *initial_state(batch, config))
-    return probability[0] if signals.ndim == 1 else probability
+    return probability[0] if np.ndim(audio) == 1 else probability
 
 
 def _with_context(config: Config, chunks: TensorValue, context: TensorValue) -> tuple[TensorValue, TensorValue]:
@@ -209,30 +191,14 @@ def _with_context(config: Config, chunks: TensorValue, context: TensorValue) -> 
     return ops.concat([before, chunks], axis=2), ends[:, -1]
 
 
-def _features(config: Config, sound: TensorValue, w: Callable[[str], TensorValue]) -> TensorValue:
+def _features(config: Config, w: Weights, sound: TensorValue) -> TensorValue:
     """Returns one vector a chunk, (B * T, 1, 128). Chunks are padded one by one, so they stand in the batch here."""
     batch, time, samples = sound.shape
     x = ops.reshape(sound, [batch * time, samples, 1])
     reflected = (0, config.reflected)
-    x = conv1d(x, w("stft_conv.weight"), stride=config.stride, padding=reflected, padding_mode="reflect")
+    x = w.conv(x, "stft_conv", stride=config.stride, padding=reflected, padding_mode="reflect")
     real, imaginary = x[:, :, : config.bins], x[:, :, config.bins :]
     x = ops.sqrt(real * real + imaginary * imaginary)
-    padding = config.kernel_size // 2
     for i, (_, stride) in enumerate(config.layers, 1):
-        x = ops.relu(conv1d(x, w(f"conv{i}.weight"), w(f"conv{i}.bias"), stride=stride, padding=padding))
+        x = ops.relu(w.conv(x, f"conv{i}", stride=stride, padding=config.kernel_size // 2))
     return x
-
-
-def _check(config: Config, weights: Weights) -> None:
-    shapes = config.shapes()
-    for names, fault in (
-        (shapes.keys() - weights.keys(), "lack"),
-        (weights.keys() - shapes.keys(), "hold the unknown"),
-    ):
-        if names:
-            raise ValueError(
-                f"silero_vad: the weights {fault} {', '.join(sorted(names))}; pass those of Silero's 16 kHz network."
-            )
-    for name, shape in shapes.items():
-        if weights[name].shape != shape:
-            raise ValueError(f"silero_vad: the weight {name} must have shape {shape}, but has {weights[name].shape}.")

@@ -142,7 +142,7 @@ def _sound(config: Config, w: Weights, x: TensorValue) -> TensorValue:
     phase = x[:, :, bins:]
     spectrum = ops.concat([magnitude * sine(phase + math.pi / 2), magnitude * sine(phase)], axis=2)
     trim = config.window // 2 if config.center else (config.window - config.hop) // 2
-    options = {"stride": config.hop, "padding": trim}
+    options: dict[str, Any] = {"stride": config.hop, "padding": trim}
     window = "head.istft.window"
     sound = conv_transpose1d(spectrum, w.make("head.istft.waves", _waves, window), **options)
     # Where windows overlap their squares add up: to a constant inside, to less at the ends.

@@ -152,6 +152,10 @@ class PackedGraph(Graph):
         self.derived = {}
         super().__init__(*args, **kwargs)
 
+    def __enter__(self) -> "PackedGraph":
+        super().__enter__()
+        return self
+
 
 def _wanted() -> dict[str, Derived] | None:
     """Returns what the current graph wants made, or None where nobody will make it."""

@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from max_conv.graphs import silero_vad
 from safetensors.numpy import load_file, save_file
 
@@ -14,14 +15,7 @@ from max_conv.speech import agreement, read_rttm, turns
 
 CONFIG = silero_vad.Config()
 ONNX = silero_vad.WEIGHTS.replace("silero_vad_16k.safetensors", "silero_vad_16k_op15.onnx")
-ONNX_NAMES = {
-    "stft.forward_basis_buffer": "stft_conv.weight",
-    **{f"encoder.{i}.reparam_conv.{kind}": f"conv{i + 1}.{kind}" for i in range(4) for kind in ("weight", "bias")},
-    **{
-        f"decoder.rnn.{kind}_{side}": f"lstm_cell.{kind}_{side}" for kind in ("weight", "bias") for side in ("ih", "hh")
-    },
-    **{f"decoder.decoder.2.{kind}": f"final_conv.{kind}" for kind in ("weight", "bias")},
-}
+TORCHSCRIPT = silero_vad.WEIGHTS.replace("silero_vad_16k.safetensors", "silero_vad.jit")
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +43,8 @@ def compiled(weights):
 
 
 def onnx_tensors(network):
-    """The initializers of Silero's ONNX file, by the names of the checkpoint."""
-    return {ONNX_NAMES[tensor.name.removeprefix("model.")]: tensor for tensor in network.graph.initializer}
+    """The initializers of Silero's ONNX file, by their names."""
+    return {tensor.name: tensor for tensor in network.graph.initializer}
 
 
 def onnx_probabilities(network, audio):
@@ -74,10 +68,20 @@ def test_every_chunk_agrees_with_onnx(audio, tensors, probabilities, values):
         probabilities = silero_vad.detect(compiled(silero_vad.native_weights(own)), audio)
     else:
         for name, tensor in onnx_tensors(network).items():
-            tensor.CopyFrom(onnx.numpy_helper.from_array(tensors[name].reshape(tuple(tensor.dims)), tensor.name))
+            own = tensors[silero_vad.LAYERS.renamed(name)]
+            tensor.CopyFrom(onnx.numpy_helper.from_array(own.reshape(tuple(tensor.dims)), name))
     expected = onnx_probabilities(network, audio)
     assert probabilities.shape == expected.shape == (938,)
     assert np.abs(probabilities - expected).max() <= 1e-4
+
+
+def test_takes_the_names_of_torchscript():
+    state = torch.jit.load(resolve(TORCHSCRIPT)).state_dict()
+    taken = silero_vad.native_weights({name: tensor.numpy() for name, tensor in state.items()})
+    own = {name: onnx.numpy_helper.to_array(t) for name, t in onnx_tensors(onnx.load(resolve(ONNX))).items()}
+    assert taken.keys() == silero_vad.native_weights(own).keys()
+    filter = state["_model.encoder.1.reparam_conv.weight"].numpy()
+    np.testing.assert_array_equal(taken["conv2.weight"], filter.transpose(2, 1, 0))
 
 
 def test_finds_the_labelled_speech(audio, probabilities):
@@ -137,8 +141,8 @@ def test_wrong_audio(audio, kind, sentence):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"conv2.bias": None}, "the weights lack conv2.bias; pass those of Silero's 16 kHz network."),
-        ({"lstm_cell.bias_hh": None}, "the weights lack lstm_cell.bias; pass"),
+        ({"conv2.bias": None}, "the weights lack conv2.bias; pass those that fit the config."),
+        ({"lstm_cell.bias_hh": None}, "the weights lack lstm_cell.bias_hh; pass"),
         ({"conv5.bias": np.zeros((2, 2, 2, 2))}, "the weights hold the unknown conv5.bias; pass"),
         ({"conv2.bias": np.zeros(3)}, "the weight conv2.bias must have shape (64,), but has (3,)."),
     ],
@@ -153,5 +157,5 @@ def test_wrong_weights(tmp_path, tensors, change, sentence):
 
 def test_not_a_checkpoint(tmp_path):
     (tmp_path / "text.safetensors").write_text("no weights")
-    with pytest.raises(ValueError, match=r"text\.safetensors cannot be read as a safetensors file"):
+    with pytest.raises(ValueError, match=r"text\.safetensors is not a safetensors file"):
         silero_vad.load_weights(tmp_path / "text.safetensors")
