@@ -38,7 +38,7 @@ LAYERS = LayerMap(
 )
 
 FILTERS = {"tiny": (128, 16, 16, 16, 32, 64), "full": (1024, 128, 128, 128, 256, 512)}
-DECODERS = ("viterbi", "weighted", "argmax")
+DECODERS = ("weighted", "argmax", "viterbi")
 
 _CENTS = 1997.3794084376191
 """Of the lowest pitch above 10 Hz."""
@@ -252,7 +252,7 @@ def frequency(bins: Any) -> np.ndarray:
 
 def decode(
     activations: np.ndarray,
-    decoder: str = "viterbi",
+    decoder: str = "weighted",
     lowest: float = 50.0,
     highest: float = 2006.0,
     config: Config = Config(),
@@ -263,8 +263,9 @@ def decode(
 
     Args:
         activations: (..., T, 360), of `listen`.
-        decoder: "viterbi" takes the likeliest path, which avoids jumps; "argmax" the likeliest pitch of each frame;
-            "weighted" the mean of the nine around it.
+        decoder: "argmax" takes the likeliest pitch of each frame; "weighted" the mean of the nine around it; "viterbi"
+            the likeliest path. It is torchcrepe's, which takes a softmax of the activations: they hardly differ then, and
+            the path keeps to `lowest` or `highest` where most frames have no pitch, so pass close limits.
         lowest, highest: Pitches outside are left out, in Hz.
         config: The sizes.
 

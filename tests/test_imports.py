@@ -53,12 +53,13 @@ MODULES: dict[str, tuple[str, str]] = {
     "picture": ("pitch speech", "numpy"),
     "terminal": ("", "click"),
     "cli_convert": ("convert layer_map tensors terminal", "click"),
-    "cli": ("assets audio cache checkpoint cli_convert kernel_library picture session speech terminal", "click"),
+    "cli_run": ("assets audio picture pitch session speech terminal", "click"),
+    "cli": ("cache checkpoint cli_convert cli_run kernel_library session terminal", "click"),
 }
 LIGHT = [name for name, (_, outside) in MODULES.items() if "max" not in outside.split()]
 """Modules that are loaded without MAX, and so within a moment."""
 
-BY_NAME = {"__init__", "frontends", "cli", "cli_convert"}
+BY_NAME = {"__init__", "frontends", "cli_run", "cli_convert"}
 """Modules that load others by name: lazily, and for the command line also the graphs."""
 
 PUBLIC = {"max_conv", *(f"max_conv.{name}" for name in MODULES if name not in ("__init__", "cli", "frontends.eager"))}

