@@ -106,7 +106,7 @@ class Weights:
     def snake(self, x: TensorValue, name: str) -> TensorValue:
         """Applies `x + sin(alpha * x) ** 2 / alpha` with `name.alpha`, of which there is one a channel."""
         alpha = f"{name}.alpha"
-        rate = self.make(f"{name}.rate", lambda array: array.ravel() / np.float32(math.pi), alpha)
+        rate = self.make(f"{name}.rate", lambda array: array.ravel() / np.float64(math.pi), alpha)
         gain = self.make(f"{name}.gain", lambda array: 1 / (array.ravel() + np.float32(1e-9)), alpha)
         return snake(x, rate, gain)
 

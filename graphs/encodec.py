@@ -1,0 +1,349 @@
+"""EnCodec, a codec: from sound to a few codes a frame, and back.
+
+The encoder halves the length of a convolution's output several times, each time after a residual block, and remembers
+with an LSTM; the decoder is its mirror. Between them a vector is told by the entry of a codebook that is nearest to it,
+what is left by that of the next codebook, and so on. The defaults of `Config` are the 24 kHz model; the 32 kHz one of
+MusicGen differs in sizes alone. The 48 kHz model, with group norms, is not here.
+Source: Défossez and others, High Fidelity Neural Audio Compression, 2022, https://arxiv.org/abs/2210.13438,
+https://github.com/facebookresearch/encodec.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from max.dtype import DType
+from max.graph import DeviceRef, TensorType, TensorValue, ops
+
+from max_conv import PackedGraph, conv1d
+from max_conv.convert import LayerMap, read_native
+
+from .parts import Weights, check_weights, elu
+
+# In transformers' names only the numbers of layers tell which are transposed. The original's names become transformers'.
+LAYERS = LayerMap(
+    conv=(
+        "encoder.layers.*conv.weight",
+        "decoder.layers.*.block.*.conv.weight",
+        "decoder.layers.*.shortcut.conv.weight",
+        "decoder.layers.0.conv.weight",
+        "decoder.layers.15.conv.weight",
+    ),
+    conv_transpose=("decoder.layers.[369].conv.weight", "decoder.layers.12.conv.weight"),
+    copy=("*.bias", "*.lstm.*", "quantizer.layers.*.codebook.embed"),
+    ignore=("*.cluster_size", "*.embed_avg", "*.inited"),
+    optional=("decoder.layers.*.shortcut.conv.weight",),
+    rename=(
+        (r"^(encoder|decoder)\.model\.", r"\1.layers."),
+        (r"\.(?:conv\.conv|convtr\.convtr)\.", ".conv."),
+        (r"^quantizer\.vq\.layers\.(\d+)\._codebook\.", r"quantizer.layers.\1.codebook."),
+    ),
+)
+
+# What is built here, of what transformers' configuration could also ask for.
+_FIXED = {
+    "audio_channels": 1,
+    "norm_type": "weight_norm",
+    "normalize": False,
+    "num_residual_layers": 1,
+    "pad_mode": "reflect",
+    "trim_right_ratio": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The network's sizes; the defaults are the published 24 kHz model, encoding to 6 kbit/s."""
+
+    channels: int = 32
+    """Of the first layer; each stage doubles them."""
+    ratios: tuple[int, ...] = (8, 5, 4, 2)
+    """Of the decoder's stages. There are four."""
+    hidden: int = 128
+    """Channels of a frame."""
+    kernel_size: int = 7
+    last_kernel_size: int = 7
+    residual_kernel_size: int = 3
+    compress: int = 2
+    lstm_layers: int = 2
+    shortcut: bool = True
+    """Whether a convolution stands in the way around a residual block."""
+    causal: bool = True
+    codebooks: int = 32
+    """Of the checkpoint."""
+    codebook_size: int = 1024
+    quantizers: int = 8
+    """Codebooks in use: at 24 kHz 2, 4, 8, 16 or 32 for 1.5, 3, 6, 12 or 24 kbit/s."""
+    rate: int = 24000
+    """Samples a second."""
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "Config":
+        """Reads transformers' config.json.
+
+        Raises:
+            ValueError: If it describes a network that is not built here.
+        """
+        get = config.get
+        for name, value in _FIXED.items():
+            if get(name, value) != value:
+                raise ValueError(f"encodec: {name} must be {value!r}, but is {config[name]!r}; use another model.")
+        ratios = tuple(get("upsampling_ratios", cls.ratios))
+        if len(ratios) != 4:
+            raise ValueError(f"encodec: there must be 4 upsampling_ratios, but there are {len(ratios)}: {ratios}.")
+        size, rate = get("codebook_size", 1024), get("sampling_rate", 24000)
+        bits = math.ceil(rate / math.prod(ratios)) * math.ceil(math.log2(size))
+        codebooks = int(1000 * get("target_bandwidths", (24.0,))[-1] // bits)
+        return cls(
+            channels=get("num_filters", 32),
+            ratios=ratios,
+            hidden=get("hidden_size", 128),
+            kernel_size=get("kernel_size", 7),
+            last_kernel_size=get("last_kernel_size", 7),
+            residual_kernel_size=get("residual_kernel_size", 3),
+            compress=get("compress", 2),
+            lstm_layers=get("num_lstm_layers", 2),
+            shortcut=get("use_conv_shortcut", True),
+            causal=get("use_causal_conv", True),
+            codebooks=codebooks,
+            codebook_size=size,
+            quantizers=min(8, codebooks),
+            rate=rate,
+        )
+
+    @property
+    def hop(self) -> int:
+        """Samples a frame."""
+        return math.prod(self.ratios)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the native weights' shapes."""
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def layer(name: str, bias: int, *filter: int) -> None:
+            shapes[f"{name}.conv.weight"], shapes[f"{name}.conv.bias"] = filter, (bias,)
+
+        def block(name: str, channels: int) -> None:
+            inner = channels // self.compress
+            layer(f"{name}.block.1", inner, self.residual_kernel_size, channels, inner)
+            layer(f"{name}.block.3", channels, 1, inner, channels)
+            if self.shortcut:
+                layer(f"{name}.shortcut", channels, 1, channels, channels)
+
+        def memory(name: str, units: int) -> None:
+            for i in range(self.lstm_layers):
+                for side in ("ih", "hh"):
+                    shapes[f"{name}.lstm.weight_{side}_l{i}"] = (4 * units, units)
+                    shapes[f"{name}.lstm.bias_{side}_l{i}"] = (4 * units,)
+
+        stages, widest = len(self.ratios), self.channels << len(self.ratios)
+        layer("encoder.layers.0", self.channels, self.kernel_size, 1, self.channels)
+        layer("decoder.layers.0", widest, self.kernel_size, self.hidden, widest)
+        for i, ratio in enumerate(self.ratios):
+            encoder, decoder = 3 * (stages - i), 3 * i + 3
+            wide = widest >> i
+            block(f"encoder.layers.{encoder - 2}", wide // 2)
+            layer(f"encoder.layers.{encoder}", wide, 2 * ratio, wide // 2, wide)
+            layer(f"decoder.layers.{decoder}", wide // 2, 2 * ratio, wide // 2, wide)
+            block(f"decoder.layers.{decoder + 1}", wide // 2)
+        memory(f"encoder.layers.{3 * stages + 1}", widest)
+        memory("decoder.layers.1", widest)
+        layer(f"encoder.layers.{3 * stages + 3}", self.hidden, self.last_kernel_size, widest, self.hidden)
+        layer(f"decoder.layers.{3 * stages + 3}", 1, self.last_kernel_size, self.channels, 1)
+        for i in range(self.codebooks):
+            shapes[f"quantizer.layers.{i}.codebook.embed"] = (self.codebook_size, self.hidden)
+        return shapes
+
+
+def load_weights(reference: str | Path, config: Config = Config()) -> dict[str, np.ndarray]:
+    """Reads a checkpoint, of transformers or of the original, into native weights."""
+    weights = read_native(reference, LAYERS, "encodec")
+    check_weights("encodec", weights, config.shapes())
+    return weights
+
+
+def build(
+    config: Config,
+    weights: Mapping[str, np.ndarray],
+    device: DeviceRef | None = None,
+    dtype: DType = DType.float32,
+) -> PackedGraph:
+    """Builds the whole: sound (batch, samples) to what is left of it, (batch, samples).
+
+    Args:
+        config: The sizes.
+        weights: What `load_weights` returns; only names and shapes go into the graph.
+        device: Where the graph runs; None is the CPU.
+        dtype: What it computes in. Sound is float32.
+
+    Raises:
+        ValueError: If the weights do not fit the config.
+    """
+    graph, w = _begin("encodec", config, weights, device, dtype, DType.float32, ["batch", "samples"])
+    with graph:
+        sound = graph.inputs[0].tensor
+        codes = _quantize(config, w, _encode(config, w, sound))
+        samples = sound.shape[1]
+        whole = _decode(config, w, _entries(w, codes))
+        # The last frame may reach past the end.
+        length = ops.shape_to_tensor([samples]).reshape([])
+        graph.output(ops.slice_tensor(whole, [slice(None), (slice(0, length), samples)]))
+    return graph
+
+
+def build_encoder(
+    config: Config,
+    weights: Mapping[str, np.ndarray],
+    device: DeviceRef | None = None,
+    dtype: DType = DType.float32,
+) -> PackedGraph:
+    """Builds the encoder: sound (batch, samples), -1 to 1, to codes and embeddings.
+
+    Takes and raises what `build` does. There are `frames = ceil(samples / hop)`, and at least 7 have to be: the last layer
+    mirrors six.
+
+    Outputs:
+        codes: (batch, quantizers, frames), int64.
+        embeddings: (batch, frames, hidden), float32: what the codes stand for.
+    """
+    graph, w = _begin("encodec_encoder", config, weights, device, dtype, DType.float32, ["batch", "samples"])
+    with graph:
+        embeddings = _encode(config, w, graph.inputs[0].tensor)
+        codes = ops.stack(_quantize(config, w, embeddings), axis=1)
+        graph.output(codes, ops.cast(embeddings, DType.float32))
+    return graph
+
+
+def build_decoder(
+    config: Config,
+    weights: Mapping[str, np.ndarray],
+    device: DeviceRef | None = None,
+    dtype: DType = DType.float32,
+) -> PackedGraph:
+    """Builds the decoder: codes (batch, quantizers, frames), int64, to sound (batch, frames * hop).
+
+    Takes and raises what `build` does. At least 7 frames have to be.
+    """
+    sizes = ["batch", config.quantizers, "frames"]
+    graph, w = _begin("encodec_decoder", config, weights, device, dtype, DType.int64, sizes)
+    with graph:
+        codes = graph.inputs[0].tensor
+        graph.output(_decode(config, w, _entries(w, [codes[:, i] for i in range(config.quantizers)])))
+    return graph
+
+
+def _begin(
+    name: str,
+    config: Config,
+    weights: Mapping[str, np.ndarray],
+    device: DeviceRef | None,
+    dtype: DType,
+    given: DType,
+    sizes: Sequence[Any],
+) -> tuple[PackedGraph, Weights]:
+    """Returns an empty graph of one input, and the weights in it."""
+    if not 1 <= config.quantizers <= config.codebooks:
+        raise ValueError(f"encodec: quantizers must be 1 to {config.codebooks}, but are {config.quantizers}.")
+    check_weights("encodec", weights, config.shapes())
+    device = device or DeviceRef.CPU()
+    return PackedGraph(name, input_types=[TensorType(given, sizes, device)]), Weights(weights, device, dtype)
+
+
+def _padding(config: Config, taps: int, stride: int = 1) -> tuple[int, int]:
+    """Returns how much a layer is padded on both sides: what it sees past the inputs of one output."""
+    right = 0 if config.causal else (taps - stride) // 2
+    return taps - stride - right, right
+
+
+def _conv(config: Config, w: Weights, x: TensorValue, name: str, stride: int = 1) -> TensorValue:
+    left, right = _padding(config, w.shape(f"{name}.weight")[0], stride)
+    # The original pads as much more as fills the last frame, which no output past it sees: the stride less one will do.
+    return w.conv(x, name, stride=stride, padding=(left, right + stride - 1), padding_mode="reflect")
+
+
+def _conv_transpose(config: Config, w: Weights, x: TensorValue, name: str, stride: int) -> TensorValue:
+    left, right = _padding(config, w.shape(f"{name}.weight")[0], stride)
+    return w.conv_transpose(x, name, stride=stride, padding="causal" if config.causal else (left, right))
+
+
+def _encode(config: Config, w: Weights, sound: TensorValue) -> TensorValue:
+    """Returns a vector a frame, (batch, frames, hidden)."""
+    layers = w / "encoder" / "layers"
+    sound = ops.unsqueeze(ops.cast(sound, w.dtype), 2)
+    x = _conv(config, layers, sound, "0.conv")
+    for i, ratio in enumerate(reversed(config.ratios)):
+        around = _around_first(config, layers, sound) if i == 0 and config.shortcut else None
+        x = _residual(config, layers / (3 * i + 1), x, around)
+        x = _conv(config, layers, x, f"{3 * i + 3}.conv", stride=ratio)
+    last = 3 * len(config.ratios)
+    return _conv(config, layers, _remember(config, layers / (last + 1) / "lstm", x), f"{last + 3}.conv")
+
+
+def _decode(config: Config, w: Weights, x: TensorValue) -> TensorValue:
+    """Returns sound (batch, frames * hop), float32."""
+    layers = w / "decoder" / "layers"
+    x = _remember(config, layers / 1 / "lstm", _conv(config, layers, x, "0.conv"))
+    for i, ratio in enumerate(config.ratios):
+        x = _conv_transpose(config, layers, x, f"{3 * i + 3}.conv", ratio)
+        x = _residual(config, layers / (3 * i + 4), x)
+    x = _conv(config, layers, x, f"{3 * len(config.ratios) + 3}.conv")
+    return ops.cast(ops.squeeze(x, 2), DType.float32)
+
+
+def _residual(config: Config, w: Weights, x: TensorValue, around: TensorValue | None = None) -> TensorValue:
+    """Returns what the next layer takes: the ELU of a residual block's sum."""
+    y = elu(_conv(config, w, elu(x), "block.1.conv"))
+    if around is None:
+        around = w.conv(x, "shortcut.conv") if config.shortcut else x
+    return elu(w.conv(y, "block.3.conv") + around)
+
+
+def _around_first(config: Config, w: Weights, sound: TensorValue) -> TensorValue:
+    """Returns the first block's way around as one convolution of the sound, of seven taps: the first layer's output, the
+    network's largest, is needed only after its ELU then, which goes into that layer's store.
+    """
+    first, second = "0.conv", "1.shortcut.conv"
+    filter = w.make("0.around.weight", lambda a, b: a @ b[0], f"{first}.weight", f"{second}.weight")
+    biases = (f"{first}.bias", f"{second}.weight", f"{second}.bias")
+    bias = w.make("0.around.bias", lambda a, b, c: a @ b[0] + c, *biases)
+    padding = _padding(config, w.shape(f"{first}.weight")[0])
+    return conv1d(sound, filter, bias, padding=padding, padding_mode="reflect")
+
+
+def _remember(config: Config, w: Weights, x: TensorValue) -> TensorValue:
+    """Returns the ELU of the sum of a sequence and of what the LSTM makes of it."""
+    y = x
+    for layer in range(config.lstm_layers):
+        y = w.lstm(y, layer)
+    return elu(x + y)
+
+
+def _codebook(w: Weights, i: int) -> Weights:
+    return w / "quantizer" / "layers" / i / "codebook"
+
+
+def _quantize(config: Config, w: Weights, x: TensorValue) -> list[TensorValue]:
+    """Returns each quantizer's codes, (batch, frames)."""
+    codes: list[TensorValue] = []
+    for i in range(config.quantizers):
+        book = _codebook(w, i)
+        if codes:
+            x = x - ops.gather(_codebook(w, i - 1)["embed"], codes[-1], axis=0)
+        # |x - e|^2 is least where x . e - |e|^2 / 2 is greatest.
+        entries = book.make("across", lambda array: np.ascontiguousarray(array.T[None]), "embed")
+        halves = book.make("halves", lambda array: -0.5 * (array * array).sum(1), "embed")
+        codes.append(ops.squeeze(ops.argmax(conv1d(x, entries, halves), axis=-1), 2))
+    return codes
+
+
+def _entries(w: Weights, codes: Sequence[TensorValue]) -> TensorValue:
+    """Returns the sum of the entries that codes stand for, (batch, frames, hidden)."""
+    total = None
+    for i, code in enumerate(codes):
+        entry = ops.gather(_codebook(w, i)["embed"], code, axis=0)
+        total = entry if total is None else total + entry
+    assert total is not None, "there is a quantizer"
+    return total
