@@ -137,6 +137,16 @@ class Derived:
     make: Callable[..., Buffer]
 
 
+@dataclass(frozen=True)
+class Emitted:
+    """A kernel of this package in a graph: its filter's name, and, where it is a convolution, the layer and the kernel."""
+
+    name: str
+    layer: Layer | None = None
+    kernel: str = "lstm"
+    units: int = 0
+
+
 class PackedGraph(Graph):
     """A graph whose layers take weights made of their own, which `max_conv.compile` makes once.
 
@@ -144,12 +154,15 @@ class PackedGraph(Graph):
 
     Attributes:
         derived: The weights to make, by name.
+        emitted: This package's kernels, in order.
     """
 
     derived: dict[str, Derived]
+    emitted: list[Emitted]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.derived = {}
+        self.emitted = []
         super().__init__(*args, **kwargs)
 
     def __enter__(self) -> "PackedGraph":
@@ -157,25 +170,31 @@ class PackedGraph(Graph):
         return self
 
 
-def _wanted() -> dict[str, Derived] | None:
-    """Returns what the current graph wants made, or None where nobody will make it."""
+def packed_graph() -> PackedGraph | None:
+    """Returns the current graph, if there is one and it takes weights made of others."""
     try:
         graph = Graph.current
     except LookupError:
         return None
-    return graph.derived if isinstance(graph, PackedGraph) else None
+    return graph if isinstance(graph, PackedGraph) else None
+
+
+def record(filter: TensorValue, **facts: Any) -> None:
+    """Tells the current graph that a kernel is emitted, and with which filter."""
+    if graph := packed_graph():
+        graph.emitted.append(Emitted(filter.name if isinstance(filter, Weight) else "computed", **facts))
 
 
 def derived(weight: Weight, sources: tuple[Weight, ...], make: Callable[..., Buffer]) -> Weight | None:
     """Returns a weight that `compile` will make of others, or None where nobody will."""
-    wanted = _wanted()
+    graph = packed_graph()
     # A graph takes a single weight of a name.
-    return None if wanted is None else wanted.setdefault(weight.name, Derived(weight, sources, make)).weight
+    return graph.derived.setdefault(weight.name, Derived(weight, sources, make)).weight if graph else None
 
 
 def packable(filter: Any, kernel: str | None = None) -> TypeGuard[Weight]:
     """Tells whether a filter can be packed, for a kernel: a weight on the CPU that `compile` holds."""
-    if _wanted() is None or not isinstance(filter, Weight) or filter.shard_idx is not None:
+    if packed_graph() is None or not isinstance(filter, Weight) or filter.shard_idx is not None:
         return False
     if kernel == "paired":
         fits = filter.dtype == DType.bfloat16 and "avx512_bf16" in cpu_features()

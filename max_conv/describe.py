@@ -1,0 +1,158 @@
+"""What a network is made of and what it sees: layers, weights, receptive field, hop, latency and cost of a graph."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor, prod
+from typing import Any
+
+from .dispatch import Layer
+from .packing import Emitted, PackedGraph
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which inputs an output sees, in positions of the graph's first input.
+
+    Attributes:
+        step: Inputs from one output to the next; 1/256 for a vocoder that makes 256 samples of a frame.
+        left: How far it sees back, None for without end.
+        right: How far it sees ahead, None for without end.
+    """
+
+    step: Fraction = Fraction(1)
+    left: Fraction | None = Fraction(0)
+    right: Fraction | None = Fraction(0)
+
+    @property
+    def field(self) -> int | None:
+        """The receptive field: how many inputs an output sees at most; None for without end."""
+        return None if self.left is None or self.right is None else floor(self.left + self.right) + 1
+
+    def through(self, layer: Layer) -> "Span":
+        """Returns what the outputs of a convolution see, whose inputs see this."""
+        geometry = layer.transposed or layer.geometry
+        before = geometry.left * self.step
+        after = (geometry.reach - 1 - geometry.left) * self.step
+        if layer.transposed is None:
+            return Span(self.step * geometry.stride, _add(self.left, before), _add(self.right, after))
+        # Output o takes input i where o + left = i * stride + k * dilation: taps reach back, the padding ahead.
+        step = self.step / geometry.stride
+        return Span(step, _add(self.left, after / geometry.stride), _add(self.right, before / geometry.stride))
+
+    def beside(self, other: "Span") -> "Span":
+        """Returns what an output sees that is made of two."""
+        return Span(min(self.step, other.step), _most(self.left, other.left), _most(self.right, other.right))
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """A layer of a graph.
+
+    Attributes:
+        name: The weight that holds its filter.
+        kind: "conv1d", "conv_transpose1d" or "lstm".
+        sizes: Its channels, filters and geometry, in words.
+        kernel: The kernel it gets; "" for an LSTM.
+        flops: Two for each multiplication with a weight, an input position of the graph.
+        span: What its outputs see.
+    """
+
+    name: str
+    kind: str
+    sizes: str
+    kernel: str
+    flops: Fraction
+    span: Span
+
+
+@dataclass(frozen=True)
+class Description:
+    """A graph's layers in order, how many numbers its weights hold, and what an output sees.
+
+    Attributes:
+        layers: The convolutions and recurrent layers.
+        parameters: Numbers in the weights that the graph takes.
+        span: What an output sees through these layers; attention and norms over the length see more.
+    """
+
+    layers: tuple[LayerCost, ...]
+    parameters: int
+    span: Span
+
+    @property
+    def flops(self) -> Fraction:
+        """Of all layers, an input position."""
+        return sum((layer.flops for layer in self.layers), Fraction(0))
+
+
+def describe(graph: PackedGraph) -> Description:
+    """Describes a whole graph, from its operations.
+
+    What convolutions and LSTMs do to the length is known; every other operation is taken to keep positions where they are.
+
+    >>> from max_conv.graphs import conv1d
+    >>> import numpy as np
+    >>> config = conv1d.Config(stride=2, dilation=3, padding=3)
+    >>> told = describe(conv1d.build(config, {"weight": np.zeros((5, 16, 32), np.float32)}))
+    >>> told.span.field, told.span.step, told.parameters, told.flops
+    (13, Fraction(2, 1), 2560, Fraction(2560, 1))
+    """
+    ours = iter(graph.emitted)
+    block = graph._mlir_op.regions[0].blocks[0]
+    spans: dict[Any, Span] = {argument: Span() for argument in block.arguments}
+    layers = []
+    answer = Span(left=None, right=None)
+    for operation in block.operations:
+        seen = [spans[value] for value in operation.operands if value in spans]
+        if not seen:
+            continue
+        span = seen[0]
+        for other in seen[1:]:
+            span = span.beside(other)
+        if operation.name == "mo.output":
+            answer = span
+        elif _is_ours(operation):
+            emitted = next(ours)
+            layers.append(_cost(emitted, span, operation))
+            span = layers[-1].span
+        for result in operation.results:
+            spans[result] = span
+    return Description(tuple(layers), _parameters(graph), answer)
+
+
+def _is_ours(operation: Any) -> bool:
+    return operation.name == "mo.custom" and "max_conv." in str(operation.attributes["symbol"])
+
+
+def _cost(emitted: Emitted, span: Span, operation: Any) -> LayerCost:
+    if emitted.layer is None:
+        flops = 2 * 4 * emitted.units**2 / span.step
+        return LayerCost(emitted.name, "lstm", f"{emitted.units} units", "", flops, Span(span.step, None, span.right))
+    layer = emitted.layer
+    after = span.through(layer)
+    geometry = layer.transposed or layer.geometry
+    products = geometry.kernel_size * layer.group_channels * layer.group_filters * layer.groups
+    # A transposed convolution multiplies every input with every tap, a plain one has every tap in every output.
+    flops = Fraction(2 * products) / (span.step if layer.transposed else after.step)
+    arrow = "⇒" if layer.transposed else "→"
+    sizes = f"{layer.group_channels * layer.groups}{arrow}{layer.group_filters * layer.groups} k{geometry.kernel_size}"
+    for letter, value in (("s", geometry.stride), ("d", geometry.dilation), ("g", layer.groups)):
+        sizes += f" {letter}{value}" if value > 1 else ""
+    kind = "conv_transpose1d" if layer.transposed else "conv1d"
+    return LayerCost(emitted.name, kind, sizes, emitted.kernel, flops, after)
+
+
+def _parameters(graph: PackedGraph) -> int:
+    """Counts the numbers in the weights that are not made of others."""
+    read = {name: entry.weight for name, entry in graph._weights.items()}
+    sources = {source.name: source for entry in graph.derived.values() for source in entry.sources}
+    weights = [weight for name, weight in (read | sources).items() if name not in graph.derived]
+    return sum(prod(int(size) for size in weight.shape) for weight in weights)
+
+
+def _add(a: Fraction | None, b: Fraction) -> Fraction | None:
+    return None if a is None else a + b
+
+
+def _most(a: Fraction | None, b: Fraction | None) -> Fraction | None:
+    return None if a is None or b is None else max(a, b)
