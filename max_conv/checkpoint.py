@@ -18,7 +18,7 @@ from .torch_file import TorchFile
 
 __all__ = ["MARK", "Checkpoint", "Tensor", "fold_weight_norm", "open_checkpoint", "read_layer", "weight_norm_names"]
 
-PIECE = 8 << 20
+PIECE = 4 << 20
 """The bytes of a piece in which tensors stream from file to file."""
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")

@@ -23,7 +23,9 @@ def fold_weight_norm(g: np.ndarray, v: np.ndarray, dim: int | None = 0) -> np.nd
     if dim is not None and dim < -1:
         dim += v.ndim  # -1 is PyTorch's other word for the whole
     axes = tuple(axis for axis in range(v.ndim) if axis != dim)
-    return np.asarray(g, np.float64) * (v / np.sqrt(np.sum(v * v, axis=axes, keepdims=True)))
+    filter = v / np.sqrt(np.sum(v * v, axis=axes, keepdims=True))
+    filter *= np.asarray(g, np.float64)
+    return filter
 
 
 def weight_norm_names(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,10 @@ from .checkpoint import Checkpoint
 from .folding import BatchNorm, fold_spectral_norm, fold_weight_norm, weight_norm_dim
 from .layouts import permute
 from .plan import Plan, Planned
-from .tensors import Tensor, rounded, values
+from .tensors import Tensor, rounded, values, width
+
+BLOCK = 1 << 19
+"""Values that are rounded at once: rounding takes several arrays of their number."""
 
 
 def make(checkpoint: Checkpoint, plan: Plan, item: Planned, dtype: str, eps: float = 1e-5) -> Tensor:
@@ -25,7 +28,13 @@ def make(checkpoint: Checkpoint, plan: Plan, item: Planned, dtype: str, eps: flo
         ValueError: If a finite value becomes infinite in `dtype`.
     """
     if item.plain:
-        tensor = _cast(checkpoint.read(item.sources["w"]), dtype, item.name)
+        # Cast piece by piece: float64 would take many times the memory of the whole.
+        bits = np.empty(item.shape, f"u{width(dtype)}")
+        start = 0
+        for piece in _cast(checkpoint, item, dtype):
+            bits.reshape(-1)[start : start + len(piece)] = piece
+            start += len(piece)
+        tensor = Tensor(dtype, bits)
     else:
         tensor = _rounded(_folded(checkpoint, item, eps), dtype, item.name)
     orders = plan.order(item)
@@ -35,9 +44,7 @@ def make(checkpoint: Checkpoint, plan: Plan, item: Planned, dtype: str, eps: flo
 def pieces(checkpoint: Checkpoint, plan: Plan, item: Planned, dtype: str, eps: float = 1e-5) -> Iterator[np.ndarray]:
     """Yields the bits of what `make` makes; tensors that only move are never in memory as a whole."""
     if item.plain and plan.order(item) is None:
-        before = checkpoint.dtype(item.sources["w"])
-        for piece in checkpoint.pieces(item.sources["w"]):
-            yield _cast(Tensor(before, piece), dtype, item.name).bits
+        yield from _cast(checkpoint, item, dtype)
     else:
         yield make(checkpoint, plan, item, dtype, eps).bits
 
@@ -73,12 +80,18 @@ def batch_norm(checkpoint: Checkpoint, names: Mapping[str, str], eps: float) -> 
     return BatchNorm(weight, bias, mean, read["running_var"], eps)
 
 
-def _cast(tensor: Tensor, dtype: str, name: str) -> Tensor:
-    return tensor if tensor.dtype == dtype else _rounded(values(tensor), dtype, name)
+def _cast(checkpoint: Checkpoint, item: Planned, dtype: str) -> Iterator[np.ndarray]:
+    """Yields the bits of what is made of one tensor, in row-major order of the source's layout."""
+    for piece in checkpoint.pieces(item.sources["w"]):
+        yield piece if item.dtype == dtype else _rounded(values(Tensor(item.dtype, piece)), dtype, item.name).bits
 
 
 def _rounded(array: np.ndarray, dtype: str, name: str) -> Tensor:
+    bits = np.empty(array.shape, f"u{width(dtype)}")
+    flat, to = np.ascontiguousarray(array).reshape(-1), bits.reshape(-1)
     try:
-        return rounded(array, dtype)
+        for start in range(0, flat.size, BLOCK):
+            to[start : start + BLOCK] = rounded(flat[start : start + BLOCK], dtype).bits
+        return Tensor(dtype, bits)
     except OverflowError as error:
         raise ValueError(f"convert: {name} cannot be cast: {error}; keep it as it is with --keep {name}.") from None

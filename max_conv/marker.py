@@ -72,6 +72,6 @@ def _sound(marker: Marker) -> bool:
         and all(isinstance(name, str) for name in names)
         and len(set(names)) == len(names)
         and isinstance(marker.renamed, dict)
-        and all(isinstance(name, str) for name in marker.renamed.values())
+        and all(isinstance(name, str) and name and name.isprintable() for name in marker.renamed.values())
         and len(set(marker.renamed.values())) == len(marker.renamed)
     )

@@ -121,12 +121,13 @@ def plan_native(
     marker = Marker.of(checkpoint.metadata, checkpoint.source)
     native = marker is not None and marker.layout == "native"
     if native:
+        gone: list[str] = []
         found = {name: Planned(name, {"w": name}, "copy", *_size(checkpoint, name)) for name in checkpoint.names}
         renamed = dict(marker.renamed) if marker else {}
     else:
         now = _rename(checkpoint, layers, what)
         renamed = {new: old for new, old in now.items() if new != old}
-        found = _assemble(checkpoint, now, layers, strict, what)
+        found, gone = _assemble(checkpoint, now, layers, strict, what)
     tensors, dropped = _classify(found, layers, strict, what)
     if native:
         assert marker is not None
@@ -150,7 +151,7 @@ def plan_native(
         tensors,
         "native" if native else "torch",
         "native",
-        dropped,
+        gone + dropped,
         {new: old for new, old in renamed.items() if new in kept},
     )
 
@@ -206,34 +207,37 @@ def _rename(checkpoint: Checkpoint, layers: LayerMap, what: str) -> dict[str, st
 
 def _assemble(
     checkpoint: Checkpoint, now: Mapping[str, str], layers: LayerMap, strict: bool, what: str
-) -> dict[str, Planned]:
-    """Returns the tensors by their names, those of weight norm and spectral norm put together where they are declared."""
+) -> tuple[dict[str, Planned], list[str]]:
+    """Returns the tensors by their names, those of norms put together where they are declared, and what is dropped."""
     found: dict[str, Planned] = {}
     taken: set[str] = set()
+    dropped: list[str] = []
     for new in now:
+        found.setdefault(new, Planned(new, {"w": now[new]}, "copy", *_size(checkpoint, now[new])))
         for norm, stem, parts in _norms(new, now):
             whole = f"{stem}weight"
             kind = layers.kind(whole)
             # Undeclared, or copied part by part: the parts are tensors like others.
             if kind is None or (norm == "spectral norm" and kind == "copy" and not strict):
                 continue
+            taken.update(parts.values())
+            if kind == "ignore":
+                dropped += [now[name] for name in parts.values() if name in now]
+                continue
             if whole in now:
                 raise ValueError(
                     f"{what}: {checkpoint.source} has both {whole} and its parts {some(list(parts.values()))}."
                 )
-            missing = [part for part in parts.values() if part not in now]
-            if missing and kind != "ignore":
+            if missing := [part for part in parts.values() if part not in now]:
                 raise ValueError(f"{what}: {new} belongs to {norm} of {whole}, but {missing[0]} is missing.")
             if norm == "spectral norm" and kind == "copy":
                 raise ValueError(
                     f"{what}: {whole} has spectral norm, which is folded into filters alone; name its kind, or its parts."
                 )
-            sources = {part: now[name] for part, name in parts.items() if name in now}
-            taken.update(parts.values())
-            found[whole] = _folded(checkpoint, whole, norm, sources, kind, what)
-        if new not in taken:
-            found[new] = Planned(new, {"w": now[new]}, "copy", *_size(checkpoint, now[new]))
-    return {name: item for name, item in found.items() if name not in taken}
+            found[whole] = _folded(
+                checkpoint, whole, norm, {part: now[name] for part, name in parts.items()}, kind, what
+            )
+    return {name: item for name, item in found.items() if name not in taken}, dropped
 
 
 def _norms(name: str, now: Mapping[str, str]) -> list[tuple[str, str, dict[str, str]]]:
@@ -249,11 +253,7 @@ def _norms(name: str, now: Mapping[str, str]) -> list[tuple[str, str, dict[str, 
 
 
 def _folded(checkpoint: Checkpoint, name: str, norm: str, sources: Mapping[str, str], kind: str, what: str) -> Planned:
-    body = sources.get("v" if norm == "weight norm" else "w") or next(iter(sources.values()))
-    shape, dtype = _size(checkpoint, body)
-    item = Planned(name, sources, "copy", shape, dtype, norm)
-    if kind == "ignore":
-        return item
+    shape, dtype = _size(checkpoint, sources["v" if norm == "weight norm" else "w"])
     for source in sources.values():
         if checkpoint.dtype(source) not in FLOATS or dtype not in ROUNDED:
             raise ValueError(f"{what}: {source} of {norm} is {checkpoint.dtype(source)}, which cannot be folded.")
@@ -264,7 +264,7 @@ def _folded(checkpoint: Checkpoint, name: str, norm: str, sources: Mapping[str, 
             _check_spectral(checkpoint, sources, 1 if kind == "conv_transpose" else 0)
     except ValueError as error:
         raise ValueError(f"{what}: {norm} of {name} cannot be folded: {error}.") from None
-    return item
+    return Planned(name, sources, "copy", shape, dtype, norm)
 
 
 def _check_spectral(checkpoint: Checkpoint, sources: Mapping[str, str], dim: int) -> None:

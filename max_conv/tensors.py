@@ -103,15 +103,16 @@ def values(tensor: Tensor) -> np.ndarray:
     [1.0, nan]
     """
     bits = tensor.bits
-    match tensor.dtype:
-        case "BF16":
-            return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-        case "F8_E5M2":
-            return (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float64)
-        case "F8_E4M3":
-            return _E4M3[bits]
-        case _:
-            return bits.view(_EXACT[tensor.dtype]).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        match tensor.dtype:
+            case "BF16":
+                return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+            case "F8_E5M2":
+                return (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float64)
+            case "F8_E4M3":
+                return _E4M3[bits]
+            case _:
+                return bits.view(_EXACT[tensor.dtype]).astype(np.float64)
 
 
 def rounded(array: np.ndarray, dtype: str) -> Tensor:
@@ -130,7 +131,7 @@ def rounded(array: np.ndarray, dtype: str) -> Tensor:
     """
     if dtype not in ROUNDED:
         raise ValueError(f"tensors: nothing is rounded to {DTYPES[dtype][0]}; choose float64, 32, 16 or bfloat16.")
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         tensor = Tensor("BF16", _bfloat16(array)) if dtype == "BF16" else of_array(array.astype(_EXACT[dtype]))
     if not np.array_equal(np.isfinite(values(tensor)), np.isfinite(array)):
         worst = np.abs(array[np.isfinite(array)]).max()

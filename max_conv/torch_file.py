@@ -68,7 +68,8 @@ class TorchFile:
         code = CODES.get(str(value.dtype).removeprefix("torch."))
         if code is None or value.is_conj() or value.ndim > AXES_LIMIT:
             raise ValueError(
-                f"checkpoint: {name} in {self.path} is {value.dtype} of {value.ndim} axes, which is not supported."
+                f"checkpoint: {name} in {self.path} is {str(value.dtype).removeprefix('torch.')} of {value.ndim} axes, "
+                "which is not supported."
             )
         spec = Spec(code, tuple(value.shape))
         # An expanded tensor repeats its values: four bytes can claim to be terabytes.
@@ -113,8 +114,14 @@ def _load(path: Path, mapped: bool) -> Any:
                 f"checkpoint: {path} is not a PyTorch file of weights alone: it would run {code[1]}; "
                 "save module.state_dict() alone."
             ) from None
-        inner = re.search(r"WeightsUnpickler error: (.*)", text)
-        raise _damaged(path, (inner[1] if inner else text).strip().splitlines()[0][:120]) from None
+        raise _damaged(path, _reason(text)) from None
+
+
+def _reason(text: str) -> str:
+    """Returns what is wrong, of the paragraphs that PyTorch says, without its advice on how to run code after all."""
+    inner = text.rpartition("WeightsUnpickler error:")[2] or text
+    line = next((line.strip() for line in inner.splitlines() if line.strip()), "")
+    return "it holds more than tensors" if line.startswith("Weights only") else f"{line:.120}".rstrip(".")
 
 
 def _state_dict(found: Any, path: Path) -> dict[str, Any]:
