@@ -85,14 +85,12 @@ class Checkpoint:
         """The names of the tensors, in the file's order."""
         return list(self._entries)
 
-    def spec(self, name: str) -> Spec:
-        return self._entries[name].spec
-
     def dtype(self, name: str) -> str:
         """Returns safetensors' name of a tensor's dtype."""
         return self._entries[name].spec.dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape."""
         return self._entries[name].spec.shape
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:

@@ -23,8 +23,9 @@ def fold_weight_norm(g: np.ndarray, v: np.ndarray, dim: int | None = 0) -> np.nd
     if dim is not None and dim < -1:
         dim += v.ndim  # -1 is PyTorch's other word for the whole
     axes = tuple(axis for axis in range(v.ndim) if axis != dim)
-    filter = v / np.sqrt(np.sum(v * v, axis=axes, keepdims=True))
-    filter *= np.asarray(g, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a direction of zeros is NaN in PyTorch, too
+        filter = v / np.sqrt(np.sum(v * v, axis=axes, keepdims=True))
+        filter *= np.asarray(g, np.float64)
     return filter
 
 
@@ -84,7 +85,8 @@ def fold_spectral_norm(weight: np.ndarray, u: np.ndarray, v: np.ndarray, dim: in
     weight = np.asarray(weight, np.float64)
     matrix = np.moveaxis(weight, dim, 0).reshape(weight.shape[dim], -1)
     sigma = np.asarray(u, np.float64) @ (matrix @ np.asarray(v, np.float64))
-    return weight / sigma
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return weight / sigma
 
 
 class BatchNorm(NamedTuple):
@@ -98,6 +100,7 @@ class BatchNorm(NamedTuple):
 
     @property
     def scale(self) -> np.ndarray:
+        """What each of the filters is multiplied by, (F,)."""
         return self.weight / np.sqrt(self.variance + self.eps)
 
     def fold_filter(self, filter: np.ndarray, transposed: bool) -> np.ndarray:

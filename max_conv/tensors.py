@@ -92,7 +92,7 @@ def as_array(tensor: Tensor) -> np.ndarray:
         return values(tensor).astype(np.float32)
     name = DTYPES[tensor.dtype][0]
     if name not in np.sctypeDict:
-        raise ValueError(f"tensors: NumPy has no {name}; convert the file with --dtype f32.")
+        raise ValueError(f"tensors: NumPy has no {name}; leave such tensors out.")
     return tensor.bits.view(name)
 
 

@@ -1,8 +1,10 @@
 """Checkpoints of every kind: read lazily and without losing a bit, or refused in one sentence."""
 
+import io
 import json
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,8 @@ from safetensors.torch import save, save_file
 
 from max_conv.checkpoint import MARK, Checkpoint, open_checkpoint, read_layer
 from max_conv.marker import Marker
-from max_conv.tensors import CODES, DTYPES, Tensor, of_array, rounded, values, width
+from max_conv.safetensors_file import Spec, write_safetensors
+from max_conv.tensors import CODES, DTYPES, Tensor, as_array, of_array, rounded, values, width
 
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 FILTERS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, *FLOAT8]
@@ -355,6 +358,36 @@ def test_a_layer_of_the_other_layout(layout: Any, tmp_path: Path) -> None:
         read_layer(path, "c", native=layout != "native")
 
 
+def test_a_file_that_shrinks(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(99)}, tmp_path / "m.safetensors")
+    with open_checkpoint(tmp_path / "m.safetensors") as checkpoint:
+        os.truncate(tmp_path / "m.safetensors", 300)
+        with pytest.raises(ValueError, match=r"^checkpoint: .* became shorter while it was read; a is incomplete\.$"):
+            checkpoint.read("a")
+
+
+def test_headers_have_a_limit(tmp_path: Path) -> None:
+    with (tmp_path / "m.safetensors").open("wb") as file:
+        file.write((40 << 20).to_bytes(8, "little"))
+        file.truncate(50 << 20)
+    with pytest.raises(ValueError, match=r"its header of 41943040 bytes is longer than 33554432\)\.$"):
+        open_checkpoint(tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"^checkpoint: a header of 3400\d{4} bytes would be longer than 33554432\.$"):
+        write_safetensors(io.BytesIO(), {}, {"long": "x" * 34_000_000}, lambda name: [])
+
+
+def test_a_writer_is_given_what_it_was_told() -> None:
+    with pytest.raises(RuntimeError, match=r"^checkpoint: a has 3 bytes, but 4 were announced\.$"):
+        write_safetensors(io.BytesIO(), {"a": Spec("U8", (4,))}, {}, lambda name: [np.zeros(3, np.uint8)])
+
+
+def test_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "m.pt")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match=r"^checkpoint: reading .*m\.pt needs PyTorch; install torch\.$"):
+        open_checkpoint(tmp_path / "m.pt")
+
+
 # Values and rounding.
 
 
@@ -405,3 +438,13 @@ def test_arrays_in_memory() -> None:
         np.testing.assert_array_equal(values(checkpoint.read(name)), np.asarray(array, np.float64))
     with pytest.raises(TypeError, match=r"^tensors: checkpoints hold no arrays of object; cast it to float32\."):
         of_array(np.array([None]))
+
+
+def test_dtypes_without_values() -> None:
+    bits = np.zeros(3, np.uint8)
+    with pytest.raises(ValueError, match=r"^tensors: NumPy has no float8_e8m0fnu; leave such tensors out\.$"):
+        as_array(Tensor("F8_E8M0", bits))
+    with pytest.raises(
+        ValueError, match=r"^tensors: nothing is rounded to int8; choose float64, 32, 16 or bfloat16\.$"
+    ):
+        rounded(np.zeros(3), "I8")
