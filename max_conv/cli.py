@@ -53,6 +53,17 @@ def compile_crepe(target: Path, capacity: str, weights: str | None, force: bool,
     _save(network("crepe", graph_module("crepe").Config(capacity), weights), target, as_json)
 
 
+@compile_.command("pesto")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--weights", help="A checkpoint or pypi://PACKAGE==VERSION/FILE; default: pesto-pitch's mir-1k_g7.")
+@FORCE
+@JSON
+def compile_pesto(target: Path, weights: str | None, force: bool, as_json: bool) -> None:
+    """Compiles the pitch tracker PESTO to TARGET, for `max-conv run pesto --model TARGET`."""
+    new_file(target, force)
+    _save(network("pesto", graph_module("pesto").Config(), weights), target, as_json)
+
+
 @compile_.command("conv1d")
 @click.argument("checkpoint")
 @click.argument("target", type=click.Path(path_type=Path))

@@ -180,6 +180,36 @@ def run_crepe(
     _tell(audio, sound, config.rate, track, activations, limits, threshold, taken, picture, as_json)
 
 
+@run.command("pesto")
+@AUDIO
+@click.option("--weights", help="A checkpoint or pypi://PACKAGE==VERSION/FILE; default: pesto-pitch's mir-1k_g7.")
+@SAVED
+@click.option("--threshold", default=0.5, show_default=True, help="Confidence from which a frame has a pitch.")
+@picture_option("pesto.png")
+@JSON
+def run_pesto(
+    audio: Path | None, weights: str | None, saved: Path | None, threshold: float, picture: Path, as_json: bool
+) -> None:
+    """Follows the pitch of AUDIO (WAV, FLAC, OGG or MP3) with the trained network PESTO.
+
+    Without AUDIO it takes a 30 s conversation of two people.
+    """
+    from .audio import read_audio
+
+    pesto = graph_module("pesto")
+    new_file(picture, force=True)
+    audio = sample(audio)
+    config = pesto.Config()
+    sound = read_audio(audio, config.rate).mean(axis=0)
+    model = network("pesto", config, weights, saved)
+    with step("listening"):
+        start = time.perf_counter()
+        track, activations = pesto.listen(model, sound, config)
+        taken = time.perf_counter() - start
+    limits = tuple(pesto.frequency([0, config.pitches - 1], config))
+    _tell(audio, sound, config.rate, track, activations, limits, threshold, taken, picture, as_json)
+
+
 def _tell(
     audio: Path,
     sound: Any,
