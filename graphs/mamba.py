@@ -1,0 +1,155 @@
+"""Mamba's block up to its selective scan: norm, projection, and the short causal convolution with SiLU.
+
+A block turns every vector into a value and a gate; each channel of the values is convolved with four taps of its own,
+none of which sees the future. Value and gate are what the scan takes; the scan itself is left out.
+Source: Gu and Dao, Mamba, 2023, https://arxiv.org/abs/2312.00752; names and checkpoints are those of
+https://github.com/huggingface/transformers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from max.dtype import DType
+from max.graph import DeviceRef, TensorType, TensorValue, ops
+
+from max_conv import PackedGraph, conv1d
+from max_conv.convert import LayerMap, read_native
+
+from .parts import Weights, check_weights
+
+LAYERS = LayerMap(
+    conv=("layers.*.mixer.conv1d.weight",),
+    copy=("layers.*.norm.weight", "layers.*.mixer.in_proj.*", "layers.*.mixer.conv1d.bias"),
+    optional=("layers.*.mixer.conv1d.bias",),
+    ignore=(
+        "layers.*.mixer.A_log",
+        "layers.*.mixer.D",
+        "layers.*.mixer.x_proj.*",
+        "layers.*.mixer.dt_proj.*",
+        "layers.*.mixer.out_proj.*",
+        "embeddings.*",
+        "embedding.*",
+        "norm_f.*",
+        "lm_head.*",
+    ),
+    rename=((r"^backbone\.", ""),),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The network's sizes; the defaults are those of state-spaces/mamba-130m-hf."""
+
+    hidden: int = 768
+    intermediate: int = 1536
+    taps: int = 4
+    conv_bias: bool = True
+    bias: bool = False
+    """Whether the projection has one."""
+    layers: int = 24
+    epsilon: float = 1e-5
+    layer: int = 0
+    """The layer whose block is built."""
+
+    def __post_init__(self) -> None:
+        if self.layer not in range(self.layers):
+            raise ValueError(f"mamba: layer must be one of {self.layers}, counted from 0, but is {self.layer}.")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], layer: int = 0) -> "Config":
+        """Reads the config.json of transformers' MambaModel.
+
+        Raises:
+            ValueError: If the model is one that this file does not know, or has no such layer.
+        """
+        get = config.get
+        if (activation := get("hidden_act", "silu")) != "silu":
+            raise ValueError(f"mamba: hidden_act must be silu, but the config has {activation!r}.")
+        hidden = config["hidden_size"]
+        return cls(
+            hidden=hidden,
+            intermediate=get("intermediate_size", int(get("expand", 2) * hidden)),
+            taps=get("conv_kernel", 4),
+            conv_bias=get("use_conv_bias", True),
+            bias=get("use_bias", False),
+            layers=get("num_hidden_layers", 32),
+            epsilon=get("layer_norm_epsilon", 1e-5),
+            layer=layer,
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the native weights' shapes, those of all layers."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for i in range(self.layers):
+            mixer = f"layers.{i}.mixer"
+            shapes[f"layers.{i}.norm.weight"] = (self.hidden,)
+            shapes[f"{mixer}.in_proj.weight"] = (2 * self.intermediate, self.hidden)
+            if self.bias:
+                shapes[f"{mixer}.in_proj.bias"] = (2 * self.intermediate,)
+            shapes[f"{mixer}.conv1d.weight"] = (self.taps, 1, self.intermediate)
+            if self.conv_bias:
+                shapes[f"{mixer}.conv1d.bias"] = (self.intermediate,)
+        return shapes
+
+
+def load_weights(reference: str | Path, config: Config = Config()) -> dict[str, np.ndarray]:
+    """Reads a checkpoint of transformers, with or without its head, into native weights."""
+    weights = read_native(reference, LAYERS, "mamba")
+    check_weights("mamba", weights, config.shapes())
+    return weights
+
+
+def build(
+    config: Config,
+    weights: Mapping[str, np.ndarray],
+    device: DeviceRef | None = None,
+    dtype: DType = DType.float32,
+) -> PackedGraph:
+    """Builds the graph of one layer: hidden states (batch, length, hidden) to what its scan takes.
+
+    Outputs, in order, both (batch, length, intermediate):
+        value: `silu(conv1d(...))`.
+        gate: What the scan's result is multiplied with, before its SiLU.
+
+    Args:
+        config: The sizes, and the layer.
+        weights: What `load_weights` returns; only its names and shapes go into the graph.
+        device: Where the graph runs; None is the CPU.
+        dtype: What it computes in. Input and outputs are float32.
+
+    Raises:
+        ValueError: If the weights do not fit the config.
+    """
+    check_weights("mamba", weights, config.shapes())
+    device = device or DeviceRef.CPU()
+    w = Weights(weights, device, dtype) / "layers" / config.layer
+    inputs = [TensorType(DType.float32, ["batch", "length", config.hidden], device)]
+    with PackedGraph("mamba", input_types=inputs) as graph:
+        x = graph.inputs[0].tensor
+        # The norm's weight goes into the matrix, and its scale of each vector onto the product, where it costs nothing.
+        scale = ops.cast(ops.rsqrt(ops.mean(x * x, 2) + config.epsilon), dtype)
+        x = ops.cast(x, dtype)
+        value, gate = (
+            _projected(config, w, x, scale, half)
+            for half in (slice(config.intermediate), slice(config.intermediate, None))
+        )
+        value = w.conv(value, "mixer.conv1d", padding="causal", groups=config.intermediate)
+        graph.output(*(ops.cast(y, DType.float32) for y in (ops.silu(value), gate)))
+    return graph
+
+
+def _projected(config: Config, w: Weights, x: TensorValue, scale: TensorValue, half: slice) -> TensorValue:
+    """Returns half of the projection, apart from the other because the convolution reads whole rows."""
+
+    def matrix(norm: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray((weight[half] * norm).T[None])
+
+    name = "value" if half.start is None else "gate"
+    filter = w.make(f"mixer.in_proj.{name}", matrix, "norm.weight", "mixer.in_proj.weight")
+    y = conv1d(x, filter) * scale
+    if config.bias:
+        y = y + w.make(f"mixer.in_proj.{name}_bias", lambda bias: bias[half], "mixer.in_proj.bias")
+    return y
