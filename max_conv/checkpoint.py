@@ -12,7 +12,7 @@ import numpy as np
 from .assets import resolve
 from .folding import fold_weight_norm, weight_norm_names
 from .marker import MARK, Marker
-from .safetensors_file import SafetensorsFile, Spec
+from .safetensors_file import HEADER_LIMIT, SafetensorsFile, Spec
 from .tensors import DTYPES, Tensor, of_array, width
 from .torch_file import TorchFile
 
@@ -197,8 +197,9 @@ def _loader(file: _File, name: str) -> Callable[[int, int], np.ndarray]:
 def _weight_map(path: Path) -> dict[str, str]:
     """Returns the shard of every tensor of an index."""
     try:
-        with path.open("rb") as file:
-            places = json.load(file)["weight_map"]
+        if path.stat().st_size > HEADER_LIMIT:
+            raise ValueError
+        places = json.loads(path.read_bytes())["weight_map"]
         shards = set(places.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"checkpoint: {path} is not an index of shards: it has no weight_map.") from None

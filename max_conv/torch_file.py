@@ -8,7 +8,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from .tensors import CODES, width
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "generator", "module")
 """Names under which training scripts keep the state dict, beside optimizers, steps and hyper-parameters."""
+
+TIED = 8
+"""How many times the size of the file its tensors may have together: some share their values."""
 
 _PAGEOUT = 21  # Linux's MADV_PAGEOUT: gives mapped pages back to the file, and loses nothing where they are not mapped.
 
@@ -37,10 +40,15 @@ class TorchFile:
         self.path = path
         with path.open("rb") as file:
             self._mapped = file.read(4) == b"PK\x03\x04"
-        if self._mapped:
-            _check_zip(path)
+        _check_pickles(path, self._mapped)
         self._tensors = _state_dict(_load(path, self._mapped), path)
-        self.specs = {name: self._spec(name, value) for name, value in self._tensors.items()}
+        try:
+            self.specs = {name: self._spec(name, value) for name, value in self._tensors.items()}
+        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:  # tensors of odd kinds
+            raise _damaged(path, _reason(str(error))) from None
+        claimed, there = sum(spec.nbytes for spec in self.specs.values()), path.stat().st_size
+        if claimed > TIED * there:
+            raise _damaged(path, f"its tensors claim {claimed} bytes, but the file has {there}")
 
     def close(self) -> None:
         self._tensors = {}
@@ -89,15 +97,42 @@ def _torch(path: Path) -> Any:
     return torch
 
 
-def _check_zip(path: Path) -> None:
-    """Raises ValueError where the archive would have to be unpacked: what is mapped must lie in the file as it is."""
+def _check_pickles(path: Path, mapped: bool) -> None:
+    """Raises ValueError where loading would unpack something, or make a few bytes into many."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            packed = [entry.filename for entry in archive.infolist() if entry.file_size != entry.compress_size]
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError) as error:
-        raise _damaged(path, str(error)) from None
-    if packed:
-        raise _damaged(path, f"{packed[0]!a:.60} is compressed, which torch.save never does")
+        if mapped:
+            with zipfile.ZipFile(path) as archive:
+                wrong = _wrong_in_zip(archive)
+        else:
+            with path.open("rb") as file:
+                wrong = _wrong_in_pickle(file)
+    # zipfile raises whatever the damage leads to.
+    except Exception as error:
+        raise _damaged(path, _reason(str(error) or type(error).__name__)) from None
+    if wrong:
+        raise _damaged(path, wrong)
+
+
+def _wrong_in_zip(archive: zipfile.ZipFile) -> str:
+    for entry in archive.infolist():
+        # What is mapped must lie in the file as it is.
+        if entry.file_size != entry.compress_size or entry.compress_type != zipfile.ZIP_STORED:
+            return f"{entry.filename!a:.60} is compressed, which torch.save never does"
+        if entry.filename.endswith(".pkl"):
+            with archive.open(entry) as pickle:
+                if wrong := _wrong_in_pickle(pickle):
+                    return wrong
+    return ""
+
+
+def _wrong_in_pickle(file: IO[bytes]) -> str:
+    """Finds what PyTorch's own restrictions let through, although it fills any memory with zeros."""
+    before = b""
+    while block := file.read(1 << 20):
+        if b"\nbytearray\n" in before + block:
+            return "it would make a bytearray"
+        before = block[-20:]
+    return ""
 
 
 def _load(path: Path, mapped: bool) -> Any:
@@ -142,7 +177,7 @@ def _state_dict(found: Any, path: Path) -> dict[str, Any]:
                 f"checkpoint: {path} holds more than a state dict: {name!a:.60} is a {type(value).__name__}; "
                 "save module.state_dict() alone."
             )
-    return {name: value.detach() for name, value in found.items()}
+    return {name: torch.Tensor.detach(value) for name, value in found.items()}
 
 
 def _page_out(value: Any) -> None:

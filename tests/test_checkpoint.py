@@ -216,6 +216,18 @@ def claim(folder: Path) -> Path:
     return edited(path, b"M\x34\x12", b"\x8a\x05\x00\x00\x00\x00\x19")
 
 
+def unpickling(folder: Path, call: bytes) -> Path:
+    """A file whose pickle calls something with 5 << 32, within what PyTorch lets pickles do."""
+    path = saved(folder, "m.pt", {"a": torch.zeros(1)})
+    with zipfile.ZipFile(path) as archive:
+        contents = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            small = b"\x80\x02}q\x00X\x01\x00\x00\x00ac" + call + b"\n\x8a\x05\x00\x00\x00\x00\x05\x85Rs."
+            archive.writestr(name, small if name.endswith("data.pkl") else content)
+    return path
+
+
 TORCH: dict[str, tuple[Callable[[Path], Path], str]] = {
     "pickle": (lambda f: saved(f, "m.pt", {"a": Bomb()}), r"it would run posix\.mkdir"),
     "old pickle": (
@@ -246,6 +258,17 @@ TORCH: dict[str, tuple[Callable[[Path], Path], str]] = {
         r"a in .* claims 400000000000 bytes, but the file has 4 for it; save a contiguous copy\.",
     ),
     "claim": (claim, r"is damaged \("),
+    "bytearray": (lambda f: unpickling(f, b"builtins\nbytearray"), "it would make a bytearray"),
+    "old bytearray": (
+        lambda f: saved(f, "m.pt", {"a": bytearray(9)}, _use_new_zipfile_serialization=False),
+        "it would make a bytearray",
+    ),
+    "nothing in a tensor": (lambda f: unpickling(f, b"torch\nByteTensor"), r"(claim|is damaged \()"),
+    "tied": (
+        lambda f: saved(f, "m.pt", {f"w{i}": value for value in [torch.zeros(9_000)] for i in range(1_000)}),
+        r"its tensors claim 36000000 bytes, but the file has \d+\)\.$",
+    ),
+    "meta": (lambda f: saved(f, "m.pt", {"a": torch.zeros(3, device="meta")}), "a in .* is sparse, quantized or em"),
     "list": (lambda f: saved(f, "m.pt", [torch.zeros(1)]), "holds more than a state dict: a list; save module"),
     "number": (lambda f: saved(f, "m.pt", {"a": 1}), "holds more than a state dict: 'a' is a int; save module"),
     "inner number": (lambda f: saved(f, "m.pt", {"model": {"a": 1.5}}), "more than a state dict: 'a' is a float"),
@@ -359,7 +382,7 @@ def test_a_layer_of_the_other_layout(layout: Any, tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(99)}, tmp_path / "m.safetensors")
+    save_file({"a": torch.zeros(99_999)}, tmp_path / "m.safetensors")
     with open_checkpoint(tmp_path / "m.safetensors") as checkpoint:
         os.truncate(tmp_path / "m.safetensors", 300)
         with pytest.raises(ValueError, match=r"^checkpoint: .* became shorter while it was read; a is incomplete\.$"):
