@@ -1,0 +1,159 @@
+"""Whisper's encoder: from a log-mel spectrogram to what its decoder listens to.
+
+Two convolutions, of which the second halves the rate, then transformer layers that normalise what they read. Attention is
+written as MAX writes it in its own Whisper, so that its compiler makes one fused kernel of scores, softmax and sum.
+Source: Radford and others, Whisper, 2022, https://arxiv.org/abs/2212.04356, https://github.com/openai/whisper; names and
+checkpoints are those of https://github.com/huggingface/transformers.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from max.dtype import DType
+from max.graph import DeviceRef, Dim, TensorType, TensorValue, ops
+
+from max_conv import PackedGraph
+from max_conv.convert import LayerMap, read_native
+
+from .parts import Weights, check_weights
+
+LAYERS = LayerMap(
+    conv=("conv*.weight",),
+    copy=("conv*.bias", "embed_positions.weight", "layers.*", "layer_norm.*"),
+    ignore=("decoder.*", "model.decoder.*", "proj_out.*", "classifier.*", "projector.*", "layer_weights"),
+    rename=((r"^(model\.)?encoder\.", ""),),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The network's sizes; the defaults are those of openai/whisper-tiny."""
+
+    mels: int = 80
+    hidden: int = 384
+    heads: int = 6
+    layers: int = 4
+    inner: int = 1536
+    """Width of the layer between a transformer layer's two matrices."""
+    positions: int = 1500
+    """The most vectors that the encoder returns: those of 30 s."""
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "Config":
+        """Reads the config.json of transformers' WhisperModel.
+
+        Raises:
+            ValueError: If the model is one that this file does not know.
+        """
+        get = config.get
+        if (activation := get("activation_function", "gelu")) != "gelu":
+            raise ValueError(f"whisper: activation_function must be gelu, but the config has {activation!r}.")
+        return cls(
+            mels=get("num_mel_bins", 80),
+            hidden=get("d_model", 384),
+            heads=get("encoder_attention_heads", 6),
+            layers=get("encoder_layers", 4),
+            inner=get("encoder_ffn_dim", 1536),
+            positions=get("max_source_positions", 1500),
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the native weights' shapes."""
+        shapes: dict[str, tuple[int, ...]] = {"embed_positions.weight": (self.positions, self.hidden)}
+
+        def layer(name: str, *weight: int, bias: int = self.hidden) -> None:
+            shapes[f"{name}.weight"] = weight
+            if bias:
+                shapes[f"{name}.bias"] = (bias,)
+
+        layer("conv1", 3, self.mels, self.hidden)
+        layer("conv2", 3, self.hidden, self.hidden)
+        layer("layer_norm", self.hidden)
+        for i in range(self.layers):
+            name = f"layers.{i}"
+            for matrix in ("q", "k", "v", "out"):
+                bias = 0 if matrix == "k" else self.hidden
+                layer(f"{name}.self_attn.{matrix}_proj", self.hidden, self.hidden, bias=bias)
+            layer(f"{name}.self_attn_layer_norm", self.hidden)
+            layer(f"{name}.fc1", self.inner, self.hidden, bias=self.inner)
+            layer(f"{name}.fc2", self.hidden, self.inner)
+            layer(f"{name}.final_layer_norm", self.hidden)
+        return shapes
+
+
+def load_weights(reference: str | Path, config: Config = Config()) -> dict[str, np.ndarray]:
+    """Reads a checkpoint of transformers, whose decoder is left out, into native weights."""
+    weights = read_native(reference, LAYERS, "whisper")
+    check_weights("whisper", weights, config.shapes())
+    return weights
+
+
+def build(
+    config: Config,
+    weights: Mapping[str, np.ndarray],
+    device: DeviceRef | None = None,
+    dtype: DType = DType.float32,
+) -> PackedGraph:
+    """Builds the graph: a log-mel spectrogram (batch, frames, mels) to (batch, (frames + 1) // 2, hidden).
+
+    The spectrogram is NLC, the transpose of what transformers' feature extractor returns. The model was trained on 30 s,
+    3000 frames, and takes no more; it runs on fewer, as transformers' does not.
+
+    Args:
+        config: The sizes.
+        weights: What `load_weights` returns; only its names and shapes go into the graph.
+        device: Where the graph runs; None is the CPU.
+        dtype: What it computes in. Input and output are float32.
+
+    Raises:
+        ValueError: If the weights do not fit the config.
+    """
+    check_weights("whisper", weights, config.shapes())
+    device = device or DeviceRef.CPU()
+    w = Weights(weights, device, dtype)
+    inputs = [TensorType(DType.float32, ["batch", "frames", config.mels], device)]
+    with PackedGraph("whisper", input_types=inputs) as graph:
+        x = ops.cast(graph.inputs[0].tensor, dtype)
+        x = ops.gelu(w.conv(x, "conv1", padding=1))
+        x = ops.gelu(w.conv(x, "conv2", padding=1, stride=2))
+        x = x + _positions(w, x.shape[1])
+        for i in range(config.layers):
+            x = _layer(config, w / "layers" / i, x)
+        graph.output(ops.cast(w.layer_norm(x, "layer_norm"), DType.float32))
+    return graph
+
+
+def _positions(w: Weights, length: Dim) -> TensorValue:
+    """Returns the embeddings of the first positions, (length, hidden)."""
+    end = ops.squeeze(ops.shape_to_tensor([length]), 0)
+    table = w["embed_positions.weight"]
+    # As many rows as there are, up to the length; the check of both is made when the graph runs.
+    rows = table[(slice(None, end), "positions"), :]
+    return ops.rebind(
+        rows,
+        [length, table.shape[1]],
+        "whisper: the spectrogram has more frames than there are positions; pass 30 s at most.",
+    )
+
+
+def _layer(config: Config, w: Weights, x: TensorValue) -> TensorValue:
+    x = x + _attention(config, w / "self_attn", w.layer_norm(x, "self_attn_layer_norm"))
+    y = ops.gelu(w.linear(w.layer_norm(x, "final_layer_norm"), "fc1"))
+    return x + w.linear(y, "fc2")
+
+
+def _attention(config: Config, w: Weights, x: TensorValue) -> TensorValue:
+    batch, length, _ = x.shape
+    size = config.hidden // config.heads
+    q, k, v = (
+        ops.transpose(ops.reshape(w.linear(x, f"{name}_proj"), [batch, length, config.heads, size]), 1, 2)
+        for name in "qkv"
+    )
+    # Scores times scale, in this order, is the pattern of the fused kernel.
+    scores = (q @ ops.transpose(k, 2, 3)) * (1 / math.sqrt(size))
+    y = ops.softmax(scores) @ v
+    return w.linear(ops.reshape(ops.transpose(y, 1, 2), [batch, length, config.hidden]), "out_proj")

@@ -1,0 +1,92 @@
+"""Whisper's encoder against transformers' implementation."""
+
+import pytest
+import torch
+from max_conv.graphs import whisper
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+import max_conv
+from originals import compare, enliven
+
+TINY = dict(  # config.json of openai/whisper-tiny
+    num_mel_bins=80,
+    d_model=384,
+    encoder_attention_heads=6,
+    encoder_layers=4,
+    encoder_ffn_dim=1536,
+    max_source_positions=1500,
+    activation_function="gelu",
+)
+LARGE = TINY | dict(  # what differs in that of openai/whisper-large-v3
+    num_mel_bins=128, d_model=1280, encoder_attention_heads=20, encoder_layers=32, encoder_ffn_dim=5120
+)
+
+
+@pytest.fixture(scope="module")
+def network():
+    network = enliven(WhisperEncoder(WhisperConfig(**TINY)))
+    for module in network.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.weight.data = torch.linspace(0.5, 1.5, len(module.weight))
+    network.embed_positions.weight.data.mul_(10)  # as large as the rest
+    return network
+
+
+def checkpoint(network, prefix, decoder):
+    state = {prefix + name: value for name, value in network.state_dict().items()}
+    return state | {name: torch.zeros(2) for name in decoder}
+
+
+@pytest.fixture(scope="module")
+def model(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("whisper") / "pytorch_model.bin"
+    decoder = ["model.decoder.layers.0.fc1.bias", "model.decoder.layer_norm.bias", "proj_out.weight"]
+    torch.save(checkpoint(network, "model.encoder.", decoder), path)
+    weights = whisper.load_weights(path)
+    return max_conv.compile(whisper.build(whisper.Config(), weights), weights=weights)
+
+
+def spectrogram(batch, frames):
+    return torch.randn(batch, frames, 80, generator=torch.Generator().manual_seed(frames))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_is_the_original(network, model, batch):
+    mels = spectrogram(batch, 3000)
+    with torch.inference_mode():
+        compare(model(mels.numpy()), network(mels.transpose(1, 2)).last_hidden_state)
+
+
+@pytest.mark.parametrize(("batch", "frames"), [(2, 302), (1, 2), (1, 64)])
+def test_takes_fewer_frames(network, model, batch, frames):
+    """The original takes 30 s only, so another is told that its table ends sooner."""
+    short = WhisperEncoder(WhisperConfig(**TINY | {"max_source_positions": frames // 2})).eval()
+    table = network.embed_positions.weight[: frames // 2]
+    short.load_state_dict(dict(network.state_dict()) | {"embed_positions.weight": table})
+    mels = spectrogram(batch, frames)
+    with torch.inference_mode():
+        want = short(mels.transpose(1, 2)).last_hidden_state
+    compare(model(mels.numpy()), want)
+    assert model(mels[:, 1:].numpy()).shape == want.shape
+
+
+def test_refuses_more_frames(model):
+    with pytest.raises(ValueError, match="whisper: the spectrogram has more frames than there are positions"):
+        model(spectrogram(1, 3001).numpy())
+
+
+@pytest.mark.parametrize(("prefix", "decoder"), [("", []), ("encoder.", ["decoder.layer_norm.bias"])])
+def test_reads_a_checkpoint(network, prefix, decoder, tmp_path):
+    torch.save(checkpoint(network, prefix, decoder), tmp_path / "pytorch_model.bin")
+    weights = whisper.load_weights(tmp_path / "pytorch_model.bin")
+    assert {name: array.shape for name, array in weights.items()} == whisper.Config().shapes()
+
+
+def test_reads_the_published_config():
+    assert whisper.Config.from_dict(WhisperConfig(**TINY).to_dict()) == whisper.Config()
+    large = whisper.Config.from_dict(WhisperConfig(**LARGE).to_dict())
+    assert (large.mels, large.hidden, large.heads, large.layers, large.inner) == (128, 1280, 20, 32, 5120)
+    with pytest.raises(ValueError) as caught:
+        whisper.Config.from_dict({"activation_function": "relu"})
+    assert str(caught.value) == "whisper: activation_function must be gelu, but the config has 'relu'."
