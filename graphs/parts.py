@@ -35,9 +35,12 @@ class Weights:
         self.device = device
         self.dtype = dtype
         self.prefix = prefix
+        self._sources: dict[str, Weight] = {}
 
     def __truediv__(self, name: object) -> "Weights":
-        return Weights(self.arrays, self.device, self.dtype, f"{self.prefix}{name}.")
+        inner = Weights(self.arrays, self.device, self.dtype, f"{self.prefix}{name}.")
+        inner._sources = self._sources
+        return inner
 
     def __contains__(self, name: str) -> bool:
         return self.prefix + name in self.arrays
@@ -65,7 +68,9 @@ class Weights:
         return result
 
     def _source(self, name: str) -> Weight:
-        return Weight(self.prefix + name, DType.float32, self.shape(name), self.device)
+        # A graph takes a single weight of a name, as often as it is used.
+        weight = Weight(self.prefix + name, DType.float32, self.shape(name), self.device)
+        return self._sources.setdefault(weight.name, weight)
 
     def conv(self, x: TensorValue, name: str, **options: Any) -> TensorValue:
         """Convolves with the filter `name.weight` and the bias `name.bias`, if there is one; options are `conv1d`'s."""
