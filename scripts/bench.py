@@ -2,6 +2,7 @@
 """Races max_conv against PyTorch, ONNX Runtime, OpenVINO, JAX and MAX's own layer.
 
     python scripts/bench.py [--layers NAME ...] [--contenders NAME ...] [--rounds 7] [--json FILE] [--chart FILE]
+    python scripts/bench.py --networks [--layers NAME ...]
 
 Each contender runs in a process of its own, in turns, so that what the machine does besides hits all alike. Every answer
 is compared with float64 before anything is timed. A round is the median of calls that fill 50 ms; the figure of a
@@ -31,8 +32,25 @@ import click
 import numpy as np
 
 from layers import LAYERS, Layer
-from racers import RACES, Race
-from report import LEAST, draw, epilogue_table, header, means, row, table_head, table_mean, table_row, verdict
+from network_racers import CONTENDERS
+from networks import NETWORKS
+from racers import RACES
+from report import (
+    LEAST,
+    draw,
+    epilogue_table,
+    header,
+    means,
+    network_facts,
+    network_head,
+    network_mean,
+    network_row,
+    row,
+    table_head,
+    table_mean,
+    table_row,
+    verdict,
+)
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 600
@@ -40,6 +58,8 @@ PATIENCE = 600
 TRIES = 4
 """Runs of peaks.mojo, a second each, of which the best counts: neighbours take a core for longer than one lasts."""
 EPILOGUE_LAYERS = ("whisper conv1", "HiFi-GAN res")
+BATCHES = (1, 8)
+"""How many sounds at a time networks are raced with."""
 
 
 class Sentence(click.ClickException):
@@ -116,7 +136,7 @@ class Racer:
         self.environment = environment
         self.process: subprocess.Popen[str] | None = None
 
-    def ask(self, question: Mapping[str, str]) -> dict[str, Any]:
+    def ask(self, question: Mapping[str, str | int]) -> dict[str, Any]:
         """Returns the reply; where the process dies, that it did. The next question starts another one."""
         if self.process is None:
             pipe, silence = subprocess.PIPE, subprocess.DEVNULL
@@ -148,9 +168,9 @@ class Racer:
             self.process = None
 
 
-def missing(race: Race, name: str) -> str | None:
+def missing(contenders: Mapping[str, Any], name: str) -> str | None:
     """Returns why a contender cannot take part, or None."""
-    for package in race.contenders[name].packages:
+    for package in contenders[name].packages:
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -160,7 +180,9 @@ def missing(race: Race, name: str) -> str | None:
     return None
 
 
-def start(kind: str, names: Sequence[str], threads: int, folder: Path) -> dict[str, Racer]:
+def start(
+    script: Sequence[str], names: Sequence[str], threads: int, folder: Path, more: Sequence[str] = ()
+) -> dict[str, Racer]:
     environment = dict(
         os.environ,
         OMP_NUM_THREADS=str(threads),
@@ -173,8 +195,8 @@ def start(kind: str, names: Sequence[str], threads: int, folder: Path) -> dict[s
         # Threads' own arenas return large blocks whatever the thresholds say: JAX took 8 ms instead of 1.
         MALLOC_ARENA_MAX="1",
     )
-    command = [sys.executable, str(HERE / "racers.py"), kind]
-    return {name: Racer([*command, name, str(threads)], environment) for name in names}
+    command = [sys.executable, *script]
+    return {name: Racer([*command, name, str(threads), *more], environment) for name in names}
 
 
 def write_reference(layer: Layer, dtype: str, file: Path) -> None:
@@ -209,6 +231,56 @@ def run_layer(
     return seconds, failed
 
 
+def run_network(
+    name: str, batch: int, contenders: Sequence[str], result: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    """Returns what is known of each contender on a network, and of those that failed how and why."""
+    environment = dict(os.environ)
+    command = [sys.executable, str(HERE / "networks.py"), name, str(batch), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise Sentence(f"{name} cannot be prepared: {(done.stderr.strip().splitlines() or ['no words'])[-1]}")
+    note(f"{name}, batch {batch}: {done.stdout.strip().splitlines()[-1]}")
+    script = [str(HERE / "network_racers.py")]
+    racers = start(script, contenders, result["threads"], folder, [str(folder)])
+    told: dict[str, Any] = {}
+    failed: dict[str, dict[str, str]] = {}
+    try:
+        for turn in range(result["rounds"] + 1):
+            for contender in [name for name in racers if name not in failed]:
+                answer = racers[contender].ask({"network": name, "batch": batch})
+                if "failed" in answer:
+                    failed[contender] = answer
+                    note(f"{contender}: {answer['failed']} on {name}: {answer['why']}")
+                    racers[contender].stop()
+                elif not turn:  # the first one gets ready
+                    told[contender] = {"ready": answer["ready"], "decibels": answer["decibels"], "seconds": []}
+                else:
+                    told[contender]["seconds"].append(answer["seconds"])
+                    told[contender] |= {"bytes": answer["bytes"], "process": answer["process"]}
+    finally:
+        for racer in racers.values():
+            racer.stop()
+    return {name: facts for name, facts in told.items() if name not in failed}, failed
+
+
+def compete_networks(names: Sequence[str], result: dict[str, Any], folder: Path) -> None:
+    """Races network by network, alone and in batches of eight, prints what comes out and adds it to `result`."""
+    result["peaks"] = measure_peaks(folder)
+    contenders = list(result["versions"])
+    print("\n".join(header(result) + network_head(contenders)), flush=True)
+    for name in names:
+        for batch in BATCHES:
+            place = folder / "network"
+            place.mkdir()
+            told, failed = run_network(name, batch, contenders, result, place)
+            shutil.rmtree(place)
+            key = f"{name}, batch {batch}"
+            found = result["layers"][key] = network_facts(told, failed, NETWORKS[name].seconds * batch)
+            print(network_row(key, contenders, found), flush=True)
+    print(network_mean(contenders, result["layers"]))
+
+
 # The command.
 
 
@@ -226,14 +298,14 @@ def check_files(*files: Path | None) -> None:
             raise Sentence(f"{file} cannot be written: there is no folder {file.resolve().parent}.")
 
 
-def taking_part(race: Race, contenders: Sequence[str]) -> dict[str, str]:
+def taking_part(known: Mapping[str, Any], contenders: Sequence[str]) -> dict[str, str]:
     """Returns the versions of those who take part, by name, and tells of those who do not."""
     versions = {}
-    for name in chosen("contender", contenders, list(race.contenders)):
-        if reason := missing(race, name):
+    for name in chosen("contender", contenders, list(known)):
+        if reason := missing(known, name):
             note(f"{name} is left out: {reason}.")
         else:
-            package = race.contenders[name].packages[0]
+            package = known[name].packages[0]
             versions[name] = f"{package} {importlib.metadata.version(package)}"
     if not versions:
         raise Sentence("nobody is left to race; install a contender or ask for another one.")
@@ -244,7 +316,7 @@ def compete(kind: str, layers: Sequence[str], result: dict[str, Any], folder: Pa
     """Races layer by layer, prints what comes out and adds it to `result`."""
     race, names = RACES[kind], list(result["versions"])
     result["peaks"] = measure_peaks(folder)
-    racers = start(kind, names, result["threads"], folder)
+    racers = start([str(HERE / "racers.py"), kind], names, result["threads"], folder)
     with_table = kind != "epilogues"
     try:
         print("\n".join(header(result) + (table_head(race, names) if with_table else [])), flush=True)
@@ -264,12 +336,13 @@ def compete(kind: str, layers: Sequence[str], result: dict[str, Any], folder: Pa
 
 
 @click.command()
-@click.option("--layers", multiple=True, metavar="NAME", help="Race this layer only (may be repeated).")
+@click.option("--layers", multiple=True, metavar="NAME", help="Race this layer, or network, only (may be repeated).")
 @click.option("--contenders", multiple=True, metavar="NAME", help="Let this contender race only (may be repeated).")
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1))
 @click.option("--threads", default=os.cpu_count(), show_default=True, help="Of the peers; MAX takes all cores.")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
 @click.option("--epilogues", is_flag=True, help="Time ours alone and with an operation behind it instead.")
+@click.option("--networks", is_flag=True, help="Race whole networks, in batches of 1 and 8, instead of layers.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write everything there, too.")
 @click.option("--chart", type=click.Path(path_type=Path), help="Draw a chart there, .png or .svg.")
 @click.option("--check", is_flag=True, help=f"Exit with 1 where the best peer needs less than {LEAST} of our time.")
@@ -280,27 +353,38 @@ def main(
     threads: int,
     dtype: str,
     epilogues: bool,
+    networks: bool,
     file: Path | None,
     chart: Path | None,
     check: bool,
 ) -> None:
     """Races max_conv against PyTorch, ONNX Runtime, OpenVINO, JAX and MAX's own layer."""
-    if epilogues and (chart or check or dtype != "float32"):
-        raise Sentence("--epilogues races in float32 against nobody; leave out --chart, --check and --dtype.")
+    if epilogues and (chart or check or networks or dtype != "float32"):
+        raise Sentence(
+            "--epilogues races in float32 against nobody; leave out --chart, --check, --networks and --dtype."
+        )
+    if networks and (chart or dtype != "float32"):
+        raise Sentence("--networks races in float32 with bfloat16 beside it, and draws no chart; leave out the rest.")
     kind = "epilogues" if epilogues else dtype
     race = RACES[kind]
-    where = chosen("layer", layers or (EPILOGUE_LAYERS if epilogues else ()), list(LAYERS))
+    if networks:
+        where = chosen("network", layers, list(NETWORKS))
+    else:
+        where = chosen("layer", layers or (EPILOGUE_LAYERS if epilogues else ()), list(LAYERS))
     check_files(file, chart)
     if chart and chart.suffix not in (".png", ".svg"):
         raise Sentence(f"{chart} cannot be drawn: name a file that ends in .png or .svg.")
     if chart and not importlib.util.find_spec("matplotlib"):
         raise Sentence("--chart needs matplotlib; pip install 'max-conv[plot]' brings it.")
-    versions = taking_part(race, contenders)
+    versions = taking_part(CONTENDERS if networks else race.contenders, contenders)
     result: dict[str, Any] = {"machine": machine(), "versions": versions, "race": kind, "dtype": race.dtype}
     result |= {"threads": threads, "rounds": rounds, "layers": {}}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stopped racers would stay for ever
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        compete(kind, where, result, Path(folder))
+        if networks:
+            compete_networks(where, result, Path(folder))
+        else:
+            compete(kind, where, result, Path(folder))
     if file:
         file.write_text(json.dumps(result, indent=1))
     if chart:

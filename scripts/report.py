@@ -126,6 +126,46 @@ def epilogue_table(race: Race, rows: Mapping[str, Mapping[str, Any]]) -> list[st
     return lines
 
 
+# Networks.
+
+
+def network_facts(
+    told: Mapping[str, Mapping[str, Any]], failed: Mapping[str, Mapping[str, str]], seconds: float
+) -> dict[str, Any]:
+    """Returns all that is known of one network, whose call makes or hears so many seconds of sound."""
+    ms = {name: statistics.median(facts["seconds"]) * 1e3 for name, facts in told.items()}
+    peers = {name: facts for name, facts in told.items() if not name.startswith(OURS) and "bf16" not in name}
+    found: dict[str, Any] = {"ms": ms, "failed": dict(failed), "told": dict(told), "ratios": {}}
+    if peers and OURS in ms:
+        found["ratios"] = {"best peer / ours": min(ms[name] for name in peers) / ms[OURS]}
+        found["memory"] = told[OURS]["bytes"] / min(facts["bytes"] for facts in peers.values())
+        found["times real time"] = seconds * 1e3 / ms[OURS]
+    return found
+
+
+def network_head(names: Sequence[str]) -> list[str]:
+    columns = ["network", *names, "best peer / ours", "times real time", "MB", "of the lowest peer's", "bf16 SNR, dB"]
+    return [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+
+
+def network_row(key: str, names: Sequence[str], found: Mapping[str, Any]) -> str:
+    cells = [f"{found['ms'][name]:.2f}" if name in found["ms"] else found["failed"][name]["failed"] for name in names]
+    if found["ratios"]:
+        cells += [f"{found['ratios']['best peer / ours']:.2f}", f"{found['times real time']:.0f}"]
+        cells += [f"{found['told'][OURS]['bytes'] / 1e6:.0f}", f"{found['memory']:.2f}"]
+    else:
+        cells += ["–"] * 4
+    half = found["told"].get(f"{OURS} bf16")
+    cells.append(f"{half['decibels']:.0f}" if half else "–")
+    return f"| {key} | {' | '.join(cells)} |"
+
+
+def network_mean(names: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> str:
+    ratios = [found["ratios"]["best peer / ours"] for found in rows.values() if found["ratios"]]
+    mean = f"{statistics.geometric_mean(ratios):.2f}" if ratios else "–"
+    return f"| geometric mean |{' |' * len(names)} {mean} |" + " |" * 4
+
+
 # The chart.
 
 # Colours that stay apart for colour-blind eyes (Okabe and Ito), each with a marker of its own.

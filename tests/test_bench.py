@@ -150,11 +150,11 @@ def test_mistakes_are_one_sentence(words, sentence):
 def test_who_is_not_installed_is_left_out(monkeypatch, capsys):
     contenders = {"max_conv NLC": RACE.contenders["max_conv NLC"], "Nobody": Contender(["no-such-package"], print)}
     race = RACE._replace(contenders=contenders)
-    assert bench.taking_part(race, []) == {"max_conv NLC": f"max-conv {version('max-conv')}"}
+    assert bench.taking_part(race.contenders, []) == {"max_conv NLC": f"max-conv {version('max-conv')}"}
     said = capsys.readouterr().err
     assert said.startswith("bench: Nobody is left out: the package no-such-package is not installed")
     with pytest.raises(bench.Sentence, match="nobody is left"):
-        bench.taking_part(race, ["Nobody"])
+        bench.taking_part(race.contenders, ["Nobody"])
 
 
 def test_no_compiler(monkeypatch):
@@ -163,8 +163,8 @@ def test_no_compiler(monkeypatch):
         version("torch")
     except PackageNotFoundError:
         pytest.skip("torch is not installed")
-    assert bench.missing(RACE, "torch.compile") == "there is no C++ compiler (g++)"
-    assert bench.missing(RACE, "PyTorch") is None
+    assert bench.missing(RACE.contenders, "torch.compile") == "there is no C++ compiler (g++)"
+    assert bench.missing(RACE.contenders, "PyTorch") is None
 
 
 def test_a_racer_that_dies_is_started_again():
