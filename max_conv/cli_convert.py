@@ -64,7 +64,7 @@ def _many(name: str, metavar: str, help: str, type: Any = str) -> Any:
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be written, and write nothing.")
 @click.option("--verify", is_flag=True, help="Compare every layer's output with PyTorch's before TARGET appears.")
-@click.option("--force", is_flag=True, help="Overwrite TARGET.")
+@click.option("--force", is_flag=True, help="Overwrite TARGET, and shards of its name.")
 @JSON
 def convert(source: str, target: Path | None, to: Any, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Converts a checkpoint to TARGET (.safetensors): filters in the native layout, weight norm folded.
@@ -152,7 +152,7 @@ def _show(source: str, to: str, dry_run: bool, report: Any, as_json: bool) -> No
     if report.dropped:
         click.echo(f"left out: {', '.join(report.dropped)}")
     if report.verified:
-        click.echo(f"{report.verified} layers give PyTorch's output")
+        click.echo(f"layers that give PyTorch's output: {report.verified}")
     for path in report.files:
         click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 

@@ -336,6 +336,19 @@ def test_a_model_of_the_gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert load_file(tmp_path / "n.safetensors")["weight"].shape == (4, 2, 3)
 
 
+def test_a_model_whose_layers_follow_from_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import max_conv.graphs.conv1d as module
+
+    monkeypatch.setattr(module, "layers", lambda config: LayerMap(conv=("weight",)), raising=False)
+    torch.save({"weight": torch.zeros(3, 2, 4), "training": torch.zeros(1)}, tmp_path / "m.pt")
+    result = call(
+        tmp_path / "m.pt", tmp_path / "n.safetensors", "--model", "conv1d", "--verify", "--ignore", "training"
+    )
+    assert result.exit_code == 0 and "layers that give PyTorch's output: 1" in result.stdout
+    assert "writing" in result.stderr and "hashing" in result.stderr  # the bars
+    assert call(tmp_path / "m.pt", "--conv", "weight").stderr.endswith("Error: Missing argument 'TARGET'.\n")
+
+
 # The check finds what is wrong.
 
 
