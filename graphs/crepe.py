@@ -65,6 +65,11 @@ class Config:
             raise ValueError(f"crepe: the capacity must be {' or '.join(FILTERS)}, but is {self.capacity!r}.")
 
     @property
+    def framing(self) -> tuple[int, int]:
+        """The samples of a frame, and from one frame to the next."""
+        return self.window, self.hop
+
+    @property
     def filters(self) -> tuple[int, ...]:
         """Filters of the six convolutions."""
         return FILTERS[self.capacity]
@@ -137,8 +142,10 @@ def build(
         batch, frames = sound.shape[0], (sound.shape[1] - config.window) // config.hop + 1
         x = ops.cast(_normalised(_framed(config, sound, frames)), dtype)
         x = ops.reshape(x, [batch * frames, config.window, 1])
-        for i in range(1, 7):
-            x = _layer(w, x, f"conv{i}")
+        parts = [x]
+        for layer in range(1, 7):
+            parts = _layer(config, w, parts, layer)
+        (x,) = parts
         x = ops.reshape(x, [batch, frames, x.shape[1] * x.shape[2]])
         graph.output(ops.cast(ops.sigmoid(w.linear(x, "classifier")), DType.float32))
     return graph
@@ -168,39 +175,62 @@ def _normalised(frames: TensorValue) -> TensorValue:
     return frames / ops.max(ops.sqrt(variance), 1e-10)
 
 
-def _layer(w: Weights, x: TensorValue, name: str) -> TensorValue:
-    """Convolves, (N, L, C) to (N, L / 2, F), with ReLU, batch norm and pooling of pairs."""
-    taps, _, filters = w.shape(f"{name}.weight")
-    first = name == "conv1"
-    stride, left, right = (4, 254, 254) if first else (1, 31, 32)
-    length = int(x.shape[1]) // stride
-    # Taps that see nothing but padding are taken off: of conv6, with 8 positions, 49 of 64.
-    cut = 0 if first else max(0, left - (length - 1))
-    end = taps if first else min(taps, left + length)
-    left, right = left - cut, right - (taps - end)
-    # Narrow layers compute pairs of outputs side by side: their filters fill a vector only together.
+def _taps(config: Config, layer: int) -> tuple[int, int]:
+    """Returns which taps of a layer see anything but padding: of the last, with 8 positions, 15 of 64."""
+    if layer == 1:
+        return 0, 512
+    length = config.window // 4 >> (layer - 1)
+    return max(0, 32 - length), min(64, 31 + length)
+
+
+def _layer(config: Config, w: Weights, parts: list[TensorValue], layer: int) -> list[TensorValue]:
+    """Convolves, (N, L, C) to (N, L / 2, F), with ReLU, batch norm and pooling of pairs.
+
+    Channels come and go in parts, so that Winograd's kernel, whose filters have to stay in the cache, takes each.
+    """
+    name = f"conv{layer}"
+    begin, end = _taps(config, layer)
+    filters = config.filters[layer - 1]
+    stride, left, right = (4, 254, 254) if layer == 1 else (1, 31 - begin, end - 32)
+    # The kernel wants 32 filters: narrow layers compute pairs of outputs side by side.
     pairs = filters < 32
 
     def filter(array: np.ndarray) -> np.ndarray:
-        array = array[cut:end]
-        if not pairs:
-            return np.ascontiguousarray(array)
         nothing = np.zeros_like(array[:1])
-        return np.concatenate([np.concatenate([array, nothing]), np.concatenate([nothing, array])], axis=2)
+        one, other = np.concatenate([array, nothing]), np.concatenate([nothing, array])
+        return np.concatenate([one, other], axis=2) if pairs else np.ascontiguousarray(array)
 
-    def twice(array: np.ndarray) -> np.ndarray:
-        return np.tile(array, 1 + pairs)
+    total = None
+    for i, x in enumerate(parts):
+        channels = int(x.shape[2])
+        seen = slice(begin, end), slice(i * channels, (i + 1) * channels)
+        kernel = w.make(f"{name}.weight.{i}", lambda array, seen=seen: filter(array[seen]), f"{name}.weight")
+        bias = None if i else w.make(f"{name}.bias.pairs", lambda array: np.tile(array, 1 + pairs), f"{name}.bias")
+        y = conv1d(x, kernel, bias, stride=stride * (1 + pairs), padding=(left, right))
+        total = y if total is None else total + y
+    assert total is not None, "there are channels"
+    y = ops.reshape(total, [total.shape[0], config.window // 4 >> layer, 2 * filters])
+    scale, shift = _batch_norm(w, name)
 
-    kernel = w.make(f"{name}.weight.own", filter, f"{name}.weight")
-    bias = w.make(f"{name}.bias.own", twice, f"{name}.bias")
-    x = conv1d(x, kernel, bias, stride=stride * (1 + pairs), padding=(left, right))
-    x = ops.reshape(x, [x.shape[0], length // 2, 2 * filters])
-    first_half, second_half = (_normed(w, half, name) for half in (x[:, :, :filters], x[:, :, filters:]))
-    return ops.max(first_half, second_half)
+    def pooled(start: int, stop: int) -> TensorValue:
+        halves = (y[:, :, first + start : first + stop] for first in (0, filters))
+        return ops.max(*(ops.max(half, 0.0) * scale[start:stop] + shift[start:stop] for half in halves))
+
+    size = filters // _parts(config, layer + 1)
+    return [pooled(start, start + size) for start in range(0, filters, size)]
 
 
-def _normed(w: Weights, x: TensorValue, name: str) -> TensorValue:
-    """Applies ReLU and the batch norm behind it."""
+def _parts(config: Config, layer: int) -> int:
+    """Returns in how many parts a layer takes its channels: Winograd's kernel holds 64 taps of 64 to 93 channels."""
+    if layer > len(config.filters):
+        return 1
+    begin, end = _taps(config, layer)
+    channels = config.filters[layer - 2]
+    return channels // 64 if (end - begin) * channels > 64 * 64 else 1
+
+
+def _batch_norm(w: Weights, name: str) -> tuple[TensorValue, TensorValue]:
+    """Returns what the batch norm of a layer multiplies by, and what it adds."""
     names = [f"{name}_BN.{part}" for part in ("weight", "running_var", "bias", "running_mean")]
 
     def scale(weight: np.ndarray, variance: np.ndarray, *_: np.ndarray) -> np.ndarray:
@@ -210,7 +240,7 @@ def _normed(w: Weights, x: TensorValue, name: str) -> TensorValue:
         factor = weight / np.sqrt(variance.astype(np.float64) + _EPSILON)
         return (bias - mean * factor).astype(np.float32)
 
-    return ops.max(x, 0.0) * w.make(f"{name}_BN.scale", scale, *names) + w.make(f"{name}_BN.shift", shift, *names)
+    return w.make(f"{name}_BN.scale", scale, *names), w.make(f"{name}_BN.shift", shift, *names)
 
 
 def listen(model: Callable[..., Any], audio: Any, config: Config = Config()) -> np.ndarray:

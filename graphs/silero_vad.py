@@ -62,6 +62,11 @@ class Config:
     units: int = 128  # of the LSTM
 
     @property
+    def framing(self) -> tuple[int, int]:
+        """The samples that a chunk takes, and from one chunk to the next."""
+        return self.context + self.hop, self.hop
+
+    @property
     def bins(self) -> int:
         """Frequencies of the spectrum."""
         return self.window // 2 + 1

@@ -63,6 +63,8 @@ class Config:
     stable: bool = False
     """Whether transformer layers normalise what they read, and not what they return; then `encoder.layer_norm` is behind them."""
     epsilon: float = 1e-5
+    rate: int = 16000
+    """Samples a second."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Config":

@@ -34,6 +34,8 @@ class Config:
     """The network's sizes; the defaults are those of openai/whisper-tiny."""
 
     mels: int = 80
+    rate: int = 100
+    """Frames a second of the spectrogram."""
     hidden: int = 384
     heads: int = 6
     layers: int = 4

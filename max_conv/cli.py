@@ -1,5 +1,6 @@
 """The console command `max-conv`."""
 
+import importlib
 import json
 import os
 import sys
@@ -9,8 +10,8 @@ from typing import Any
 import click
 
 from .cli_convert import convert
-from .cli_run import graph_module, network, run
-from .terminal import FORCE, JSON, Commands, new_file, step
+from .cli_run import network, run
+from .terminal import FORCE, JSON, Commands, gallery, new_file, step, table
 
 # MAX, NumPy and rich take long to import: each command imports what it uses, so that --help answers at once.
 
@@ -38,7 +39,7 @@ def compile_() -> None:
 def compile_silero_vad(target: Path, weights: str | None, force: bool, as_json: bool) -> None:
     """Compiles Silero's voice activity detection to TARGET, for `max-conv run silero-vad --model TARGET`."""
     new_file(target, force)
-    _save(network("silero_vad", graph_module("silero_vad").Config(), weights), target, as_json)
+    _save(network("silero_vad", gallery("silero_vad").Config(), weights), target, as_json)
 
 
 @compile_.command("crepe")
@@ -50,7 +51,7 @@ def compile_silero_vad(target: Path, weights: str | None, force: bool, as_json: 
 def compile_crepe(target: Path, capacity: str, weights: str | None, force: bool, as_json: bool) -> None:
     """Compiles the pitch tracker CREPE to TARGET, for `max-conv run crepe --model TARGET`."""
     new_file(target, force)
-    _save(network("crepe", graph_module("crepe").Config(capacity), weights), target, as_json)
+    _save(network("crepe", gallery("crepe").Config(capacity), weights), target, as_json)
 
 
 @compile_.command("pesto")
@@ -61,7 +62,7 @@ def compile_crepe(target: Path, capacity: str, weights: str | None, force: bool,
 def compile_pesto(target: Path, weights: str | None, force: bool, as_json: bool) -> None:
     """Compiles the pitch tracker PESTO to TARGET, for `max-conv run pesto --model TARGET`."""
     new_file(target, force)
-    _save(network("pesto", graph_module("pesto").Config(), weights), target, as_json)
+    _save(network("pesto", gallery("pesto").Config(), weights), target, as_json)
 
 
 @compile_.command("conv1d")
@@ -86,7 +87,7 @@ def compile_conv1d(
     new_file(target, force)
     with step(f"reading {checkpoint}"):
         weights, dtype = read_layer(checkpoint, layer, native)
-    builder = graph_module("conv1d")
+    builder = importlib.import_module("max_conv.graphs.conv1d")
     config = builder.Config(**options, padding=_padding(padding), permute=not native)
     with step("compiling"):
         model = session.compile(builder.build(config, weights, dtype=dtype), ["x"], weights=weights)
@@ -111,9 +112,20 @@ def _save(model: Any, target: Path, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("model", required=False)
 @JSON
-def info(as_json: bool) -> None:
-    """Shows versions, devices, kernels and the cache."""
+def info(model: str | None, as_json: bool) -> None:
+    """Shows versions, devices, kernels and the cache; or of MODEL, as in `info hifigan`, its layers, cost and latency."""
+    facts = _network_facts(model, as_json) if model else _machine_facts()
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    width = max(map(len, facts)) + 2
+    for name, fact in facts.items():
+        click.echo(f"{name:{width}}{fact}")
+
+
+def _machine_facts() -> dict[str, Any]:
     import platform
     from importlib.metadata import version
 
@@ -126,7 +138,7 @@ def info(as_json: bool) -> None:
         accelerators = [accelerator_architecture_name()] * accelerator_count() if accelerator_count() else []
     compiled = library_path()
     files = [path.stat().st_size for path in cache_dir().rglob("*") if path.is_file()]
-    facts = {
+    return {
         "max_conv": version("max-conv"),
         "max": version("max"),
         "mojo": version("mojo-compiler"),
@@ -136,11 +148,35 @@ def info(as_json: bool) -> None:
         "kernels": str(compiled) if compiled.is_file() else "not compiled yet",
         "cache": f"{cache_dir()} ({len(files)} files, {sum(files) / 1e6:.1f} MB)",
     }
+
+
+def _network_facts(model: str, as_json: bool) -> dict[str, Any]:
+    """Returns what is known of a network of published size, and prints its layers as a table."""
+    with step(f"building {model}"):
+        import numpy as np
+
+        from .describe import describe
+
+        module = gallery(model)
+        config = module.Config()
+        # Only names and shapes go into a graph.
+        weights = {name: np.broadcast_to(np.float32(0), shape) for name, shape in config.shapes().items()}
+        told = describe(module.build(config, weights), *getattr(config, "framing", ()))
+    facts: dict[str, Any] = {"model": model} | told.summary(getattr(config, "rate", None))
     if as_json:
-        click.echo(json.dumps(facts))
-        return
-    for name, fact in facts.items():
-        click.echo(f"{name:13}{fact}")
+        layers = [
+            {"name": layer.name, "kind": layer.kind, "sizes": layer.sizes, "kernel": layer.kernel}
+            | {"flops": float(layer.flops), "share": float(layer.flops / told.flops)}
+            for layer in told.layers
+        ]
+        return facts | {"layers": layers}
+    rows = [
+        [layer.name, layer.kind, layer.sizes, layer.kernel, f"{float(layer.flops / told.flops):.1%}"]
+        for layer in told.layers
+    ]
+    columns = dict.fromkeys(("layer", "kind", "sizes", "kernel"), "left") | {"share of the work": "right"}
+    table(f"Layers of {model}: channels, filters, kernel size, stride, dilation, groups", columns, rows)
+    return facts
 
 
 if __name__ == "__main__":

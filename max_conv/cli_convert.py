@@ -1,6 +1,5 @@
 """The command `max-conv convert`."""
 
-import importlib
 import json
 import re
 from dataclasses import replace
@@ -9,7 +8,7 @@ from typing import Any
 
 import click
 
-from .terminal import JSON, bar, table
+from .terminal import JSON, bar, gallery, table
 
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -112,25 +111,8 @@ def _layers(model: str | None, declared: str | None, options: dict[str, Any]) ->
         raise ValueError("convert: pass --model, --map, or --conv and --conv-transpose, but not more than one of them.")
     if not model and not declared:
         return LayerMap(conv=conv, conv_transpose=transposed, ignore=ignore, rename=rename), False
-    layers = _of_model(model) if model else LayerMap.read(str(declared))
+    layers = gallery(model).LAYERS if model else LayerMap.read(str(declared))
     return replace(layers, ignore=layers.ignore + ignore, rename=rename + layers.rename), True
-
-
-def _of_model(name: str) -> Any:
-    """Returns the declaration of a model of the gallery."""
-    import pkgutil
-
-    graphs = importlib.import_module("max_conv.graphs")
-    known = [module.name for module in pkgutil.iter_modules(graphs.__path__)]
-    module = name.replace("-", "_")
-    if module not in known:
-        raise ValueError(f"convert: there is no model {name!r}; the gallery has {', '.join(known)}.")
-    found = importlib.import_module(f"max_conv.graphs.{module}")
-    if hasattr(found, "LAYERS"):
-        return found.LAYERS
-    if hasattr(found, "layers") and hasattr(found, "Config"):
-        return found.layers(found.Config())
-    raise ValueError(f"convert: the model {name} does not declare its layers; pass --map.")
 
 
 def _show(source: str, to: str, dry_run: bool, report: Any, as_json: bool) -> None:

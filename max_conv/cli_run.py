@@ -1,6 +1,5 @@
 """The commands `max-conv run`: models on real data."""
 
-import importlib
 import json
 import time
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Any
 
 import click
 
-from .terminal import JSON, new_file, step, table
+from .terminal import JSON, gallery, new_file, step, table
 
 # MAX and NumPy take long to import: each command imports what it uses, so that --help answers at once.
 
@@ -25,11 +24,6 @@ def picture_option(default: str) -> Callable[[Any], Any]:
     return click.option("--picture", type=path, default=default, show_default=True, help="The picture to write.")
 
 
-def graph_module(name: str) -> Any:
-    """Imports a module of the graphs."""
-    return importlib.import_module(f"max_conv.graphs.{name}")
-
-
 def network(name: str, config: Any, weights: str | None = None, saved: Path | None = None) -> Any:
     """Returns a compiled network: loaded from `saved`, or built with the weights behind a reference, or its own."""
     from . import session
@@ -37,7 +31,7 @@ def network(name: str, config: Any, weights: str | None = None, saved: Path | No
     if saved:
         with step(f"loading {saved}"):
             return session.load(saved)
-    module = graph_module(name)
+    module = gallery(name)
     with step("fetching the weights"):
         state = module.load_weights(*([weights] if weights else []), config=config)
     with step("compiling"):
@@ -51,7 +45,7 @@ def sample(audio: Path | None) -> Path:
     if audio is not None:
         return audio
     with step("fetching the conversation"):
-        return resolve(graph_module("silero_vad").SAMPLE_AUDIO)
+        return resolve(gallery("silero_vad").SAMPLE_AUDIO)
 
 
 @click.group()
@@ -85,7 +79,7 @@ def run_silero_vad(
     from .picture import draw_speech
     from .speech import agreement, read_rttm, turns
 
-    silero = graph_module("silero_vad")
+    silero = gallery("silero_vad")
     new_file(picture, force=True)
     if audio is None:
         audio, labels = sample(None), labels or resolve(silero.SAMPLE_LABELS)
@@ -165,7 +159,7 @@ def run_crepe(
     """
     from .audio import read_audio
 
-    crepe = graph_module("crepe")
+    crepe = gallery("crepe")
     new_file(picture, force=True)
     audio = sample(audio)
     config = crepe.Config(capacity)
@@ -196,7 +190,7 @@ def run_pesto(
     """
     from .audio import read_audio
 
-    pesto = graph_module("pesto")
+    pesto = gallery("pesto")
     new_file(picture, force=True)
     audio = sample(audio)
     config = pesto.Config()

@@ -1,5 +1,7 @@
 """What a network is made of and what it sees: layers, weights, receptive field, hop, latency and cost of a graph."""
 
+import functools
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor, prod
@@ -84,11 +86,45 @@ class Description:
         """Of all layers, an input position."""
         return sum((layer.flops for layer in self.layers), Fraction(0))
 
+    def summary(self, rate: int | None = None) -> dict[str, Any]:
+        """Returns what people ask of a network, in words.
 
-def describe(graph: PackedGraph) -> Description:
+        Args:
+            rate: Input positions a second, or, where the network makes sound of fewer positions, samples a second.
+        """
+        span, step = self.span, self.span.step
+        a_second = None if rate is None else rate * min(step, Fraction(1))
+
+        def positions(count: Fraction | int | None) -> str:
+            if count is None:
+                return "without end"
+            seconds = "" if a_second is None else f" ({float(count / a_second) * 1e3:.4g} ms)"
+            return f"{float(count):.5g} input position{'' if count == 1 else 's'}{seconds}"
+
+        # An output can be computed when the last input that it sees is there, and all inputs up to the next output's.
+        latency = None if span.right is None else span.right + max(step, Fraction(1))
+        cost = {"FLOPs an input position": f"{float(self.flops):.4g}"}
+        if a_second is not None:
+            cost = {"FLOPs a second of signal": f"{float(self.flops * a_second):.4g}"}
+        return {
+            "layers": len(self.layers),
+            "parameters": self.parameters,
+            "receptive field": positions(span.field),
+            "hop": positions(step) if step >= 1 else f"{float(1 / step):.5g} outputs an input position",
+            "latency": positions(latency),
+        } | cost
+
+
+def describe(graph: PackedGraph, window: int = 1, hop: int = 1) -> Description:
     """Describes a whole graph, from its operations.
 
-    What convolutions and LSTMs do to the length is known; every other operation is taken to keep positions where they are.
+    What convolutions, LSTMs and attention do to the length is known; every other operation is taken to keep positions
+    where they are. A convolution whose length is known in the graph runs inside a frame.
+
+    Args:
+        graph: The graph, whole.
+        window, hop: Of the frames that a graph cuts its input into by other means than a convolution: positions that a
+            frame holds, and from one to the next.
 
     >>> from max_conv.graphs import conv1d
     >>> import numpy as np
@@ -99,47 +135,48 @@ def describe(graph: PackedGraph) -> Description:
     """
     ours = iter(graph.emitted)
     block = graph._mlir_op.regions[0].blocks[0]
-    spans: dict[Any, Span] = {argument: Span() for argument in block.arguments}
+    begin = Span(Fraction(hop), Fraction(window - 1))
+    spans: dict[Any, Span] = {argument: begin for argument in block.arguments}
     layers = []
-    answer = Span(left=None, right=None)
+    answer = begin
     for operation in block.operations:
         seen = [spans[value] for value in operation.operands if value in spans]
         if not seen:
             continue
-        span = seen[0]
-        for other in seen[1:]:
-            span = span.beside(other)
+        span = functools.reduce(Span.beside, seen)
         if operation.name == "mo.output":
             answer = span
-        elif _is_ours(operation):
-            emitted = next(ours)
-            layers.append(_cost(emitted, span, operation))
+        elif operation.name == "mo.custom" and "max_conv." in str(operation.attributes["symbol"]):
+            layers.append(_cost(next(ours), span))
             span = layers[-1].span
+        elif operation.name == "rmo.matmul" and len(seen) == 2:  # attention: both factors come from the input
+            span = Span(span.step, None, None)
         for result in operation.results:
             spans[result] = span
     return Description(tuple(layers), _parameters(graph), answer)
 
 
-def _is_ours(operation: Any) -> bool:
-    return operation.name == "mo.custom" and "max_conv." in str(operation.attributes["symbol"])
-
-
-def _cost(emitted: Emitted, span: Span, operation: Any) -> LayerCost:
-    if emitted.layer is None:
+def _cost(emitted: Emitted, span: Span) -> LayerCost:
+    # A weight that is made of others is named after them, and ends in its dtype.
+    name, layer = re.sub(r"\.(float|bfloat)\d+$", "", emitted.name), emitted.layer
+    if layer is None:
         flops = 2 * 4 * emitted.units**2 / span.step
-        return LayerCost(emitted.name, "lstm", f"{emitted.units} units", "", flops, Span(span.step, None, span.right))
-    layer = emitted.layer
-    after = span.through(layer)
+        return LayerCost(name, "lstm", f"{emitted.units} units", "", flops, Span(span.step, None, span.right))
     geometry = layer.transposed or layer.geometry
-    products = geometry.kernel_size * layer.group_channels * layer.group_filters * layer.groups
-    # A transposed convolution multiplies every input with every tap, a plain one has every tap in every output.
-    flops = Fraction(2 * products) / (span.step if layer.transposed else after.step)
+    flops = Fraction(2 * geometry.kernel_size * layer.group_channels * layer.group_filters * layer.groups)
+    if emitted.outputs is not None:
+        after = span
+        flops *= Fraction(emitted.outputs, 1 if layer.transposed is None else geometry.stride) / span.step
+    else:
+        after = span.through(layer)
+        # A transposed convolution multiplies every input with every tap, a plain one has every tap in every output.
+        flops /= span.step if layer.transposed else after.step
     arrow = "⇒" if layer.transposed else "→"
     sizes = f"{layer.group_channels * layer.groups}{arrow}{layer.group_filters * layer.groups} k{geometry.kernel_size}"
     for letter, value in (("s", geometry.stride), ("d", geometry.dilation), ("g", layer.groups)):
         sizes += f" {letter}{value}" if value > 1 else ""
     kind = "conv_transpose1d" if layer.transposed else "conv1d"
-    return LayerCost(emitted.name, kind, sizes, emitted.kernel, flops, after)
+    return LayerCost(name, kind, sizes, emitted.kernel, flops, after)
 
 
 def _parameters(graph: PackedGraph) -> int:

@@ -179,7 +179,7 @@ def _emit_layer(
     shape = [sizes[axis] for axis in layer.layout]
     transposed = layer.transposed is not None
     kinds = {"whole": layer.whole(kernel), "full": layer.group_filters % LANES == 0, "transposed": transposed}
-    record(filter, layer=layer, kernel=kernel)
+    record(filter, layer=layer, kernel=kernel, outputs=known[1])
     y = emit(x, operand, bias, scalars, shape, kernel, layer.layout, order, **kinds)
     return y if batched else ops.squeeze(y, 0)
 

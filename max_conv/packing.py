@@ -139,11 +139,20 @@ class Derived:
 
 @dataclass(frozen=True)
 class Emitted:
-    """A kernel of this package in a graph: its filter's name, and, where it is a convolution, the layer and the kernel."""
+    """A kernel of this package in a graph.
+
+    Attributes:
+        name: The weight that holds its filter, "computed" where none does.
+        layer: A convolution's; None for an LSTM.
+        kernel: The convolution's kernel.
+        outputs: The convolution's output length, where it is known.
+        units: An LSTM's.
+    """
 
     name: str
     layer: Layer | None = None
-    kernel: str = "lstm"
+    kernel: str = ""
+    outputs: int | None = None
     units: int = 0
 
 

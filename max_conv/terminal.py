@@ -1,7 +1,9 @@
 """What the commands say to the person at the terminal."""
 
 import contextlib
+import importlib
 import os
+import pkgutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +54,20 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     return str(error) or type(error).__name__
+
+
+def gallery(name: str) -> Any:
+    """Imports a model of the gallery, "silero-vad" or "silero_vad".
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    graphs = importlib.import_module("max_conv.graphs")
+    known = [module.name for module in pkgutil.iter_modules(graphs.__path__) if module.name not in ("conv1d", "parts")]
+    module = name.replace("-", "_")
+    if module not in known:
+        raise ValueError(f"there is no model {name!r}; the gallery has {', '.join(known)}.")
+    return importlib.import_module(f"max_conv.graphs.{module}")
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")

@@ -43,6 +43,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("model", "lines"),
+    [
+        ("hifigan", ["receptive field           27 input positions (313.5 ms)", "layers                    78"]),
+        ("silero-vad", ["hop                       512 input positions (32 ms)", "without end"]),
+        ("crepe", ["receptive field           1024 input positions (64 ms)", "latency                   160 input"]),
+        ("tcn", ["receptive field          1531 input positions", "hop                      1 input position\n"]),
+    ],
+)
+def test_info_of_a_network(model: str, lines: list[str]) -> None:
+    text = good("info", model)
+    assert all(line in text for line in lines), text
+    facts = json.loads(good("info", model, "--json"))
+    assert facts["parameters"] > 1e5 and sum(layer["share"] for layer in facts["layers"]) == pytest.approx(1)
+
+
 def test_the_demo(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = good("run", "silero-vad", "--model", folder / "silero")

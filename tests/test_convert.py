@@ -426,8 +426,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         [*PLAIN, "--map", "good.toml"],
         r"convert: pass --model, --map, or --conv and --conv-transpose, but not",
     ),
-    "no model": (["--model", "nope"], r"convert: there is no model 'nope'; the gallery has conv1d, "),
-    "no layers": (["--model", "conv1d"], r"convert: the model conv1d does not declare its layers; pass --map\."),
+    "no model": (["--model", "nope"], r"there is no model 'nope'; the gallery has crepe, "),
     "no map": (["--map", "gone.toml"], r"convert: there is no map gone\.toml\."),
     "map: key": (
         ["--map", "unknown.toml"],

@@ -24,7 +24,7 @@ LAYERS = [  # each row is a network: its layers, whether they are transposed, an
 
 
 def network(number: int, module: Module) -> PackedGraph:
-    sound = TensorType(DType.float32, [1, LENGTH, 1], CPU_REF)
+    sound = TensorType(DType.float32, [1, "length", 1], CPU_REF)
     with PackedGraph(f"network{number}", input_types=[sound], module=module) as graph:
         x = graph.inputs[0].tensor
         for transposed, taps, options in LAYERS[number]:

@@ -26,7 +26,8 @@ MODULES: dict[str, tuple[str, str]] = {
     "arrays": ("", "max numpy"),
     "checks": ("", "max"),
     "ops": ("checks dispatch geometry kernel_library layouts packing", "max"),
-    "recurrent": ("checks ops", "max"),
+    "describe": ("dispatch packing", "max"),
+    "recurrent": ("checks ops packing", "max"),
     "nn": ("checks geometry layouts ops", "max"),
     "weight_norm": ("arrays checkpoint layouts nn ops packing", "max"),
     "idle": ("", ""),
@@ -54,15 +55,19 @@ MODULES: dict[str, tuple[str, str]] = {
     "terminal": ("", "click"),
     "cli_convert": ("convert layer_map tensors terminal", "click"),
     "cli_run": ("assets audio picture pitch session speech terminal", "click"),
-    "cli": ("cache checkpoint cli_convert cli_run kernel_library session terminal", "click"),
+    "cli": ("cache checkpoint cli_convert cli_run describe kernel_library session terminal", "click"),
 }
 LIGHT = [name for name, (_, outside) in MODULES.items() if "max" not in outside.split()]
 """Modules that are loaded without MAX, and so within a moment."""
 
-BY_NAME = {"__init__", "frontends", "cli_run", "cli_convert"}
+BY_NAME = {"__init__", "frontends", "cli", "terminal"}
 """Modules that load others by name: lazily, and for the command line also the graphs."""
 
-PUBLIC = {"max_conv", *(f"max_conv.{name}" for name in MODULES if name not in ("__init__", "cli", "frontends.eager"))}
+PUBLIC = {
+    "max_conv",
+    "max_conv.graphs",
+    *(f"max_conv.{name}" for name in MODULES if name not in ("__init__", "cli", "frontends.eager")),
+}
 """What graphs and scripts may import from."""
 
 HEAVY = {"max", "mojo", "torch", "mlx", "onnx", "onnxruntime", "safetensors", "soundfile", "soxr", "matplotlib"}
