@@ -97,7 +97,7 @@ def test_full_agrees_with_torchcrepe(torchcrepe, audio):
     config = crepe.Config("full")
     weights = crepe.load_weights(config=config)
     model = max_conv.compile(crepe.build(config, weights), weights=weights)
-    part = audio[16000:24000]
+    part = audio[16000:20000]
     want = expected(torchcrepe, network(torchcrepe, "full"), part)
     got = crepe.listen(model, part, config)
     assert want.max() > 0.8
@@ -136,11 +136,11 @@ def test_hears_a_tone(model, frequency):
 
 
 def test_takes_any_length(model):
-    assert [crepe.listen(model, np.zeros(n)).shape for n in (1, 159, 160, 20481)] == [
+    assert [crepe.listen(model, np.zeros(n)).shape for n in (1, 159, 160, 40961)] == [
         (1, 360),
         (1, 360),
         (2, 360),
-        (129, 360),
+        (257, 360),
     ]
 
 
