@@ -70,7 +70,7 @@ def stretches(track: Track, *, threshold: float = 0.5, shortest: float = 0.05) -
     voiced = np.concatenate([[False], track.periodicity >= threshold, [False]])
     changes = np.flatnonzero(voiced[1:] != voiced[:-1])
     found = []
-    for begin, end in changes.reshape(-1, 2):
+    for begin, end in changes.reshape(-1, 2).tolist():
         if (end - begin) * hop < shortest:
             continue
         low, middle, high = np.percentile(track.pitch[begin:end], (5, 50, 95))

@@ -1,6 +1,7 @@
 """CREPE on a real conversation, against torchcrepe's own network, framing and decoders."""
 
 import importlib.util
+import json
 import sys
 import types
 from unittest.mock import MagicMock
@@ -211,3 +212,6 @@ def test_the_command(model, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.stderr
     assert "Pitch in sample.wav" in result.stdout and "times real time" in result.stdout and "G3" in result.stdout
     assert len((tmp_path / "crepe.png").read_bytes()) > 20_000
+    facts = json.loads(CliRunner().invoke(main, ["run", "crepe", "--model", "crepe", "--json"]).stdout)
+    assert len(facts["track"]["pitch"]) == 3001 and facts["seconds"] == 30
+    assert {*facts["stretches"][0]} == {"start", "end", "pitch", "lowest", "highest", "periodicity", "note"}
