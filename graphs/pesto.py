@@ -166,7 +166,7 @@ def build(
 
     Outputs, in order, all float32, with `frames = samples // 160 + 1`:
         pitch: (batch, frames), Hz.
-        confidence: (batch, frames), 0 to 1, that there is a pitch; it was learned on loud sound, and is low on faint.
+        confidence: (batch, frames), 0 to 1, that there is a pitch; unlike the pitch, it depends on the level.
         volume: (batch, frames), the power of all bands.
         activations: (batch, frames, 384), how likely each third of a semitone is, from MIDI's key 0 on.
 
