@@ -147,7 +147,7 @@ def elu(x: TensorValue) -> TensorValue:
     return ops.max(x, 0.0) + (ops.exp(ops.min(x, 0.0)) - 1.0)
 
 
-# sin(r) / r as a polynomial of r * r on [-pi/2, pi/2]: Chebyshev's, rounded to float32; largest error 6e-9.
+# sin(r) / r as a polynomial of r * r on [-pi/2, pi/2]: Taylor's, off by at most 6e-8.
 _SINE = (1.0, -1 / 6, 1 / 120, -1 / 5040, 1 / 362880, -1 / 39916800)
 
 

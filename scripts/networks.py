@@ -97,27 +97,16 @@ def vocos(batch: int) -> Prepared:
     return Prepared(enliven(Vocos()), [noise(batch, 100, 938)])
 
 
-@functools.cache
-def encodec_model() -> Any:
-    import torch
-    from transformers import EncodecConfig, EncodecModel
-
-    from originals import enliven
-
-    torch.manual_seed(0)
-    model: Any = enliven(EncodecModel(EncodecConfig()))
-    for layer in model.quantizer.layers:
-        layer.codebook.embed.copy_(torch.randn(layer.codebook.embed.shape))
-    return model
-
-
 def encodec_encoder(batch: int) -> Prepared:
     import torch
+    from transformers import EncodecConfig
+
+    import originals
 
     class Encoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = encodec_model()
+            self.model = originals.encodec(EncodecConfig())
 
         def forward(self, sound: Any) -> Any:
             embeddings = self.model.encoder(sound[:, None])
@@ -128,11 +117,14 @@ def encodec_encoder(batch: int) -> Prepared:
 
 def encodec_decoder(batch: int) -> Prepared:
     import torch
+    from transformers import EncodecConfig
+
+    import originals
 
     class Decoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = encodec_model()
+            self.model = originals.encodec(EncodecConfig())
 
         def forward(self, codes: Any) -> Any:
             return self.model.decoder(self.model.quantizer.decode(codes.transpose(0, 1)))[:, 0]
@@ -142,14 +134,14 @@ def encodec_decoder(batch: int) -> Prepared:
 
 def dac_decoder(batch: int) -> Prepared:
     import torch
-    from transformers import DacConfig, DacModel
+    from transformers import DacConfig
 
-    from originals import enliven
+    import originals
 
     class Decoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model: Any = enliven(DacModel(DacConfig(sampling_rate=44100)))
+            self.model = originals.dac(DacConfig(sampling_rate=44100))
 
         def forward(self, codes: Any) -> Any:
             return self.model.decoder(self.model.quantizer.from_codes(codes)[0])[:, 0]

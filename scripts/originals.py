@@ -5,6 +5,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,3 +71,32 @@ def compare(got: np.ndarray, want: torch.Tensor, bound: float = 1e-4) -> None:
     assert got.shape == expected.shape and got.dtype == np.float32
     assert np.isfinite(got).all() and expected.std() > 0.05
     assert np.abs(got - expected).max() <= bound, np.abs(got - expected).max()
+
+
+def dac(config: Any) -> Any:
+    """Returns transformers' DAC, its end short of where the tangent is flat."""
+    from transformers import DacModel
+
+    torch.manual_seed(0)
+    model = enliven(DacModel(config))
+    random = torch.Generator().manual_seed(1)
+    for name, value in model.named_parameters():
+        if name.endswith("alpha"):
+            value.data = 0.5 + torch.rand(value.shape, generator=random)
+        if ("res_unit" in name and name.endswith("conv2.weight")) or name == "decoder.conv2.weight":
+            value.data *= 0.3
+    return model
+
+
+def encodec(config: Any) -> Any:
+    """Returns transformers' EnCodec, with codebooks that are not all zero."""
+    from transformers import EncodecModel
+
+    torch.manual_seed(0)
+    model: Any = enliven(EncodecModel(config))
+    for name, value in model.named_parameters():
+        if name.endswith("original0"):
+            value.data *= 2
+    for layer in model.quantizer.layers:
+        layer.codebook.embed.normal_()
+    return model

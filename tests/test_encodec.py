@@ -10,23 +10,12 @@ from transformers import EncodecConfig, EncodecModel
 
 import max_conv
 from max_conv.convert import to_native
-from originals import arrays, compare, enliven
+from originals import arrays, compare
+from originals import encodec as network
 
 CONFIG = encodec.Config()
 QUANTIZERS = CONFIG.quantizers
 KBITS = 6.0
-
-
-def network(config: EncodecConfig) -> EncodecModel:
-    """A network under whose weights, and codebooks, a signal stays of order one."""
-    torch.manual_seed(0)
-    model = enliven(EncodecModel(config))
-    for name, value in model.named_parameters():
-        if name.endswith("original0"):
-            value.data *= 2
-    for layer in model.quantizer.layers:
-        layer.codebook.embed.normal_()
-    return model
 
 
 def original_names(model: EncodecModel) -> dict[str, torch.Tensor]:
