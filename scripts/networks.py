@@ -284,7 +284,8 @@ def prepare(name: str, batch: int, folder: Path) -> dict[str, Any]:
     told: dict[str, Any] = {"parameters": sum(value.numel() for value in module.parameters())}
     try:
         names = [f"x{i}" for i in range(len(inputs))]
-        torch.onnx.export(module, tensors, folder / "model.onnx", input_names=names, dynamo=False, opset_version=17)
+        with torch.no_grad():  # or every step of the trace is kept
+            torch.onnx.export(module, tensors, folder / "model.onnx", input_names=names, dynamo=False, opset_version=17)
     except Exception as error:
         told["onnx"] = str(error).splitlines()[0][:300]
     ours, config, weights = native(name, {key: value.numpy() for key, value in module.state_dict().items()})
