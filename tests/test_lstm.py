@@ -16,6 +16,7 @@ NETWORKS = [
     (torch.float32, 3, 5, 1e-5),
     (torch.float32, 128, 128, 1e-5),
     (torch.float32, 10, 150, 1e-5),
+    (torch.float32, 16, 300, 1e-5),  # weights that threads share
     (torch.float64, 7, 33, 1e-12),
     (torch.bfloat16, 4, 20, 1e-2),
     (torch.float16, 4, 20, 1e-3),

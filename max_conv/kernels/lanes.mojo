@@ -210,6 +210,34 @@ def phases[
     _ = counters^
 
 
+def rounds[Task: def(Int, Int) -> None, //](task: Task, count: Int, tasks: Int, threads: Int):
+    """Runs `task(r, i)` for all `tasks` of round 0, then for those of round 1, up to round `count - 1`.
+
+    Threads spin in between: a round may be as short as a few microseconds.
+    """
+    var counters = List[Int64](length=2, fill=0)
+    var next = counters.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    var done = next.unsafe_offset(1)
+
+    def work(_thread: Int) {imm}:
+        while True:
+            var i = Int(Atomic.fetch_add(next, 1))
+            if i >= count * tasks:
+                return
+            # Every task that is waited for has been taken by a thread that runs.
+            var before = i // tasks * tasks
+            while Int(Atomic.load(done)) < before:
+                pass
+            task(i // tasks, i % tasks)
+            _ = Atomic.fetch_add(done, 1)
+
+    if threads == 1:
+        work(0)
+    else:
+        sync_parallelize(work, threads)
+    _ = counters^
+
+
 def workers(work: Int) -> Int:
     """Returns how many threads `work` multiplications should be spread over."""
     return 1 if work < SMALL else parallelism_level(None)

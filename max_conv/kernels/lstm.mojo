@@ -3,6 +3,9 @@
 The input's share of the gates comes ready-made, from one matrix product for the whole sequence. What is left of a step
 is one vector by matrix product with the (H, 4H) recurrent weights and the gates themselves. Gates stand in the order
 input, forget, cell, output, as in PyTorch.
+
+A step reads all weights. Long sequences get them in the order in which they are read, tile by tile of units; where they
+exceed what a core keeps near, threads share the units of every step and wait for each other behind it.
 """
 
 from std.math import ceildiv, exp, tanh
@@ -12,12 +15,16 @@ from std.utils.numerics import isnan
 from max.gpu import barrier, block_dim, block_idx, thread_idx
 from max.gpu.host import DeviceContext
 
-from .lanes import BLOCK, Memory, load, spread, store, workers
+from .lanes import BLOCK, Memory, load, rounds, spread, store, workers
 
 comptime GATES = 4
 comptime ITEMS = 4
 """Batch items that go through the weights together: a step is bound by reading them."""
 comptime THREADS = 1024
+comptime LONG = 16
+"""Steps from which it pays to lay the weights out anew."""
+comptime NEAR = 1 << 20
+"""Bytes of weights that a core keeps near."""
 
 
 def tile_vectors[dtype: DType]() -> Int:
@@ -78,40 +85,52 @@ def advance[
     return sigmoid(output) * hyperbolic(cell)
 
 
+@fieldwise_init
+struct Tiles[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
+    """The recurrent weights of a tile of units: `at(unit)` is those of row 0 and the first gate."""
+
+    var data: Memory[Self.dtype]
+    var step: Int  # from a unit to the next
+    var row: Int
+    var gate: Int
+
+    @always_inline
+    def at(self, unit: Int) -> Memory[Self.dtype]:
+        return self.data.unsafe_offset(unit * self.step)
+
+
 @always_inline
 def tile[
     dtype: DType, //, items: Int, vectors: Int, partial: Bool
-](
-    s: Lstm[dtype],
-    n: Int,
-    valid: Int,
-    t: Int,
-    unit: Int,
-    h: Memory[dtype],
-    next: Memory[dtype],
-    c: Memory[dtype],
-):
+](s: Lstm[dtype], w: Tiles[dtype], n: Int, valid: Int, t: Int, unit: Int, states: Memory[dtype]):
     """Takes `vectors` vectors of units from `unit` on through step `t`, of `valid` of `items` batch items from `n` on.
 
-    `h`, `next` and `c` are (items, units): the hidden state before and after the step, and the cell state.
+    `states` is (3, batch, units): the hidden state before an even step, before an odd one, and the cell state. Items
+    past `valid` are computed from the last one's state.
     """
     comptime width = simd_width_of[dtype]()
     var lanes = s.units - unit
+    var size = s.batch * s.units
+    var h = states.unsafe_offset(t % 2 * size)
+    var wu = w.at(unit)
     var total = Array[SIMD[dtype, width], items * GATES * vectors](fill=SIMD[dtype, width](0))
     for first in range(0, s.units, BLOCK):
         var sum = Array[SIMD[dtype, width], items * GATES * vectors](fill=SIMD[dtype, width](0))
         for k in range(first, min(first + BLOCK, s.units)):
-            var wk = s.w.unsafe_offset(k * GATES * s.units + unit)
+            var wk = wu.unsafe_offset(k * w.row)
             comptime for v in range(GATES * vectors):
                 comptime gate = v // vectors
                 comptime j = v % vectors
-                var b = load[dtype, width, partial](wk.unsafe_offset(gate * s.units + j * width), lanes)
+                var b = load[dtype, width, partial](wk.unsafe_offset(gate * w.gate + j * width), lanes)
                 comptime for i in range(items):
                     comptime at = i * GATES * vectors + v
-                    sum[at] = SIMD[dtype, width](h[unsafe_offset=i * s.units + k]).fma(b, sum[at])
+                    var before = h[unsafe_offset=min(n + i, s.batch - 1) * s.units + k]
+                    sum[at] = SIMD[dtype, width](before).fma(b, sum[at])
         comptime for i in range(items * GATES * vectors):
             total[i] += sum[i]
 
+    var next = states.unsafe_offset((t + 1) % 2 * size)
+    var c = states.unsafe_offset(2 * size)
     comptime for i in range(items):
         if i < valid:
             var gates = s.gates(n + i, t).unsafe_offset(unit)
@@ -120,7 +139,7 @@ def tile[
                 comptime for q in range(GATES):
                     var input = load[dtype, width, partial](gates.unsafe_offset(q * s.units + j * width), lanes)
                     gate[q] = input + total[(i * GATES + q) * vectors + j]
-                var at = i * s.units + unit + j * width
+                var at = (n + i) * s.units + unit + j * width
                 var cell = load[dtype, width, partial](c.unsafe_offset(at), lanes)
                 var hidden = advance(gate[0], gate[1], gate[2], gate[3], cell)
                 store[dtype, width, partial](c.unsafe_offset(at), cell, lanes)
@@ -128,49 +147,93 @@ def tile[
                 store[dtype, width, partial](s.outputs(n + i, t).unsafe_offset(unit + j * width), hidden, lanes)
 
 
-def run[dtype: DType, //, items: Int](s: Lstm[dtype], n: Int, valid: Int):
-    """Takes `valid` of `items` batch items from `n` on through the whole sequence."""
+@always_inline
+def lanes_of[dtype: DType, items: Int]() -> Int:
+    """Units of a tile."""
+    return simd_width_of[dtype]() * (tile_vectors[dtype]() if items == 1 else 1)
+
+
+def advance_units[
+    dtype: DType, //, items: Int
+](s: Lstm[dtype], packed: Tiles[dtype], t: Int, first: Int, end: Int, begin: Int, stop: Int, states: Memory[dtype]):
+    """Takes the units from `first` to `end` through a step, of the batch items from `begin` to `stop`."""
     comptime width = simd_width_of[dtype]()
-    comptime vectors = tile_vectors[dtype]() if items == 1 else 1
-    var size = items * s.units
-    # Items past `valid` are computed from zeros and never stored.
-    var scratch = List[Scalar[dtype]](length=3 * size, fill=0)
-    var state = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-    var c = state.unsafe_offset(2 * size)
-    for i in range(valid * s.units):
-        state[unsafe_offset=i] = s.hidden[unsafe_offset=n * s.units + i]
-        c[unsafe_offset=i] = s.cell[unsafe_offset=n * s.units + i]
+    comptime whole = lanes_of[dtype, items]()
+    var plain = Tiles(s.w, 1, GATES * s.units, s.units)
+    var unit = first
+    while unit + whole <= end:
+        for n in range(begin, stop, items):
+            tile[items, whole // width, False](s, packed, n, stop - n, t, unit, states)
+        unit += whole
+    while unit < end:
+        for n in range(begin, stop, items):
+            tile[items, 1, True](s, plain, n, stop - n, t, unit, states)
+        unit += width
 
-    var whole = s.units // (vectors * width) * (vectors * width)
-    for t in range(s.steps):
-        var h = state.unsafe_offset(t % 2 * size)
-        var next = state.unsafe_offset((t + 1) % 2 * size)
-        for unit in range(0, whole, vectors * width):
-            tile[items, vectors, False](s, n, valid, t, unit, h, next, c)
-        for unit in range(whole, s.units, width):
-            tile[items, 1, True](s, n, valid, t, unit, h, next, c)
 
-    var last = state.unsafe_offset(s.steps % 2 * size)
-    for i in range(valid * s.units):
-        s.last_hidden[unsafe_offset=n * s.units + i] = last[unsafe_offset=i]
-        s.last_cell[unsafe_offset=n * s.units + i] = c[unsafe_offset=i]
+def pack[dtype: DType, //, items: Int](s: Lstm[dtype], tiles: Tiles[dtype], unit: Int):
+    """Lays out the weights of the tile of units from `unit` on, row by row, gate by gate."""
+    comptime width = simd_width_of[dtype]()
+    var to = tiles.at(unit)
+    for k in range(s.units):
+        comptime for q in range(GATES):
+            var source = s.w.unsafe_offset((k * GATES + q) * s.units + unit)
+            comptime for j in range(0, lanes_of[dtype, items](), width):
+                to.unsafe_store(source.unsafe_offset(j).unsafe_load[width=width]())
+                to = to.unsafe_offset(width)
+
+
+def sequence[dtype: DType, //, items: Int](s: Lstm[dtype], threads: Int):
+    """Computes a sequence: threads share the batch items, or the units of every step."""
+    comptime lanes = lanes_of[dtype, items]()
+    var size = s.batch * s.units
+    var whole = s.units // lanes
+    var packs = s.steps >= LONG
+    var scratch = List[Scalar[dtype]](unsafe_uninit_length=3 * size + (s.units * GATES * whole * lanes if packs else 0))
+    var states = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    for i in range(size):
+        states[unsafe_offset=i] = s.hidden[unsafe_offset=i]
+        states[unsafe_offset=2 * size + i] = s.cell[unsafe_offset=i]
+
+    var w = Tiles(s.w, 1, GATES * s.units, s.units)
+    if packs:
+        w = Tiles(states.unsafe_offset(3 * size), GATES * s.units, GATES * lanes, lanes)
+
+        def lay(i: Int) {imm}:
+            pack[items](s, w, i * lanes)
+
+        spread(lay, whole, threads)
+
+    if threads > 1 and s.units * s.units * GATES * size_of[Scalar[dtype]]() > NEAR:
+        var share = ceildiv(whole, threads) * lanes
+
+        def some_units(t: Int, i: Int) {imm}:
+            var end = s.units if i == threads - 1 else min((i + 1) * share, s.units)
+            advance_units[items](s, w, t, min(i * share, end), end, 0, s.batch, states)
+
+        rounds(some_units, s.steps, threads, threads)
+    else:
+
+        def some_items(i: Int) {imm}:
+            for t in range(s.steps):
+                advance_units[items](s, w, t, 0, s.units, i * items, min((i + 1) * items, s.batch), states)
+
+        spread(some_items, ceildiv(s.batch, items), threads)
+
+    var last = states.unsafe_offset(s.steps % 2 * size)
+    for i in range(size):
+        s.last_hidden[unsafe_offset=i] = last[unsafe_offset=i]
+        s.last_cell[unsafe_offset=i] = states[unsafe_offset=2 * size + i]
     _ = scratch^
 
 
 def lstm_cpu[dtype: DType](s: Lstm[dtype]):
-    """Computes a sequence on the CPU, batch items side by side."""
+    """Computes a sequence on the CPU."""
     var threads = workers(s.batch * s.steps * GATES * s.units * s.units)
-    var items = 1 if s.batch <= threads else ITEMS
-    var tasks = ceildiv(s.batch, items)
-
-    def task(i: Int) {imm}:
-        var n = i * items
-        if items == 1:
-            run[1](s, n, 1)
-        else:
-            run[ITEMS](s, n, min(ITEMS, s.batch - n))
-
-    spread(task, tasks, threads)
+    if s.batch <= threads:
+        sequence[1](s, threads)
+    else:
+        sequence[ITEMS](s, threads)
 
 
 def lstm_gpu[dtype: DType](s: Lstm[dtype], ctx: DeviceContext) raises:
