@@ -6,6 +6,7 @@ a whole file in one call and a live chunk of 32 ms. Source of the network and it
 https://github.com/snakers4/silero-vad (MIT licence).
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue, ops
+from max.graph import DeviceRef, Dim, TensorType, TensorValue, ops
 
-from max_conv import PackedGraph
+from max_conv import PackedGraph, conv1d
 from max_conv.audio import as_signals
 from max_conv.convert import LayerMap, read_native, to_native
 
@@ -148,9 +149,8 @@ def build(
     w = Weights(weights, device, dtype)
     with PackedGraph("silero_vad", input_types=inputs) as graph:
         chunks, context, *memory = (value.tensor for value in graph.inputs)
-        sound, context = _with_context(config, chunks, context)
-        features = _features(config, w, ops.cast(sound, dtype))
-        features = ops.reshape(features, [chunks.shape[0], chunks.shape[1], features.shape[2]])
+        sound, context = _joined(config, chunks, context)
+        features = _features(config, w, ops.cast(sound, dtype), chunks.shape[1])
         hidden, cell = (ops.cast(value, dtype) for value in memory)
         outputs, hidden, cell = (w / "lstm_cell").lstm_from(features, hidden, cell)
         probability = ops.sigmoid(ops.squeeze(w.conv(ops.relu(outputs), "final_conv"), 2))
@@ -189,21 +189,71 @@ def detect(model: Callable[..., Any], audio: Any, config: Config = Config()) -> 
     return probability[0] if np.ndim(audio) == 1 else probability
 
 
-def _with_context(config: Config, chunks: TensorValue, context: TensorValue) -> tuple[TensorValue, TensorValue]:
-    """Returns every chunk behind the end of the one before, (B, T, 576), and the end of the last, (B, 64)."""
-    ends = ops.concat([ops.unsqueeze(context, 1), chunks[:, :, config.hop - config.context :]], axis=1)
-    before = ops.rebind(ends[:, :-1], [chunks.shape[0], chunks.shape[1], config.context])
-    return ops.concat([before, chunks], axis=2), ends[:, -1]
+def _joined(config: Config, chunks: TensorValue, context: TensorValue) -> tuple[TensorValue, TensorValue]:
+    """Returns the chunks in a row behind the context, (B, 64 + T * 512), and the end of the last, (B, 64)."""
+    batch, time, _ = chunks.shape
+    sound = ops.concat([context, ops.reshape(chunks, [batch, time * config.hop])], axis=1)
+    return sound, chunks[:, -1, config.hop - config.context :]
 
 
-def _features(config: Config, w: Weights, sound: TensorValue) -> TensorValue:
-    """Returns one vector a chunk, (B * T, 1, 128). Chunks are padded one by one, so they stand in the batch here."""
-    batch, time, samples = sound.shape
-    x = ops.reshape(sound, [batch * time, samples, 1])
-    reflected = (0, config.reflected)
-    x = w.conv(x, "stft_conv", stride=config.stride, padding=reflected, padding_mode="reflect")
-    real, imaginary = x[:, :, : config.bins], x[:, :, config.bins :]
-    x = ops.sqrt(real * real + imaginary * imaginary)
+def _features(config: Config, w: Weights, sound: TensorValue, time: Dim) -> TensorValue:
+    """Returns one vector a chunk, (B, T, 128)."""
+    x = _spectrum(config, w, sound, time)
+    batch, _, length, channels = x.shape
     for i, (_, stride) in enumerate(config.layers, 1):
-        x = ops.relu(w.conv(x, f"conv{i}", stride=stride, padding=config.kernel_size // 2))
+        padding = config.kernel_size // 2
+        if i == 1:
+            x = ops.reshape(x, [batch * time, length, channels])
+            x = ops.relu(w.conv(x, "conv1", stride=stride, padding=padding))
+            x = ops.reshape(x, [batch, time, x.shape[1] * x.shape[2]])
+            continue
+        # Later layers see a chunk's few positions at once: a matrix of all of them is multiplied faster than such short
+        # convolutions, half of which is padding.
+        positions = int(x.shape[2]) // w.shape(f"conv{i}.weight")[1]
+        outputs = (positions - 1) // stride + 1
+        unrolled = functools.partial(_unrolled, length=positions, stride=stride, padding=padding)
+        matrix = w.make(f"conv{i}.weight.unrolled", unrolled, f"conv{i}.weight")
+        bias = w.make(f"conv{i}.bias.unrolled", functools.partial(np.tile, reps=outputs), f"conv{i}.bias")
+        x = ops.relu(conv1d(x, matrix, bias))
     return x
+
+
+def _spectrum(config: Config, w: Weights, sound: TensorValue, time: Dim) -> TensorValue:
+    """Returns the magnitudes of every chunk's spectra, (B, T, 4, 129).
+
+    All but the last spectrum of a chunk are those of the sound in a row. The last one sees the chunk mirrored at its end:
+    its waves are folded there.
+    """
+    sound = ops.unsqueeze(sound, 2)
+    count = (config.hop + config.context + config.reflected - config.window) // config.stride + 1
+    last = config.stride * (count - 1)
+    row = conv1d(
+        sound, w["stft_conv.weight"], stride=config.stride, padding=(0, count * config.stride - last - config.context)
+    )
+    row = ops.reshape(row, [sound.shape[0], time, count, row.shape[2]])[:, :, : count - 1]
+    folded = w.make(
+        "stft_conv.weight.folded", functools.partial(_folded, reflected=config.reflected), "stft_conv.weight"
+    )
+    end = conv1d(sound[:, last:], folded, stride=config.hop)
+    x = ops.concat([row, ops.unsqueeze(end, 2)], axis=2)
+    real, imaginary = x[:, :, :, : config.bins], x[:, :, :, config.bins :]
+    return ops.sqrt(real * real + imaginary * imaginary)
+
+
+def _folded(filter: np.ndarray, reflected: int) -> np.ndarray:
+    """Returns a filter whose last taps, which see what is mirrored, are added to those that see it unmirrored."""
+    kept = filter[:-reflected].copy()
+    kept[-1 - reflected : -1] += filter[: -reflected - 1 : -1]
+    return kept
+
+
+def _unrolled(filter: np.ndarray, length: int, stride: int, padding: int) -> np.ndarray:
+    """Returns a convolution of `length` positions as one of a single position that holds them all."""
+    taps, channels, filters = filter.shape
+    outputs = (length + 2 * padding - taps) // stride + 1
+    matrix = np.zeros((length, channels, outputs, filters), np.float32)
+    for output in range(outputs):
+        for tap in range(taps):
+            if 0 <= (position := output * stride - padding + tap) < length:
+                matrix[position, :, output] = filter[tap]
+    return matrix.reshape(1, length * channels, outputs * filters)
