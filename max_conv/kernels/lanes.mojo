@@ -21,7 +21,7 @@ comptime PACK = 32
 comptime FILTER_BYTES = 1536 * 1024
 """Transformed or packed filters that are held at a time, for each thread."""
 
-comptime SMALL = 1 << 16
+comptime SMALL = 1 << 19
 """Multiplications below which waking a second thread costs more than it saves."""
 
 
