@@ -58,7 +58,7 @@ PATIENCE = 600
 TRIES = 4
 """Runs of peaks.mojo, a second each, of which the best counts: neighbours take a core for longer than one lasts."""
 EPILOGUE_LAYERS = ("whisper conv1", "HiFi-GAN res")
-BATCHES = tuple(int(n) for n in os.environ.get("BATCHES", "1,8").split(","))
+BATCHES = (1, 8)
 """How many sounds at a time networks are raced with."""
 
 
