@@ -1,5 +1,6 @@
-"""Sound files in, arrays out."""
+"""Sound files in, arrays out, and back."""
 
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,6 +50,40 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
         if not len(samples):
             raise ValueError(f"audio: {path} is shorter than one sample at {rate} Hz; pass a longer sound.")
     return np.ascontiguousarray(samples.T)
+
+
+def write_audio(path: str | Path, sound: np.ndarray, rate: int) -> None:
+    """Writes sound to a WAV, FLAC, OGG or MP3 file, which appears whole or not at all.
+
+    Args:
+        path: The file; its ending tells the format.
+        sound: (samples,) or (channels, samples), full scale is 1; what exceeds it is clipped.
+        rate: Samples a second.
+
+    Raises:
+        ValueError: If the ending names no format that can be written.
+        ImportError: If soundfile or soxr is not installed.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_audio(f"{folder}/a.wav", np.zeros((2, 8000), np.float32), 8000)
+    ...     read_audio(f"{folder}/a.wav", 8000).shape
+    (2, 8000)
+    """
+    soundfile, _ = _libraries()
+    path = check_sound_file(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        whole = Path(folder) / path.name
+        soundfile.write(whole, np.clip(sound, -1, 1).T, rate)
+        whole.replace(path)
+
+
+def check_sound_file(path: str | Path) -> Path:
+    """Returns `path`, or raises a ValueError where its ending names no format that can be written."""
+    path = Path(path)
+    if path.suffix.lower() not in (".wav", ".flac", ".ogg", ".mp3"):
+        raise ValueError(f"audio: {path} must end in .wav, .flac, .ogg or .mp3.")
+    return path
 
 
 def as_signals(model: str, audio: Any) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .terminal import JSON, gallery, new_file, step, table
+from .terminal import FORCE, JSON, gallery, new_file, step, table
 
 # MAX and NumPy take long to import: each command imports what it uses, so that --help answers at once.
 
@@ -244,3 +244,64 @@ def _tell(
     ]
     table(f"Pitch in {audio.name}", columns, rows)
     say(duration, taken, picture)
+
+
+def _maker(name: str, reads: str) -> None:
+    """Adds the command of a network that makes sound, of sound or of a spectrogram."""
+
+    @run.command(name, help=f"Makes sound of {reads} SOURCE with the network {name}, and writes it to TARGET.")
+    @click.argument("source", type=click.Path(path_type=Path))
+    @click.argument("target", type=click.Path(path_type=Path))
+    @click.option(
+        "--weights", required=True, help="A checkpoint, as for `max-conv convert`, such as hf://ORG/REPO/FILE."
+    )
+    @click.option("--config", "file", type=click.Path(path_type=Path), help="The model's own config.json.")
+    @FORCE
+    @JSON
+    def command(source: Path, target: Path, weights: str, file: Path | None, force: bool, as_json: bool) -> None:
+        from .audio import check_sound_file, write_audio
+
+        new_file(check_sound_file(target), force)
+        module = gallery(name)
+        config = module.Config.from_dict(json.loads(file.read_text())) if file else module.Config()
+        given = _given(name, source, config)
+        model = network(name, config, weights)
+        with step("making sound"):
+            start = time.perf_counter()
+            sound = model(given)
+            taken = time.perf_counter() - start
+        write_audio(target, sound, config.rate)
+        seconds = sound.shape[1] / config.rate
+        if as_json:
+            facts = {"source": str(source), "target": str(target), "seconds": seconds, "seconds_taken": taken}
+            click.echo(json.dumps(facts | {"times_real_time": seconds / taken}))
+        else:
+            click.echo(
+                f"{target}: {seconds:.1f} s of sound in {taken * 1e3:.1f} ms: {seconds / taken:,.0f} times real time"
+            )
+
+
+def _given(name: str, source: Path, config: Any) -> Any:
+    """Returns what a network reads: every channel of a sound, or a spectrogram."""
+    import numpy as np
+
+    from .audio import read_audio
+
+    if not hasattr(config, "mels"):
+        return read_audio(source, config.rate)
+    try:
+        array = np.load(source, allow_pickle=False)
+    except (ValueError, EOFError):
+        raise ValueError(f"{name}: {source} must be a .npy file of a spectrogram.") from None
+    if array.ndim != 2 or array.shape[1] != config.mels or not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(
+            f"{name}: {source} must hold a spectrogram of shape (frames, {config.mels}), floating point, but holds "
+            f"{array.dtype} of shape {array.shape}."
+        )
+    return np.ascontiguousarray(array[None], np.float32)
+
+
+_maker("encodec", "the sound")
+_maker("dac", "the sound")
+_maker("hifigan", "the mel spectrogram (.npy)")
+_maker("vocos", "the mel spectrogram (.npy)")

@@ -14,6 +14,8 @@ import pytest
 import soundfile
 import torch
 from click.testing import CliRunner, Result
+from max_conv.graphs import encodec, hifigan
+from safetensors.numpy import save_file
 
 import max_conv
 from max_conv.cli import main
@@ -154,3 +156,46 @@ def test_help_answers_at_once() -> None:
         times.append(time.perf_counter() - start)
     assert all(name in text for name in ("run", "convert", "compile", "info"))
     assert min(times) < 1.0
+
+
+def test_makes_sound_of_a_spectrogram_and_of_sound(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+
+    def prepare(module: Any, config: Any) -> Path:
+        path = tmp_path / f"{module.__name__.rpartition('.')[2]}.safetensors"
+        state = {name: random.standard_normal(shape).astype(np.float32) / 8 for name, shape in config.shapes().items()}
+        for name in state:
+            if state[name].ndim == 3:
+                state[name] = np.ascontiguousarray(state[name].T)  # PyTorch's order is the native one reversed
+        save_file(state, path)
+        return path
+
+    sizes = {"upsample_rates": [4, 2], "upsample_kernel_sizes": [8, 4], "upsample_initial_channel": 32}
+    sizes |= {"resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3]], "sampling_rate": 8000, "num_mels": 10}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    weights = prepare(hifigan, hifigan.Config.from_dict(sizes))
+    np.save(tmp_path / "mels.npy", random.standard_normal((50, 10)))
+    options = ["--weights", weights, "--config", tmp_path / "config.json"]
+    told = json.loads(good("run", "hifigan", tmp_path / "mels.npy", tmp_path / "out.wav", *options, "--json"))
+    sound, rate = soundfile.read(tmp_path / "out.wav")
+    assert rate == 8000 and sound.shape == (400,) and told["seconds"] == 0.05 and np.abs(sound).max() > 0.01
+    result = call("run", "hifigan", tmp_path / "mels.npy", tmp_path / "out.wav", *options)
+    assert result.exit_code == 2 and "exists already" in result.stderr
+    np.save(tmp_path / "wrong.npy", np.zeros((10, 50)))
+    result = call("run", "hifigan", tmp_path / "wrong.npy", tmp_path / "b.wav", *options)
+    assert (
+        "must hold a spectrogram of shape (frames, 10), floating point, but holds float64 of shape (10, 50)."
+        in result.stderr
+    )
+    (tmp_path / "text.npy").write_text("no array")
+    result = call("run", "hifigan", tmp_path / "text.npy", tmp_path / "b.wav", *options)
+    assert "must be a .npy file of a spectrogram." in result.stderr
+    result = call("run", "hifigan", tmp_path / "mels.npy", tmp_path / "out.txt", *options)
+    assert "must end in .wav, .flac, .ogg or .mp3." in result.stderr and not (tmp_path / "out.txt").exists()
+
+    sizes = {"num_filters": 8, "hidden_size": 16, "codebook_size": 32, "num_lstm_layers": 1, "sampling_rate": 8000}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    weights = prepare(encodec, encodec.Config.from_dict(sizes))
+    soundfile.write(tmp_path / "in.flac", random.standard_normal((5000, 2)) * 0.1, 8000)
+    good("run", "encodec", tmp_path / "in.flac", tmp_path / "out.flac", "--weights", weights, *options[2:])
+    assert soundfile.read(tmp_path / "out.flac")[0].shape == (5000, 2)
