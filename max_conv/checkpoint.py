@@ -21,7 +21,7 @@ __all__ = ["MARK", "Checkpoint", "Tensor", "fold_weight_norm", "open_checkpoint"
 PIECE = 4 << 20
 """The bytes of a piece in which tensors stream from file to file."""
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt")
 INDEX = ".index.json"
 PREFERRED = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 PREFIXES = ("module.", "_orig_mod.")
@@ -119,7 +119,7 @@ def open_checkpoint(reference: str | os.PathLike) -> Checkpoint:
     """Opens a checkpoint; its tensors are read when they are asked for.
 
     Args:
-        reference: A `.safetensors` file, a sharded `.index.json`, a PyTorch `.pt`, `.pth`, `.bin` or `.ckpt` file, a
+        reference: A `.safetensors` file, a sharded `.index.json`, a PyTorch `.pt`, `.pth`, `.th`, `.bin` or `.ckpt` file, a
             directory that holds one of them, or what `max_conv.assets.resolve` downloads. State dicts inside what
             training scripts save are found, and a "module." before every name is taken off.
 

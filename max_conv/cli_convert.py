@@ -68,7 +68,7 @@ def _many(name: str, metavar: str, help: str, type: Any = str) -> Any:
 def convert(source: str, target: Path | None, to: Any, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Converts a checkpoint to TARGET (.safetensors): filters in the native layout, weight norm folded.
 
-    SOURCE is a .safetensors file, a sharded .index.json, a .pt, .pth, .bin or .ckpt file of weights, a directory that
+    SOURCE is a .safetensors file, a sharded .index.json, a .pt, .pth, .th, .bin or .ckpt file of weights, a directory that
     holds one of them, hf://ORG/REPO[@REVISION]/FILE, or pypi://PACKAGE==VERSION/FILE. Pickled code is never run.
     About one tensor is in memory at a time.
 

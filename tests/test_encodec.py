@@ -55,7 +55,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def weights(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("encodec") / "encodec_24khz-d7cc33bc.pth"
+    path = tmp_path_factory.mktemp("encodec") / "encodec_24khz-d7cc33bc.th"
     torch.save(original_names(model), path)
     return encodec.load_weights(path)
 
