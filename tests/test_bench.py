@@ -13,6 +13,7 @@ from click.testing import CliRunner
 import bench
 import report
 from layers import LAYERS, Layer
+from network_racers import judge
 from racers import RACES, Call, Contender, distance, verify
 
 RACE = RACES["float32"]
@@ -192,3 +193,39 @@ def test_answers_are_verified():
 def test_the_scripts_are_where_bench_looks():
     assert (bench.HERE / "racers.py").exists() and (bench.HERE / "peaks.mojo").exists()
     assert Path(bench.__file__).parent == bench.HERE
+
+
+def told(seconds: float, size: int, decibels: float = 120.0) -> dict:
+    return {"seconds": [0.9 * seconds, 1.1 * seconds], "bytes": size, "process": 2 * size, "decibels": decibels}
+
+
+def test_network_rows():
+    facts = {"max_conv": told(0.5, 300), "PyTorch": told(1.0, 200), "OpenVINO": told(0.8, 400)}
+    halves = {"max_conv bf16": told(0.1, 100, 40), "OpenVINO bf16": told(0.1, 10, 30)}
+    found = report.network_facts(facts | halves, {"ONNX Runtime": {"failed": "refused", "why": ""}}, 10.0)
+    assert found["ratios"] == pytest.approx({"best peer / ours": 1.6})  # bfloat16 does not count
+    assert (found["memory"], found["times real time"]) == pytest.approx((1.5, 20))
+    assert json.loads(json.dumps(found)) == found
+    names = [*facts, *halves, "ONNX Runtime"]
+    alone = report.network_facts({"PyTorch": told(1.0, 200)}, {name: CRASHED["MAX"] for name in names}, 10.0)
+    rows = {"net, batch 1": found, "net, batch 8": alone}
+    lines = [*report.network_head(names), report.network_row("net, batch 1", names, found)]
+    lines += [report.network_row("net, batch 8", names, alone), report.network_mean(names, rows)]
+    assert {line.count("|") for line in lines} == {13}
+    ours = "500.00 | 1000.00 | 800.00 | 100.00 | 100.00 | refused | 1.60 | 20 | 0 | 1.50 | 40 |"
+    assert lines[2] == f"| net, batch 1 | {ours}"
+    assert lines[3].endswith("| crashed | – | – | – | – | – |") and lines[4].startswith("| geometric mean | | ")
+    assert report.verdict({"slow": report.network_facts({"max_conv": told(2, 1), "PyTorch": told(1, 1)}, {}, 1)}, 1)
+
+
+def test_answers_of_networks_are_judged(tmp_path):
+    want = [np.linspace(-1, 1, 100, dtype=np.float32), np.arange(400)]
+    for i, array in enumerate(want):
+        np.save(tmp_path / f"output{i}.npy", array)
+    wrong, decibels = judge("max_conv", want, tmp_path)
+    assert wrong is None and decibels > 1000
+    wrong, decibels = judge("max_conv", [want[0] * 1.01, want[1]], tmp_path)
+    assert "off by 1.0e-02" in wrong and decibels == pytest.approx(40)
+    assert judge("max_conv bf16", [want[0] * 1.01, want[1] // 2], tmp_path)[0] is None
+    assert "of the codes are equal" in judge("OpenVINO", [want[0], want[1] // 2], tmp_path)[0]
+    assert "shape (99,)" in judge("OpenVINO", [want[0][1:], want[1]], tmp_path)[0]
