@@ -328,21 +328,21 @@ def test_the_script_is_the_command(tmp_path: Path) -> None:
 
 
 def test_a_model_of_the_gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import max_conv.graphs.conv1d as module
+    import max_conv.graphs.tcn as module
 
-    monkeypatch.setattr(module, "LAYERS", LayerMap(conv=("weight",), copy=("bias",)), raising=False)
+    monkeypatch.setattr(module, "LAYERS", LayerMap(conv=("weight",), copy=("bias",)))
     torch.save(torch.nn.Conv1d(2, 3, 4).state_dict(), tmp_path / "m.pt")
-    good(tmp_path / "m.pt", tmp_path / "n.safetensors", "--model", "conv1d", "--verify")
+    good(tmp_path / "m.pt", tmp_path / "n.safetensors", "--model", "tcn", "--verify")
     assert load_file(tmp_path / "n.safetensors")["weight"].shape == (4, 2, 3)
 
 
-def test_a_model_whose_layers_follow_from_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import max_conv.graphs.conv1d as module
+def test_a_model_and_a_tensor_to_leave_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import max_conv.graphs.tcn as module
 
-    monkeypatch.setattr(module, "layers", lambda config: LayerMap(conv=("weight",)), raising=False)
+    monkeypatch.setattr(module, "LAYERS", LayerMap(conv=("weight",)))
     torch.save({"weight": torch.zeros(3, 2, 4), "training": torch.zeros(1)}, tmp_path / "m.pt")
     result = call(
-        tmp_path / "m.pt", tmp_path / "n.safetensors", "--model", "conv1d", "--verify", "--ignore", "training"
+        tmp_path / "m.pt", tmp_path / "n.safetensors", "--model", "tcn", "--verify", "--ignore", "training"
     )
     assert result.exit_code == 0 and "layers that give PyTorch's output: 1" in result.stdout
     assert "writing" in result.stderr and "hashing" in result.stderr  # the bars
