@@ -341,9 +341,7 @@ def test_a_model_and_a_tensor_to_leave_out(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(module, "LAYERS", LayerMap(conv=("weight",)))
     torch.save({"weight": torch.zeros(3, 2, 4), "training": torch.zeros(1)}, tmp_path / "m.pt")
-    result = call(
-        tmp_path / "m.pt", tmp_path / "n.safetensors", "--model", "tcn", "--verify", "--ignore", "training"
-    )
+    result = call(tmp_path / "m.pt", tmp_path / "n.safetensors", "--model", "tcn", "--verify", "--ignore", "training")
     assert result.exit_code == 0 and "layers that give PyTorch's output: 1" in result.stdout
     assert "writing" in result.stderr and "hashing" in result.stderr  # the bars
     assert call(tmp_path / "m.pt", "--conv", "weight").stderr.endswith("Error: Missing argument 'TARGET'.\n")
