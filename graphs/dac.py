@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue, ops
+from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
-from max_conv.convert import LayerMap, read_native
+from max_conv.convert import LayerMap
 
-from .parts import Weights, check_weights
+from .parts import Weights, begin, load
 
 DILATIONS = (1, 3, 9)
 """Of a stage's residual units."""
@@ -136,9 +136,7 @@ class Config:
 
 def load_weights(reference: str | Path, config: Config = Config()) -> dict[str, np.ndarray]:
     """Reads a checkpoint, of transformers or of the original, into native weights."""
-    weights = read_native(reference, LAYERS, "dac")
-    check_weights("dac", weights, config.shapes())
-    return weights
+    return load(reference, LAYERS, "dac", config.shapes())
 
 
 def build(
@@ -219,9 +217,7 @@ def _begin(
     """Returns an empty graph of one input, and the weights in it."""
     if not 1 <= config.quantizers <= config.codebooks:
         raise ValueError(f"dac: quantizers must be 1 to {config.codebooks}, but are {config.quantizers}.")
-    check_weights("dac", weights, config.shapes())
-    device = device or DeviceRef.CPU()
-    return PackedGraph(name, input_types=[TensorType(given, sizes, device)]), Weights(weights, device, dtype)
+    return begin("dac", sizes, config.shapes(), weights, device, dtype, name=name, given=given)
 
 
 def _encode(config: Config, w: Weights, sound: TensorValue) -> TensorValue:

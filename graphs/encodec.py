@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue, ops
+from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
-from max_conv.convert import LayerMap, read_native
+from max_conv.convert import LayerMap
 
-from .parts import Weights, check_weights, elu
+from .parts import Weights, begin, elu, load
 
 # In transformers' names only the numbers of layers tell which are transposed. The original's names become transformers'.
 LAYERS = LayerMap(
@@ -160,9 +160,7 @@ class Config:
 
 def load_weights(reference: str | Path, config: Config = Config()) -> dict[str, np.ndarray]:
     """Reads a checkpoint, of transformers or of the original, into native weights."""
-    weights = read_native(reference, LAYERS, "encodec")
-    check_weights("encodec", weights, config.shapes())
-    return weights
+    return load(reference, LAYERS, "encodec", config.shapes())
 
 
 def build(
@@ -244,9 +242,7 @@ def _begin(
     """Returns an empty graph of one input, and the weights in it."""
     if not 1 <= config.quantizers <= config.codebooks:
         raise ValueError(f"encodec: quantizers must be 1 to {config.codebooks}, but are {config.quantizers}.")
-    check_weights("encodec", weights, config.shapes())
-    device = device or DeviceRef.CPU()
-    return PackedGraph(name, input_types=[TensorType(given, sizes, device)]), Weights(weights, device, dtype)
+    return begin("encodec", sizes, config.shapes(), weights, device, dtype, name=name, given=given)
 
 
 def _padding(config: Config, taps: int, stride: int = 1) -> tuple[int, int]:

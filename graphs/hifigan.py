@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue, ops
+from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph
-from max_conv.convert import LayerMap, read_native
+from max_conv.convert import LayerMap
 
-from .parts import Weights, check_weights, leaky_relu
+from .parts import Weights, begin, leaky_relu, load
 
 # In SpeechT5's names upsampling layers are `upsampler.0`, and each block counts its own convolutions.
 LAYERS = LayerMap(
@@ -95,9 +95,7 @@ class Config:
 
 def load_weights(reference: str | Path, config: Config = Config()) -> dict[str, np.ndarray]:
     """Reads a generator's checkpoint, of the original or of SpeechT5HifiGan, into native weights."""
-    weights = read_native(reference, LAYERS, "hifigan")
-    check_weights("hifigan", weights, config.shapes())
-    return weights
+    return load(reference, LAYERS, "hifigan", config.shapes())
 
 
 def build(
@@ -117,11 +115,8 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    check_weights("hifigan", weights, config.shapes())
-    device = device or DeviceRef.CPU()
-    w = Weights(weights, device, dtype)
-    inputs = [TensorType(DType.float32, ["batch", "frames", config.mels], device)]
-    with PackedGraph("hifigan", input_types=inputs) as graph:
+    graph, w = begin("hifigan", ["batch", "frames", config.mels], config.shapes(), weights, device, dtype)
+    with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)
         if config.normalised:
             x = (x - w["mean"]) / w["scale"]

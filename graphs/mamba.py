@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue, ops
+from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
-from max_conv.convert import LayerMap, read_native
+from max_conv.convert import LayerMap
 
-from .parts import Weights, check_weights
+from .parts import Weights, begin, load
 
 LAYERS = LayerMap(
     conv=("layers.*.mixer.conv1d.weight",),
@@ -97,9 +97,7 @@ class Config:
 
 def load_weights(reference: str | Path, config: Config = Config()) -> dict[str, np.ndarray]:
     """Reads a checkpoint of transformers, with or without its head, into native weights."""
-    weights = read_native(reference, LAYERS, "mamba")
-    check_weights("mamba", weights, config.shapes())
-    return weights
+    return load(reference, LAYERS, "mamba", config.shapes())
 
 
 def build(
@@ -123,11 +121,9 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    check_weights("mamba", weights, config.shapes())
-    device = device or DeviceRef.CPU()
-    w = Weights(weights, device, dtype) / "layers" / config.layer
-    inputs = [TensorType(DType.float32, ["batch", "length", config.hidden], device)]
-    with PackedGraph("mamba", input_types=inputs) as graph:
+    graph, w = begin("mamba", ["batch", "length", config.hidden], config.shapes(), weights, device, dtype)
+    w = w / "layers" / config.layer
+    with graph:
         x = graph.inputs[0].tensor
         # The norm's weight goes into the matrix, and its scale of each vector onto the product, where it costs nothing.
         scale = ops.cast(ops.rsqrt(ops.mean(x * x, 2) + config.epsilon), dtype)

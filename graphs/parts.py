@@ -5,15 +5,17 @@ Data is NLC. Weights are native: filters SCF, those of transposed convolutions S
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from max.driver import Buffer
 from max.dtype import DType
-from max.graph import DeviceRef, TensorValue, Weight, ops
+from max.graph import DeviceRef, TensorType, TensorValue, Weight, ops
 
-from max_conv import conv1d, conv_transpose1d
+from max_conv import PackedGraph, conv1d, conv_transpose1d
 from max_conv.arrays import as_buffer
+from max_conv.convert import LayerMap, read_native
 from max_conv.packing import derived
 from max_conv.recurrent import lstm
 
@@ -120,6 +122,45 @@ class Weights:
         if bias not in self:
             return None
         return self[bias]
+
+
+def load(
+    reference: str | Path, layers: LayerMap, model: str, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """Reads a model's checkpoint into native weights of these shapes."""
+    weights = read_native(reference, layers, model)
+    check_weights(model, weights, shapes)
+    return weights
+
+
+def begin(
+    model: str,
+    input: Sequence[str | int],
+    shapes: Mapping[str, tuple[int, ...]],
+    arrays: Mapping[str, np.ndarray],
+    device: DeviceRef | None,
+    dtype: DType,
+    *,
+    name: str | None = None,
+    given: DType = DType.float32,
+) -> tuple[PackedGraph, Weights]:
+    """Returns a model's graph, still empty, and the weights in it.
+
+    Args:
+        model: The model's name, which begins error messages.
+        input: The shape of the graph's input.
+        shapes: Those that the weights must have.
+        arrays, device, dtype: As `build` takes them.
+        name: The graph's, where it is not the model's.
+        given: The dtype of the input.
+
+    Raises:
+        ValueError: If the arrays do not fit the shapes.
+    """
+    check_weights(model, arrays, shapes)
+    device = device or DeviceRef.CPU()
+    graph = PackedGraph(name or model, input_types=[TensorType(given, input, device)])
+    return graph, Weights(arrays, device, dtype)
 
 
 def check_weights(model: str, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:

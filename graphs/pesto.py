@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue, ops
+from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
 from max_conv.assets import resolve
@@ -23,7 +23,7 @@ from max_conv.audio import as_signals
 from max_conv.convert import LayerMap, read_native, to_native
 from max_conv.pitch import Track
 
-from .parts import Weights, check_weights, leaky_relu
+from .parts import Weights, begin, check_weights, leaky_relu
 
 WEIGHTS = (
     "pypi://pesto-pitch==2.0.1/pesto/weights/mir-1k_g7.ckpt"
@@ -179,10 +179,9 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    check_weights("pesto", weights, config.shapes())
-    device = device or DeviceRef.CPU()
-    w, exact = Weights(weights, device, dtype), Weights(weights, device, DType.float32)
-    with PackedGraph("pesto", input_types=[TensorType(DType.float32, ["batch", "samples"], device)]) as graph:
+    graph, w = begin("pesto", ["batch", "samples"], config.shapes(), weights, device, dtype)
+    exact = Weights(weights, w.device, DType.float32)
+    with graph:
         sound = ops.unsqueeze(graph.inputs[0].tensor, 2)
         taps = exact.shape("transform.weight")[0]
         x = conv1d(

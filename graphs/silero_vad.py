@@ -18,9 +18,9 @@ from max.graph import DeviceRef, Dim, TensorType, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
 from max_conv.audio import as_signals
-from max_conv.convert import LayerMap, read_native, to_native
+from max_conv.convert import LayerMap, to_native
 
-from .parts import Weights, check_weights
+from .parts import Weights, check_weights, load
 
 # The wheel's ONNX and TorchScript files hold the same network with other values than this checkpoint.
 WEIGHTS = (
@@ -97,9 +97,7 @@ def load_weights(reference: str | Path = WEIGHTS, config: Config = Config()) -> 
         ImportError: If the package that reads the file is not installed.
         ValueError: If the file is no checkpoint, or does not hold this network.
     """
-    weights = read_native(reference, LAYERS, "silero_vad")
-    check_weights("silero_vad", weights, config.shapes())
-    return weights
+    return load(reference, LAYERS, "silero_vad", config.shapes())
 
 
 def native_weights(tensors: Mapping[str, np.ndarray], config: Config = Config()) -> dict[str, np.ndarray]:

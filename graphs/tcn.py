@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue, ops
+from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph
-from max_conv.convert import LayerMap, read_native
+from max_conv.convert import LayerMap
 
-from .parts import Weights, check_weights
+from .parts import Weights, begin, load
 
 LAYERS = LayerMap(
     conv=(
@@ -101,9 +101,7 @@ class Config:
 
 def load_weights(reference: str | Path, config: Config = Config()) -> dict[str, np.ndarray]:
     """Reads a state dict of pytorch-tcn's `TCN` into native weights."""
-    weights = read_native(reference, LAYERS, "tcn")
-    check_weights("tcn", weights, config.shapes())
-    return weights
+    return load(reference, LAYERS, "tcn", config.shapes())
 
 
 def build(
@@ -123,11 +121,8 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    check_weights("tcn", weights, config.shapes())
-    device = device or DeviceRef.CPU()
-    w = Weights(weights, device, dtype)
-    inputs = [TensorType(DType.float32, ["batch", "length", config.inputs], device)]
-    with PackedGraph("tcn", input_types=inputs) as graph:
+    graph, w = begin("tcn", ["batch", "length", config.inputs], config.shapes(), weights, device, dtype)
+    with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)
         total = None
         dilations = config.dilations or [2**i for i in range(len(config.channels))]

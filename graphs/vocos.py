@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue, ops
+from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d, conv_transpose1d
-from max_conv.convert import LayerMap, read_native
+from max_conv.convert import LayerMap
 
-from .parts import Weights, check_weights, sine
+from .parts import Weights, begin, load, sine
 
 LAYERS = LayerMap(
     conv=("backbone.embed.weight", "backbone.convnext.*.dwconv.weight"),
@@ -89,9 +89,7 @@ class Config:
 
 def load_weights(reference: str | Path, config: Config = Config()) -> dict[str, np.ndarray]:
     """Reads a published checkpoint (`pytorch_model.bin`) into native weights."""
-    weights = read_native(reference, LAYERS, "vocos")
-    check_weights("vocos", weights, config.shapes())
-    return weights
+    return load(reference, LAYERS, "vocos", config.shapes())
 
 
 def build(
@@ -111,18 +109,15 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    check_weights("vocos", weights, config.shapes())
-    device = device or DeviceRef.CPU()
-    w = Weights(weights, device, dtype)
-    inputs = [TensorType(DType.float32, ["batch", "frames", config.mels], device)]
-    with PackedGraph("vocos", input_types=inputs) as graph:
+    graph, w = begin("vocos", ["batch", "frames", config.mels], config.shapes(), weights, device, dtype)
+    with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)
         backbone = w / "backbone"
         x = backbone.layer_norm(backbone.conv(x, "embed", padding=3), "norm", EPSILON)
         for i in range(config.layers):
             x = _block(backbone / "convnext" / i, x)
         x = (w / "head").linear(backbone.layer_norm(x, "final_layer_norm", EPSILON), "out")
-        graph.output(_sound(config, Weights(weights, device, DType.float32), ops.cast(x, DType.float32)))
+        graph.output(_sound(config, Weights(weights, w.device, DType.float32), ops.cast(x, DType.float32)))
     return graph
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue, ops
+from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
-from max_conv.convert import LayerMap, read_native
+from max_conv.convert import LayerMap
 
-from .parts import Weights, check_weights
+from .parts import Weights, begin, load
 
 EPSILON = 1e-5
 """Of the norms inside the feature encoder, which no config sets."""
@@ -139,9 +139,7 @@ class Config:
 
 def load_weights(reference: str | Path, config: Config = Config()) -> dict[str, np.ndarray]:
     """Reads a checkpoint of transformers, of either model and with any head, into native weights."""
-    weights = read_native(reference, LAYERS, "wav2vec2")
-    check_weights("wav2vec2", weights, config.shapes())
-    return weights
+    return load(reference, LAYERS, "wav2vec2", config.shapes())
 
 
 def build(
@@ -212,11 +210,9 @@ def _graph(
     device: DeviceRef | None,
     dtype: DType,
 ) -> PackedGraph:
-    check_weights("wav2vec2", weights, config.shapes())
-    device = device or DeviceRef.CPU()
-    with PackedGraph(name, input_types=[TensorType(DType.float32, shape, device)]) as graph:
-        x = ops.cast(graph.inputs[0].tensor, dtype)
-        graph.output(ops.cast(network(Weights(weights, device, dtype), x), DType.float32))
+    graph, w = begin("wav2vec2", shape, config.shapes(), weights, device, dtype, name=name)
+    with graph:
+        graph.output(ops.cast(network(w, ops.cast(graph.inputs[0].tensor, dtype)), DType.float32))
     return graph
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, Dim, TensorType, TensorValue, ops
+from max.graph import DeviceRef, Dim, TensorValue, ops
 
 from max_conv import PackedGraph
-from max_conv.convert import LayerMap, read_native
+from max_conv.convert import LayerMap
 
-from .parts import Weights, check_weights
+from .parts import Weights, begin, load
 
 LAYERS = LayerMap(
     conv=("conv*.weight",),
@@ -89,9 +89,7 @@ class Config:
 
 def load_weights(reference: str | Path, config: Config = Config()) -> dict[str, np.ndarray]:
     """Reads a checkpoint of transformers, whose decoder is left out, into native weights."""
-    weights = read_native(reference, LAYERS, "whisper")
-    check_weights("whisper", weights, config.shapes())
-    return weights
+    return load(reference, LAYERS, "whisper", config.shapes())
 
 
 def build(
@@ -114,11 +112,8 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    check_weights("whisper", weights, config.shapes())
-    device = device or DeviceRef.CPU()
-    w = Weights(weights, device, dtype)
-    inputs = [TensorType(DType.float32, ["batch", "frames", config.mels], device)]
-    with PackedGraph("whisper", input_types=inputs) as graph:
+    graph, w = begin("whisper", ["batch", "frames", config.mels], config.shapes(), weights, device, dtype)
+    with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)
         x = ops.gelu(w.conv(x, "conv1", padding=1))
         x = ops.gelu(w.conv(x, "conv2", padding=1, stride=2))
