@@ -6,7 +6,6 @@ a whole file in one call and a live chunk of 32 ms. Source of the network and it
 https://github.com/snakers4/silero-vad (MIT licence).
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,15 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, Dim, TensorType, TensorValue, ops
+from max.graph import DeviceRef, TensorType, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
 from max_conv.audio import as_signals
 from max_conv.convert import LayerMap, to_native
+from max_conv.dispatch import PANEL, Layer
+from max_conv.geometry import Geometry
+from max_conv.ops import custom_op
+from max_conv.packing import Emitted, record
 
 from .parts import Weights, check_weights, load
 
@@ -146,13 +149,9 @@ def build(
     inputs = [TensorType(DType.float32, ["batch", *size], device) for size in sizes]
     w = Weights(weights, device, dtype)
     with PackedGraph("silero_vad", input_types=inputs) as graph:
-        chunks, context, *memory = (value.tensor for value in graph.inputs)
-        sound, context = _joined(config, chunks, context)
-        features = _features(config, w, ops.cast(sound, dtype), chunks.shape[1])
-        hidden, cell = (ops.cast(value, dtype) for value in memory)
-        outputs, hidden, cell = (w / "lstm_cell").lstm_from(features, hidden, cell)
-        probability = ops.sigmoid(ops.squeeze(w.conv(ops.relu(outputs), "final_conv"), 2))
-        graph.output(*(ops.cast(value, DType.float32) for value in (probability, context, hidden, cell)))
+        values = [value.tensor for value in graph.inputs]
+        in_one = device.is_cpu() and dtype == DType.float32
+        graph.output(*(_in_one(config, w, *values) if in_one else _in_layers(config, w, *values)))
     return graph
 
 
@@ -187,71 +186,84 @@ def detect(model: Callable[..., Any], audio: Any, config: Config = Config()) -> 
     return probability[0] if np.ndim(audio) == 1 else probability
 
 
-def _joined(config: Config, chunks: TensorValue, context: TensorValue) -> tuple[TensorValue, TensorValue]:
-    """Returns the chunks in a row behind the context, (B, 64 + T * 512), and the end of the last, (B, 64)."""
-    batch, time, _ = chunks.shape
-    sound = ops.concat([context, ops.reshape(chunks, [batch, time * config.hop])], axis=1)
-    return sound, chunks[:, -1, config.hop - config.context :]
+def _layers(config: Config) -> list[Emitted]:
+    """Returns the layers from a chunk's sound to the LSTM's gates."""
+    kernel, pad = config.kernel_size, config.kernel_size // 2
+    layers = [("stft_conv.weight", Geometry.of(config.window, config.stride, (0, config.reflected)), 2 * config.bins)]
+    for i, (filters, stride) in enumerate(config.layers, 1):
+        layers.append((f"conv{i}.weight", Geometry.of(kernel, stride, pad), filters))
+    layers.append(("lstm_cell.weight_ih", Geometry.of(1), 4 * config.units))
+    positions, channels, found = config.context + config.hop, 1, []
+    for name, geometry, filters in layers:
+        positions = geometry.output_length(positions)
+        found.append(Emitted(name, Layer(geometry, "NLC", channels, filters, 1), "silero", positions))
+        channels = config.bins if channels == 1 else filters
+    return found
 
 
-def _features(config: Config, w: Weights, sound: TensorValue, time: Dim) -> TensorValue:
-    """Returns one vector a chunk, (B, T, 128)."""
-    x = _spectrum(config, w, sound, time)
-    batch, _, length, channels = x.shape
+def _in_layers(
+    config: Config, w: Weights, chunks: TensorValue, context: TensorValue, hidden: TensorValue, cell: TensorValue
+) -> list[TensorValue]:
+    """Returns the outputs, computed layer by layer."""
+    batch, time, hop = chunks.shape
+    row = time * hop
+    before = ops.concat([context, ops.reshape(chunks, [batch, row])], axis=1)[:, (slice(0, row), row)]
+    before = ops.reshape(before, chunks.shape)[:, :, : config.context]
+    x = ops.concat([before, chunks], axis=2)
+    x = ops.cast(ops.reshape(x, [batch * time, config.context + config.hop, 1]), w.dtype)
+    end = (0, config.reflected)
+    x = conv1d(x, w["stft_conv.weight"], stride=config.stride, padding=end, padding_mode="reflect")
+    real, imaginary = x[:, :, : config.bins], x[:, :, config.bins :]
+    x = ops.sqrt(real * real + imaginary * imaginary)
     for i, (_, stride) in enumerate(config.layers, 1):
-        padding = config.kernel_size // 2
-        if i == 1:
-            x = ops.reshape(x, [batch * time, length, channels])
-            x = ops.relu(w.conv(x, "conv1", stride=stride, padding=padding))
-            x = ops.reshape(x, [batch, time, x.shape[1] * x.shape[2]])
-            continue
-        # Later layers see a chunk's few positions at once: a matrix of all of them is multiplied faster than such short
-        # convolutions, half of which is padding.
-        positions = int(x.shape[2]) // w.shape(f"conv{i}.weight")[1]
-        outputs = (positions - 1) // stride + 1
-        unrolled = functools.partial(_unrolled, length=positions, stride=stride, padding=padding)
-        matrix = w.make(f"conv{i}.weight.unrolled", unrolled, f"conv{i}.weight")
-        bias = w.make(f"conv{i}.bias.unrolled", functools.partial(np.tile, reps=outputs), f"conv{i}.bias")
-        x = ops.relu(conv1d(x, matrix, bias))
-    return x
+        x = ops.relu(w.conv(x, f"conv{i}", stride=stride, padding=config.kernel_size // 2))
+    features = ops.reshape(x, [batch, time, x.shape[2]])
+    memory = (ops.cast(value, w.dtype) for value in (hidden, cell))
+    outputs, hidden, cell = (w / "lstm_cell").lstm_from(features, *memory)
+    probability = ops.sigmoid(ops.squeeze(w.conv(ops.relu(outputs), "final_conv"), 2))
+    context = chunks[:, -1, config.hop - config.context :]
+    return [ops.cast(value, DType.float32) for value in (probability, context, hidden, cell)]
 
 
-def _spectrum(config: Config, w: Weights, sound: TensorValue, time: Dim) -> TensorValue:
-    """Returns the magnitudes of every chunk's spectra, (B, T, 4, 129).
+def _in_one(config: Config, w: Weights, chunks: TensorValue, *state: TensorValue) -> list[TensorValue]:
+    """Returns the outputs, computed in one operation, which `kernels/silero.mojo` describes."""
+    layers = _layers(config)
+    rows = []
+    for emitted in layers:
+        assert emitted.layer is not None
+        geometry = emitted.layer.geometry
+        rows.append((geometry.kernel_size, geometry.stride, geometry.left, emitted.layer.group_filters))
+    rows[0] = (*rows[0][:3], config.bins)
+    convolutions = [f"conv{i}.{kind}" for i in range(1, len(config.layers) + 1) for kind in ("weight", "bias")]
+    gates = [f"lstm_cell.{name}" for name in ("weight_ih", "bias_ih", "bias_hh")]
+    panels = w.make("silero_vad.panels", _panels, "stft_conv.weight", *convolutions, *gates)
+    w_hh = w.make("lstm_cell.weight_hh", lambda array: np.ascontiguousarray(array.T), "lstm_cell.weight_hh")
+    head = w.make("final_conv", np.append, "final_conv.weight", "final_conv.bias")
+    numbers = [ops.constant(value, DType.int64, device=w.device) for value in (np.array(rows), config.reflected)]
+    record(
+        *layers,
+        Emitted("lstm_cell.weight_hh", units=config.units),
+        Emitted("final_conv.weight", Layer(Geometry.of(1), "NLC", config.units, 1, 1), "silero"),
+    )
+    results = [TensorType(DType.float32, chunks.shape[:2], w.device), *(value.type for value in state)]
+    operands = [chunks, *state, numbers[0], panels, w_hh, head, numbers[1]]
+    return custom_op("max_conv.silero_vad", w.device, operands, results)
 
-    All but the last spectrum of a chunk are those of the sound in a row. The last one sees the chunk mirrored at its end:
-    its waves are folded there.
+
+def _panels(spectrum: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
+    """Returns the layers' filters in panels of 32, each layer's bias behind them, all in a row.
+
+    A panel of the spectrum holds 16 cosines and then their sines.
     """
-    sound = ops.unsqueeze(sound, 2)
-    count = (config.hop + config.context + config.reflected - config.window) // config.stride + 1
-    last = config.stride * (count - 1)
-    row = conv1d(
-        sound, w["stft_conv.weight"], stride=config.stride, padding=(0, count * config.stride - last - config.context)
-    )
-    row = ops.reshape(row, [sound.shape[0], time, count, row.shape[2]])[:, :, : count - 1]
-    folded = w.make(
-        "stft_conv.weight.folded", functools.partial(_folded, reflected=config.reflected), "stft_conv.weight"
-    )
-    end = conv1d(sound[:, last:], folded, stride=config.hop)
-    x = ops.concat([row, ops.unsqueeze(end, 2)], axis=2)
-    real, imaginary = x[:, :, :, : config.bins], x[:, :, :, config.bins :]
-    return ops.sqrt(real * real + imaginary * imaginary)
-
-
-def _folded(filter: np.ndarray, reflected: int) -> np.ndarray:
-    """Returns a filter whose last taps, which see what is mirrored, are added to those that see it unmirrored."""
-    kept = filter[:-reflected].copy()
-    kept[-1 - reflected : -1] += filter[: -reflected - 1 : -1]
-    return kept
-
-
-def _unrolled(filter: np.ndarray, length: int, stride: int, padding: int) -> np.ndarray:
-    """Returns a convolution of `length` positions as one of a single position that holds them all."""
-    taps, channels, filters = filter.shape
-    outputs = (length + 2 * padding - taps) // stride + 1
-    matrix = np.zeros((length, channels, outputs, filters), np.float32)
-    for output in range(outputs):
-        for tap in range(taps):
-            if 0 <= (position := output * stride - padding + tap) < length:
-                matrix[position, :, output] = filter[tap]
-    return matrix.reshape(1, length * channels, outputs * filters)
+    *convolutions, w_ih, bias_ih, bias_hh = arrays
+    arrays = (*convolutions, w_ih.T[None], bias_ih + bias_hh)
+    taps, _, waves = spectrum.shape
+    half = PANEL // 2
+    pairs = np.zeros((taps, 2, -(-waves // PANEL) * half), np.float32)
+    pairs[:, :, : waves // 2] = spectrum.reshape(taps, 2, waves // 2)
+    spectrum = pairs.reshape(taps, 2, -1, half).swapaxes(1, 2)
+    parts = []
+    for filter, bias in ((spectrum, np.zeros(spectrum[0].size)), *zip(arrays[::2], arrays[1::2], strict=True)):
+        rows = filter.reshape(-1, len(bias) // PANEL, PANEL)
+        parts += [rows.swapaxes(0, 1).ravel(), bias]
+    return np.concatenate(parts).astype(np.float32)

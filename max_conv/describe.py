@@ -147,8 +147,9 @@ def describe(graph: PackedGraph, window: int = 1, hop: int = 1) -> Description:
         if operation.name == "mo.output":
             answer = span
         elif operation.name == "mo.custom" and "max_conv." in str(operation.attributes["symbol"]):
-            layers.append(_cost(next(ours), span))
-            span = layers[-1].span
+            for emitted in next(ours):
+                layers.append(_cost(emitted, span))
+                span = layers[-1].span
         elif operation.name == "rmo.matmul" and len(seen) == 2:  # attention: both factors come from the input
             span = Span(span.step, None, None)
         for result in operation.results:

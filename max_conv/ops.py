@@ -11,7 +11,7 @@ from .dispatch import LANES, LEAST_OUTPUTS, PANELS, Layer, choose
 from .geometry import PADDING_MODES, Geometry, Padding, TransposedGeometry, positive
 from .kernel_library import kernel_library
 from .layouts import FilterLayout, Layout, TransposedFilterLayout, check_filter_layout, check_layout, permute
-from .packing import packable, packed, record
+from .packing import Emitted, packable, packed, record, weight_name
 
 
 def conv1d(
@@ -179,7 +179,7 @@ def _emit_layer(
     shape = [sizes[axis] for axis in layer.layout]
     transposed = layer.transposed is not None
     kinds = {"whole": layer.whole(kernel), "full": layer.group_filters % LANES == 0, "transposed": transposed}
-    record(filter, layer=layer, kernel=kernel, outputs=known[1])
+    record(Emitted(weight_name(filter), layer, kernel, known[1]))
     y = emit(x, operand, bias, scalars, shape, kernel, layer.layout, order, **kinds)
     return y if batched else ops.squeeze(y, 0)
 

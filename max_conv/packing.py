@@ -139,7 +139,7 @@ class Derived:
 
 @dataclass(frozen=True)
 class Emitted:
-    """A kernel of this package in a graph.
+    """A layer that a kernel of this package computes in a graph.
 
     Attributes:
         name: The weight that holds its filter, "computed" where none does.
@@ -163,11 +163,11 @@ class PackedGraph(Graph):
 
     Attributes:
         derived: The weights to make, by name.
-        emitted: This package's kernels, in order.
+        emitted: The layers of this package's operations, in order.
     """
 
     derived: dict[str, Derived]
-    emitted: list[Emitted]
+    emitted: list[tuple[Emitted, ...]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.derived = {}
@@ -188,10 +188,15 @@ def packed_graph() -> PackedGraph | None:
     return graph if isinstance(graph, PackedGraph) else None
 
 
-def record(filter: TensorValue, **facts: Any) -> None:
-    """Tells the current graph that a kernel is emitted, and with which filter."""
+def record(*layers: Emitted) -> None:
+    """Tells the current graph which layers its next operation computes."""
     if graph := packed_graph():
-        graph.emitted.append(Emitted(filter.name if isinstance(filter, Weight) else "computed", **facts))
+        graph.emitted.append(layers)
+
+
+def weight_name(filter: TensorValue) -> str:
+    """Returns the name of the weight that a filter is, "computed" where it is none."""
+    return filter.name if isinstance(filter, Weight) else "computed"
 
 
 def derived(weight: Weight, sources: tuple[Weight, ...], make: Callable[..., Buffer]) -> Weight | None:

@@ -7,7 +7,7 @@ from max.graph import StaticDim, TensorType, TensorValue, ops
 
 from .checks import DTYPES
 from .ops import conv1d, custom_op
-from .packing import record
+from .packing import Emitted, record, weight_name
 
 _GATES = 4
 
@@ -62,7 +62,7 @@ def lstm(
     gates = conv1d(x, ops.unsqueeze(w_ih, 0), bias, padding=(0, 1))
     batch, steps, _ = x.shape
     state = TensorType(x.dtype, [batch, units], x.device)
-    record(w_hh, units=units)
+    record(Emitted(weight_name(w_hh), units=units))
     results = custom_op(
         "max_conv.lstm",
         x.device,

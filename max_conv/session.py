@@ -88,7 +88,7 @@ class Model:
             results = first_run(self._model.execute, *buffers)
         except (ValueError, RuntimeError) as error:
             # The kernels' own sentences come wrapped in a page about the graph.
-            if sentence := re.search(r"^(conv1d|conv_transpose1d|lstm): .*$", str(error), re.MULTILINE):
+            if sentence := re.search(r"^(conv1d|conv_transpose1d|lstm|silero_vad): .*$", str(error), re.MULTILINE):
                 raise ValueError(sentence.group()) from None
             # MAX asks for the memory of an output before its kernel can check sizes.
             if "Memory allocation failed" in str(error):
