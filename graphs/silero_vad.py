@@ -207,7 +207,7 @@ def _in_layers(
     """Returns the outputs, computed layer by layer."""
     batch, time, hop = chunks.shape
     row = time * hop
-    before = ops.concat([context, ops.reshape(chunks, [batch, row])], axis=1)[:, (slice(0, row), row)]
+    before = ops.concat([context, ops.reshape(chunks, [batch, row])], axis=1)[:, (slice(0, -config.context), row)]
     before = ops.reshape(before, chunks.shape)[:, :, : config.context]
     x = ops.concat([before, chunks], axis=2)
     x = ops.cast(ops.reshape(x, [batch * time, config.context + config.hop, 1]), w.dtype)
@@ -218,8 +218,8 @@ def _in_layers(
     for i, (_, stride) in enumerate(config.layers, 1):
         x = ops.relu(w.conv(x, f"conv{i}", stride=stride, padding=config.kernel_size // 2))
     features = ops.reshape(x, [batch, time, x.shape[2]])
-    memory = (ops.cast(value, w.dtype) for value in (hidden, cell))
-    outputs, hidden, cell = (w / "lstm_cell").lstm_from(features, *memory)
+    hidden, cell = (ops.cast(value, w.dtype) for value in (hidden, cell))
+    outputs, hidden, cell = (w / "lstm_cell").lstm_from(features, hidden, cell)
     probability = ops.sigmoid(ops.squeeze(w.conv(ops.relu(outputs), "final_conv"), 2))
     context = chunks[:, -1, config.hop - config.context :]
     return [ops.cast(value, DType.float32) for value in (probability, context, hidden, cell)]

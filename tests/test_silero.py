@@ -1,16 +1,20 @@
 """Silero VAD on a real conversation, against Silero's own ONNX file."""
 
+import dataclasses
+
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from max.dtype import DType
 from max_conv.graphs import silero_vad
 from safetensors.numpy import load_file, save_file
 
 import max_conv
 from max_conv.assets import resolve
 from max_conv.audio import read_audio
+from max_conv.describe import describe
 from max_conv.speech import agreement, read_rttm, turns
 
 CONFIG = silero_vad.Config()
@@ -105,12 +109,45 @@ def test_live_chunks_are_the_whole_file(model, audio, probabilities, step):
 def test_batch_is_each_signal(model, audio):
     signals = np.stack([np.roll(audio, shift) for shift in (0, 1000, -77777)])
     together = silero_vad.detect(model, signals)
+    assert together.shape == (3, 938)
     for i, signal in enumerate(signals):
         np.testing.assert_allclose(together[i], silero_vad.detect(model, signal), rtol=0, atol=1e-6)
 
 
 def test_takes_any_length(model):
     assert [silero_vad.detect(model, np.zeros(n)).shape for n in (1, 512, 513)] == [(1,), (1,), (2,)]
+
+
+def test_layer_by_layer_is_all_in_one(audio, probabilities):
+    # In float32 on a CPU the graph is one operation, elsewhere one for each layer.
+    weights = silero_vad.load_weights()
+    graph = silero_vad.build(CONFIG, weights, dtype=DType.float64)
+    one = silero_vad.build(CONFIG, weights)
+    assert [len(layers) for layers in graph.emitted] == [1] * 8 and [len(layers) for layers in one.emitted] == [8]
+    names = [layer.name.removesuffix(".float64") for (layer,) in graph.emitted]
+    names[5] = "lstm_cell.weight_ih"  # which `lstm` turns first
+    assert names == [layer.name for layer in one.emitted[0]]
+    alike = dataclasses.replace(describe(graph, *CONFIG.framing), layers=())
+    assert alike == dataclasses.replace(describe(one, *CONFIG.framing), layers=())
+    layered = silero_vad.detect(max_conv.compile(graph, weights=weights), audio)
+    np.testing.assert_allclose(layered, probabilities, rtol=0, atol=1e-5)
+
+
+def test_a_chunk_is_needed(model):
+    with pytest.raises(ValueError, match=r"^silero_vad: chunks must hold at least one chunk of each signal\.$"):
+        model(np.zeros((2, 0, 512), np.float32), *silero_vad.initial_state(2))
+
+
+def test_no_signals(model):
+    probability, *state = model(np.zeros((0, 3, 512), np.float32), *silero_vad.initial_state(0))
+    assert probability.shape == (0, 3) and [part.shape for part in state] == [(0, 64), (0, 128), (0, 128)]
+
+
+def test_not_a_number_spoils_what_follows(model, audio):
+    sound = audio[: 20 * 512].copy()
+    sound[5 * 512 + 100] = np.nan
+    probability, *_ = model(sound.reshape(1, -1, 512), *silero_vad.initial_state(1))
+    assert not np.isnan(probability[0, :5]).any() and np.isnan(probability[0, 5:]).all()
 
 
 def test_graph_is_described(model):

@@ -11,7 +11,7 @@ from std.math import ceildiv, sqrt
 from std.sys.info import simd_width_of
 
 from .dense import VECTORS, accumulate, tile_rows
-from .lanes import PACK, Memory, Scratch, spread, store, workers
+from .lanes import PACK, Memory, Scratch, load, spread, store, workers
 from .lstm import GATES, Lstm, lstm_cpu, sigmoid
 
 comptime F32 = DType.float32
@@ -121,6 +121,12 @@ struct Product(ImplicitlyCopyable, TrivialRegisterPassable):
 
 
 @always_inline
+def rectified(x: SIMD[F32, WIDTH]) -> SIMD[F32, WIDTH]:
+    """Returns what is positive, zeros elsewhere; a NaN stays one."""
+    return x.lt(0).select(SIMD[F32, WIDTH](0), x)
+
+
+@always_inline
 def tile[rows: Int, kind: Int](p: Product, row: Int, panel: Int):
     """Multiplies `rows` rows from `row` on with a panel."""
     comptime half = PANEL_VECTORS // 2
@@ -146,7 +152,7 @@ def tile[rows: Int, kind: Int](p: Product, row: Int, panel: Int):
             comptime for j in range(PANEL_VECTORS):
                 var value = sum[i * PANEL_VECTORS + j]
                 comptime if kind == RELU:
-                    value = value.lt(0).select(SIMD[F32, WIDTH](0), value)  # a NaN stays one
+                    value = rectified(value)
                 p.y.unsafe_offset((row + i) * p.y_step + panel * PACK + j * WIDTH).unsafe_store(value)
 
 
@@ -231,9 +237,8 @@ def silero_vad(net: Network, var s: Lstm[F32], head: Memory[F32], probability: M
     s.x = room.data()
     s.output = s.x.unsafe_offset(chunks * GATES * s.units)
     var threads = workers(chunks * net.multiplications())
-    # Each task clears memory of its own: eight of them share long sounds among threads evenly enough.
     var share = max(ceildiv(chunks, threads), 1)
-    if share > ROWS:
+    if share > ROWS:  # each task makes room of its own: few tasks, and enough to go round evenly
         share = ceildiv(ceildiv(chunks, ROWS), 4 * threads) * ROWS
 
     def some(i: Int) {imm}:
@@ -242,11 +247,11 @@ def silero_vad(net: Network, var s: Lstm[F32], head: Memory[F32], probability: M
     spread(some, ceildiv(chunks, share), threads)
     lstm_cpu(s)
     for i in range(chunks):
-        var sum = head[unsafe_offset=s.units]
-        for unit in range(s.units):
-            var hidden = s.output[unsafe_offset=i * s.units + unit]
-            sum += (hidden if not hidden < 0 else Float32(0)) * head[unsafe_offset=unit]
-        probability[unsafe_offset=i] = sigmoid(sum)
+        var sum = SIMD[F32, WIDTH](0)
+        for unit in range(0, s.units, WIDTH):
+            var hidden = load[F32, WIDTH, True](s.output.unsafe_offset(i * s.units + unit), s.units - unit)
+            sum = rectified(hidden).fma(load[F32, WIDTH, True](head.unsafe_offset(unit), s.units - unit), sum)
+        probability[unsafe_offset=i] = sigmoid(sum.reduce_add() + head[unsafe_offset=s.units])
     for n in range(s.batch):
         var end = net.chunks.unsafe_offset((n + 1) * s.steps * net.hop - net.before)
         for i in range(net.before):
