@@ -125,7 +125,7 @@ def test_layer_by_layer_is_all_in_one(audio, probabilities):
     one = silero_vad.build(CONFIG, weights)
     assert [len(layers) for layers in graph.emitted] == [1] * 8 and [len(layers) for layers in one.emitted] == [8]
     names = [layer.name.removesuffix(".float64") for (layer,) in graph.emitted]
-    names[5] = "lstm_cell.weight_ih"  # which `lstm` turns first
+    names[5:7] = ["lstm_cell.weight_ih", "lstm_cell.weight_hh"]  # which `lstm` takes as values
     assert names == [layer.name for layer in one.emitted[0]]
     alike = dataclasses.replace(describe(graph, *CONFIG.framing), layers=())
     assert alike == dataclasses.replace(describe(one, *CONFIG.framing), layers=())
