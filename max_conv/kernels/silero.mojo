@@ -202,12 +202,13 @@ def convolve[kind: Int](layer: Layer, x: Frames, y: Frames, chunks: Int):
 def features(net: Network, first: Int, end: Int, gates: Memory[F32]):
     """Takes the chunks from `first` to `end` through all layers; `gates` is (chunks, 4 * units)."""
     var frames: List[Frames] = [Frames(gates, net.before + net.hop + net.reflected, 0, 1)]
+    var most = min(ROWS, end - first)
     var size = 0
     var last = len(net.layers) - 1
     for i in range(last + 1):
         var layer = net.layers[i]
         frames[i].pad = layer.pad
-        size += ROWS * frames[i].step()
+        size += most * frames[i].step()
         var positions = (frames[i].positions + 2 * layer.pad - layer.taps) // layer.stride + 1
         frames.append(Frames(gates, positions, 0, layer.filters))
     var scratch = Scratch[F32](size)
@@ -216,7 +217,7 @@ def features(net: Network, first: Int, end: Int, gates: Memory[F32]):
         next[unsafe_offset=i] = 0
     for i in range(last + 1):
         frames[i].data = next
-        next = next.unsafe_offset(ROWS * frames[i].step())
+        next = next.unsafe_offset(most * frames[i].step())
 
     for chunk in range(first, end, ROWS):
         var chunks = min(ROWS, end - chunk)
