@@ -18,7 +18,7 @@ from max.graph import DeviceRef, TensorValue, ops
 from max_conv import PackedGraph
 from max_conv.convert import LayerMap
 
-from .parts import Weights, begin, leaky_relu, load
+from .parts import Weights, begin, inverse_leaky_relu, leaky_relu, load
 
 # In SpeechT5's names upsampling layers are `upsampler.0`, and each block counts its own convolutions.
 LAYERS = LayerMap(
@@ -124,30 +124,36 @@ def build(
         for i, (rate, taps) in enumerate(zip(config.rates, config.rate_kernel_sizes, strict=True)):
             padding = (taps - rate) // 2
             x = w.conv_transpose(leaky_relu(x, config.slope), f"ups.{i}", stride=rate, padding=padding)
-            x = _blocks(config, w, x, i * len(config.kernel_sizes))
+            x = _blocks(config, w, leaky_relu(x, config.slope), i * len(config.kernel_sizes))
         x = ops.tanh(w.conv(leaky_relu(x, 0.01), "conv_post", padding=3))
         graph.output(ops.cast(ops.squeeze(x, 2), DType.float32))
     return graph
 
 
-def _blocks(config: Config, w: Weights, x: TensorValue, first: int) -> TensorValue:
-    """Returns the mean of a stage's residual blocks."""
+def _blocks(config: Config, w: Weights, begin: TensorValue, first: int) -> TensorValue:
+    """Returns the mean of a stage's residual blocks.
+
+    They take what has been through the leaky ReLU, and keep nothing else: a residual sum undoes it. So the sum and its
+    activation are written at once, by the convolution before them.
+    """
     total = None
-    begin = leaky_relu(x, config.slope)
     for j, (taps, dilations) in enumerate(zip(config.kernel_sizes, config.dilations, strict=True)):
-        block, y, active = w / "resblocks" / (first + j), x, begin
+        block, x, y = w / "resblocks" / (first + j), begin, begin
         for k, dilation in enumerate(dilations):
+            before = None if k else total
             if config.block == 1:
-                z = leaky_relu(_conv(block, active, f"convs1.{k}", taps, dilation), config.slope)
+                z = leaky_relu(_conv(block, x, f"convs1.{k}", taps, dilation, before), config.slope)
                 z = _conv(block, z, f"convs2.{k}", taps, 1)
             else:
-                z = _conv(block, active, f"convs.{k}", taps, dilation)
-            y = y + z
-            active = leaky_relu(y, config.slope)
+                z = _conv(block, x, f"convs.{k}", taps, dilation, before)
+            y = inverse_leaky_relu(x, config.slope) + z
+            x = leaky_relu(y, config.slope)
         total = y if total is None else total + y
     assert total is not None, "a stage has blocks"
     return total / len(config.kernel_sizes)
 
 
-def _conv(w: Weights, x: TensorValue, name: str, taps: int, dilation: int) -> TensorValue:
-    return w.conv(x, name, dilation=dilation, padding=dilation * (taps - 1) // 2)
+def _conv(
+    w: Weights, x: TensorValue, name: str, taps: int, dilation: int, before: TensorValue | None = None
+) -> TensorValue:
+    return w.conv(x, name, after=before, dilation=dilation, padding=dilation * (taps - 1) // 2)

@@ -74,9 +74,17 @@ class Weights:
         weight = Weight(self.prefix + name, DType.float32, self.shape(name), self.device)
         return self._sources.setdefault(weight.name, weight)
 
-    def conv(self, x: TensorValue, name: str, **options: Any) -> TensorValue:
-        """Convolves with the filter `name.weight` and the bias `name.bias`, if there is one; options are `conv1d`'s."""
-        return conv1d(x, self[f"{name}.weight"], self._bias(name), **options)
+    def conv(self, x: TensorValue, name: str, *, after: TensorValue | None = None, **options: Any) -> TensorValue:
+        """Convolves with the filter `name.weight` and the bias `name.bias`, if there is one; options are `conv1d`'s.
+
+        `after`, (N, L, F), is computed first: MAX would take the branches of a network in turns, and hold the data of all
+        of them in memory at a time.
+        """
+        bias = self._bias(name)
+        if after is not None and bias is not None:
+            # Nothing is larger than infinity: zeros, which wait for a value.
+            bias = bias + ops.cast(after[0, 0, :] > float("inf"), bias.dtype)
+        return conv1d(x, self[f"{name}.weight"], bias, **options)
 
     def conv_transpose(self, x: TensorValue, name: str, **options: Any) -> TensorValue:
         """The same with `conv_transpose1d`."""
@@ -181,6 +189,11 @@ def check_weights(model: str, arrays: Mapping[str, np.ndarray], shapes: Mapping[
 def leaky_relu(x: TensorValue, slope: float) -> TensorValue:
     """`max(x, slope * x)`, for slopes below 1."""
     return ops.max(x, x * slope)
+
+
+def inverse_leaky_relu(x: TensorValue, slope: float) -> TensorValue:
+    """What `leaky_relu` has made `x` of, up to rounding."""
+    return ops.min(x, x * (1 / slope))
 
 
 def elu(x: TensorValue) -> TensorValue:
