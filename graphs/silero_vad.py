@@ -150,7 +150,8 @@ def build(
     w = Weights(weights, device, dtype)
     with PackedGraph("silero_vad", input_types=inputs) as graph:
         values = [value.tensor for value in graph.inputs]
-        in_one = device.is_cpu() and dtype == DType.float32
+        panels = all(filters % PANEL == 0 for filters in (*(f for f, _ in config.layers), 4 * config.units))
+        in_one = device.is_cpu() and dtype == DType.float32 and panels
         graph.output(*(_in_one(config, w, *values) if in_one else _in_layers(config, w, *values)))
     return graph
 

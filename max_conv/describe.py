@@ -150,11 +150,16 @@ def describe(graph: PackedGraph, window: int = 1, hop: int = 1) -> Description:
             for emitted in next(ours):
                 layers.append(_cost(emitted, span))
                 span = layers[-1].span
-        elif operation.name == "rmo.matmul" and len(seen) == 2:  # attention: both factors come from the input
+        elif operation.name == "rmo.matmul" and len(seen) == 2 and _over_positions(operation):
             span = Span(span.step, None, None)
         for result in operation.results:
             spans[result] = span
     return Description(tuple(layers), _parameters(graph), answer)
+
+
+def _over_positions(product: Any) -> bool:
+    """Tells whether a product of two values of the input is attention: a matrix whose size is not known has positions."""
+    return any(not re.search(r"[\[ ]\d+, \d+\]", str(value.type)) for value in product.operands)
 
 
 def _cost(emitted: Emitted, span: Span) -> LayerCost:

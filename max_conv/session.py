@@ -28,6 +28,7 @@ from .packing import PackedGraph, aligned, cpu_features
 
 FORMAT = 1
 NOT_IN_NUMPY = (DType.bfloat16,)
+ARRAYS = (np.ndarray, np.generic)
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,13 @@ class Model:
             TypeError, ValueError: Before anything runs: wrong count, names, dtypes or shapes of the inputs.
         """
         values = list(args) if len(args) == len(self.inputs) and not kwargs else self._bind(args, kwargs)
-        buffers = [_buffer(value, f"input {port.name!r}") for value, port in zip(values, self.inputs, strict=True)]
+        buffers = [_buffer(value, "input", port.name) for value, port in zip(values, self.inputs, strict=True)]
         kinds = [(buffer.dtype, buffer.shape) for buffer in buffers]
         if kinds != self._checked:
             self._check(buffers)
             self._checked = kinds
-        buffers = [buffer.to(self._devices[port.device]) for buffer, port in zip(buffers, self.inputs, strict=True)]
+        if accelerator_count():
+            buffers = [buffer.to(self._devices[port.device]) for buffer, port in zip(buffers, self.inputs, strict=True)]
         try:
             results = first_run(self._model.execute, *buffers)
         except (ValueError, RuntimeError) as error:
@@ -97,7 +99,7 @@ class Model:
                     "shorter than a filter reaches; pass a smaller batch or a longer input."
                 ) from None
             raise
-        if all(isinstance(value, np.ndarray | np.generic) for value in values):
+        if all(isinstance(value, ARRAYS) for value in values):
             arrays: list[Any] = [r if r.dtype in NOT_IN_NUMPY else r.to_numpy() for r in results]
         else:
             arrays = list(results)
@@ -242,7 +244,7 @@ def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:
 
 def _fitting(wanted: Mapping[str, Weight], weights: Mapping[str, Any]) -> dict[str, Buffer]:
     """Returns the weights' memory, or raises where it does not fit: MAX would take it as it is."""
-    buffers = {name: _buffer(value, f"weight {name!r}") for name, value in weights.items()}
+    buffers = {name: _buffer(value, "weight", name) for name, value in weights.items()}
     for name, weight in wanted.items():
         if name not in buffers:
             raise ValueError(f"compile: the weight {name!r} has no value; pass it in weights=.")
@@ -372,16 +374,16 @@ def _session(devices: tuple[str, ...]) -> InferenceSession:
     return InferenceSession(devices=[*(_device(name) for name in devices), CPU()])
 
 
-def _buffer(value: Any, what: str) -> Buffer:
+def _buffer(value: Any, kind: str, name: str) -> Buffer:
     """Returns a view of an array, or of a contiguous copy of it in the machine's byte order."""
-    if isinstance(value, np.ndarray | np.generic):
-        array = np.ascontiguousarray(value, value.dtype.newbyteorder("=")).reshape(np.shape(value))
-        return Buffer.from_numpy(array)
     if isinstance(value, Buffer):
         return value if value.is_contiguous else value.contiguous()
+    if isinstance(value, ARRAYS):
+        array = np.ascontiguousarray(value, value.dtype.newbyteorder("=")).reshape(np.shape(value))
+        return Buffer.from_numpy(array)
     if hasattr(value, "__dlpack__"):
         return Buffer.from_dlpack(value.detach().contiguous() if hasattr(value, "detach") else value)
-    raise TypeError(f"model: {what} must be an array (NumPy or DLPack), but is a {type(value).__name__}.")
+    raise TypeError(f"model: {kind} {name!r} must be an array (NumPy or DLPack), but is a {type(value).__name__}.")
 
 
 def _bytes_of(buffer: Buffer) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from .safetensors_file import AXES_LIMIT, Spec, check_name
 from .tensors import CODES, width
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "generator", "module")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "generator", "model_g", "module")
 """Names under which training scripts keep the state dict, beside optimizers, steps and hyper-parameters."""
 
 TIED = 8

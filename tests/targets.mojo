@@ -11,6 +11,7 @@ from kernels.lanes import PACK, FilterSteps, Memory, Operands, accumulator
 from kernels.lengthwise import conv1d_lengthwise
 from kernels.paired import conv1d_paired, has_pairs
 from kernels.points import Plan, TAPS, filter_points
+from kernels.silero import LINEAR, MAGNITUDE, RELU, Frames, Layer as FramesLayer, convolve
 from kernels.transposed import Transposed, conv_transpose1d
 from kernels.winograd import conv1d_winograd
 
@@ -238,6 +239,70 @@ def compare_transposed[dtype: DType, kernel: StaticString, nlc: Bool](t: Transpo
     return False
 
 
+def compare_frames[kind: Int](chunks: Int, positions: Int, channels: Int, taps: Int, stride: Int, filters: Int) -> Bool:
+    """Runs a layer of Silero's network on frames of noise, and tells whether it is right."""
+    comptime columns = PACK // 2 if kind == MAGNITUDE else PACK
+    var state = UInt64(11)
+    var pad = 0 if kind == MAGNITUDE else taps // 2
+    var x = Frames(Memory[DType.float32].unsafe_dangling(), positions, pad, channels)
+    var y = Frames(x.data, (positions + 2 * pad - taps) // stride + 1, 1, filters)
+    var panels = ceildiv(filters, columns)
+    var data = List[Float32](length=chunks * x.step(), fill=0)
+    var out = List[Float32](length=chunks * y.step(), fill=0)
+    var w = List[Float32]()
+    for _ in range(panels * taps * channels * PACK):
+        w.append(noise(state).cast[DType.float32]())
+    var bias = List[Float32]()
+    for _ in range(panels * PACK):
+        bias.append(noise(state).cast[DType.float32]())
+    x.data = data.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    y.data = out.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    for n in range(chunks):
+        for i in range(positions * channels):
+            x.at(n, 0)[unsafe_offset=i] = noise(state).cast[DType.float32]()
+    var layer = FramesLayer(
+        w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+        bias.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+        taps,
+        stride,
+        pad,
+        filters,
+    )
+    convolve[kind](layer, x, y, chunks)
+
+    var worst = 0.0
+    for n in range(chunks):
+        for p in range(-1, y.positions + 1):
+            for f in range(filters):
+                var sums = [0.0, 0.0]
+                for k in range(taps * channels):
+                    var value = x.at(n, p * stride - pad)[unsafe_offset=k].cast[DType.float64]() if (
+                        0 <= p < y.positions
+                    ) else 0.0
+                    var row = (f // columns * taps * channels + k) * PACK + f % columns
+                    sums[0] += value * w[row].cast[DType.float64]()
+                    comptime if kind == MAGNITUDE:
+                        sums[1] += value * w[row + columns].cast[DType.float64]()
+                var want = sums[0] + bias[f].cast[DType.float64]()
+                comptime if kind == MAGNITUDE:
+                    want = sqrt(sums[0] * sums[0] + sums[1] * sums[1])
+                elif kind == RELU:
+                    want = max(want, 0.0)
+                if not 0 <= p < y.positions:
+                    want = 0.0
+                var off = abs(y.at(n, p)[unsafe_offset=f].cast[DType.float64]() - want)
+                if not (off <= worst):  # NaN is kept
+                    worst = off
+    _ = data^
+    _ = out^
+    _ = w^
+    _ = bias^
+    if worst <= 1.5e-6 * sqrt(Float64(taps * channels)):
+        return True
+    print("frames of kind", kind, "are off by", worst, "on", chunks, positions, channels, taps, stride, filters)
+    return False
+
+
 def main() raises:
     var right = True
     var runs = 0
@@ -268,6 +333,12 @@ def main() raises:
         comptime for kernel in ["lengthwise", "winograd"]:
             right = compare_transposed[DType.float32, kernel, False](t) and right
             runs += 1
+    for chunks in [1, 3, 14, 33]:
+        right = compare_frames[MAGNITUDE](chunks, 50, 1, 20, 10, 37) and right
+        right = compare_frames[RELU](chunks, 4, 37, 3, 1, 64) and right
+        right = compare_frames[RELU](chunks, 4, 8, 3, 2, 32) and right
+        right = compare_frames[LINEAR](chunks, 1, 40, 1, 1, 96) and right
+        runs += 4
     print("right" if right else "wrong", runs)
     if not right:
         exit(1)

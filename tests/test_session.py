@@ -80,7 +80,7 @@ def test_inputs_are_not_copied(model: max_conv.Model) -> None:
     from max_conv.session import _buffer
 
     view = np.full(X.size + 32, np.nan, np.float32)[7 : 7 + X.size].reshape(X.shape)
-    buffer = _buffer(view, "x")
+    buffer = _buffer(view, "input", "x")
     view[...] = X
     close(model(buffer).to_numpy())
 

@@ -1,0 +1,204 @@
+"""UnivNet, a vocoder: from a mel spectrogram and noise to sound.
+
+Noise goes through stages that upsample by a transposed convolution and run residual blocks of a dilated convolution and
+one whose filter is another in every frame: a second network, the kernel predictor, makes these of the spectrogram.
+Source: Jang and others, UnivNet, 2021, https://arxiv.org/abs/2106.07889, https://github.com/maum-ai/univnet, and
+transformers' UnivNetModel. Location-variable convolution: Zeng and others, LVCNet, 2021, https://arxiv.org/abs/2102.10815.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from max.dtype import DType
+from max.graph import DeviceRef, TensorType, TensorValue, ops
+
+from max_conv import PackedGraph, conv1d
+from max_conv.convert import LayerMap
+
+from .parts import Weights, check_weights, leaky_relu, load
+
+LAYERS = LayerMap(
+    conv=("conv_pre.weight", "conv_post.weight", "*.conv.weight", "*_conv.weight", "*.conv1.weight", "*.conv2.weight"),
+    conv_transpose=("resblocks.*.convt_pre.weight",),
+    copy=("*.bias",),
+    rename=(  # the original's names
+        (r"^res_stack\.", "resblocks."),
+        (r"\.convt_pre\.1\.", ".convt_pre."),
+        (r"\.input_conv\.0\.", ".input_conv."),
+        (r"\.residual_convs\.(\d+)\.1\.", r".resblocks.\1.conv1."),
+        (r"\.residual_convs\.(\d+)\.3\.", r".resblocks.\1.conv2."),
+        (r"\.conv_blocks\.(\d+)\.1\.", r".resblocks.\1.conv."),
+        (r"^conv_post\.1\.", "conv_post."),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The network's sizes; the defaults are the published ones, of Tortoise, too."""
+
+    mels: int = 100
+    noise: int = 64
+    """Channels of the noise, one vector a frame of the spectrogram."""
+    channels: int = 32
+    rates: tuple[int, ...] = (8, 8, 4)
+    kernel_sizes: tuple[int, ...] = (3, 3, 3)
+    dilations: tuple[tuple[int, ...], ...] = ((1, 3, 9, 27), (1, 3, 9, 27), (1, 3, 9, 27))
+    predictor_blocks: int = 3
+    predictor_channels: int = 64
+    predictor_kernel_size: int = 3
+    slope: float = 0.2
+    rate: int = 24000
+    """Samples a second."""
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "Config":
+        """Reads the config.json of transformers' UnivNetModel."""
+        return cls(
+            mels=config["num_mel_bins"],
+            noise=config["model_in_channels"],
+            channels=config["model_hidden_channels"],
+            rates=tuple(config["resblock_stride_sizes"]),
+            kernel_sizes=tuple(config["resblock_kernel_sizes"]),
+            dilations=tuple(tuple(row) for row in config["resblock_dilation_sizes"]),
+            predictor_blocks=config["kernel_predictor_num_blocks"],
+            predictor_channels=config["kernel_predictor_hidden_channels"],
+            predictor_kernel_size=config["kernel_predictor_conv_size"],
+            slope=config["leaky_relu_slope"],
+        )
+
+    @property
+    def hop(self) -> int:
+        """Samples a frame of the spectrogram."""
+        return math.prod(self.rates)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the native weights' shapes."""
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def layer(name: str, taps: int, channels: int, filters: int) -> None:
+            shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (taps, channels, filters), (filters,)
+
+        size, inner, taps = self.channels, self.predictor_channels, self.predictor_kernel_size
+        layer("conv_pre", 7, self.noise, size)
+        for i, (rate, kernel_size, dilations) in enumerate(
+            zip(self.rates, self.kernel_sizes, self.dilations, strict=True)
+        ):
+            layer(f"resblocks.{i}.convt_pre", 2 * rate, size, size)
+            predictor = f"resblocks.{i}.kernel_predictor"
+            layer(f"{predictor}.input_conv", 5, self.mels, inner)
+            for j in range(self.predictor_blocks):
+                layer(f"{predictor}.resblocks.{j}.conv1", taps, inner, inner)
+                layer(f"{predictor}.resblocks.{j}.conv2", taps, inner, inner)
+            layer(f"{predictor}.kernel_conv", taps, inner, len(dilations) * size * 2 * size * kernel_size)
+            layer(f"{predictor}.bias_conv", taps, inner, len(dilations) * 2 * size)
+            for j in range(len(dilations)):
+                layer(f"resblocks.{i}.resblocks.{j}.conv", kernel_size, size, size)
+        layer("conv_post", 7, size, 1)
+        return shapes
+
+
+def load_weights(reference: str | Path, config: Config = Config()) -> dict[str, np.ndarray]:
+    """Reads a generator's checkpoint, of the original or of transformers' UnivNetModel, into native weights."""
+    return load(reference, LAYERS, "univnet", config.shapes())
+
+
+def build(
+    config: Config,
+    weights: Mapping[str, np.ndarray],
+    device: DeviceRef | None = None,
+    dtype: DType = DType.float32,
+) -> PackedGraph:
+    """Builds the graph: a spectrogram (batch, frames, mels) and noise (batch, frames, 64) to (batch, frames * hop), -1 to 1.
+
+    There must be at least 4 frames: the noise is mirrored at its ends.
+
+    Args:
+        config: The sizes.
+        weights: What `load_weights` returns; only its names and shapes go into the graph.
+        device: Where the graph runs; None is the CPU.
+        dtype: What it computes in. Inputs and output are float32.
+
+    Raises:
+        ValueError: If the weights do not fit the config.
+    """
+    check_weights("univnet", weights, config.shapes())
+    device = device or DeviceRef.CPU()
+    sizes = (config.mels, config.noise)
+    inputs = [TensorType(DType.float32, ["batch", "frames", size], device) for size in sizes]
+    w = Weights(weights, device, dtype)
+    with PackedGraph("univnet", input_types=inputs) as graph:
+        mels, noise = (ops.cast(value.tensor, dtype) for value in graph.inputs)
+        x = w.conv(noise, "conv_pre", padding=3, padding_mode="reflect")
+        for i in range(len(config.rates)):
+            x = _stage(config, w / "resblocks" / i, x, mels, i)
+        x = w.conv(leaky_relu(x, config.slope), "conv_post", padding=3, padding_mode="reflect")
+        graph.output(ops.cast(ops.squeeze(ops.tanh(x), 2), DType.float32))
+    return graph
+
+
+def _stage(config: Config, w: Weights, x: TensorValue, mels: TensorValue, i: int) -> TensorValue:
+    """Upsamples, and runs the residual blocks with the filters that are predicted for each frame."""
+    batch, frames, _ = mels.shape
+    rate, taps, dilations = config.rates[i], config.kernel_sizes[i], config.dilations[i]
+    padding = rate // 2 + rate % 2
+    x = leaky_relu(x, config.slope)
+    x = w.conv_transpose(x, "convt_pre", stride=rate, padding=padding, output_padding=rate % 2)
+    hop = math.prod(config.rates[: i + 1])
+    x = ops.rebind(x, [batch, frames * hop, config.channels])
+    predicted = _predicted(config, w / "kernel_predictor", mels, taps, len(dilations))
+    for j, (dilation, (filters, bias)) in enumerate(zip(dilations, predicted, strict=True)):
+        y = leaky_relu(x, config.slope)
+        y = w.conv(y, f"resblocks.{j}.conv", dilation=dilation, padding=dilation * (taps - 1) // 2)
+        y = _varied(leaky_relu(y, config.slope), filters, bias, hop, taps)
+        x = x + ops.sigmoid(y[:, :, : config.channels]) * ops.tanh(y[:, :, config.channels :])
+    return x
+
+
+def _predicted(
+    config: Config, w: Weights, mels: TensorValue, taps: int, layers: int
+) -> Iterator[tuple[TensorValue, TensorValue]]:
+    """Yields each layer's filters, (batch, frames, taps * channels * 2 channels), and its biases."""
+    x = leaky_relu(w.conv(mels, "input_conv", padding=2), config.slope)
+    pad = (config.predictor_kernel_size - 1) // 2
+    for j in range(config.predictor_blocks):
+        y = leaky_relu(w.conv(x, f"resblocks.{j}.conv1", padding=pad), config.slope)
+        x = x + leaky_relu(w.conv(y, f"resblocks.{j}.conv2", padding=pad), config.slope)
+    sizes = (layers, config.channels, 2 * config.channels, taps)
+    for j in range(layers):
+        both = []
+        for name, part in (
+            ("kernel_conv", functools.partial(_filters_of, layer=j, sizes=sizes)),
+            ("bias_conv", functools.partial(_biases_of, layer=j, layers=layers)),
+        ):
+            filter, bias = (w.make(f"{name}.{kind}.{j}", part, f"{name}.{kind}") for kind in ("weight", "bias"))
+            both.append(conv1d(x, filter, bias, padding=pad))
+        yield both[0], both[1]
+
+
+def _filters_of(array: np.ndarray, layer: int, sizes: tuple[int, ...]) -> np.ndarray:
+    """Returns a layer's share of what predicts filters, in the order (taps, channels, filters); last axes of both are."""
+    own = np.moveaxis(array.reshape(*array.shape[:-1], *sizes)[..., layer, :, :, :], -1, -3)
+    return np.ascontiguousarray(own).reshape(*array.shape[:-1], -1)
+
+
+def _biases_of(array: np.ndarray, layer: int, layers: int) -> np.ndarray:
+    """Returns a layer's share of what predicts biases."""
+    return np.ascontiguousarray(np.split(array, layers, -1)[layer])
+
+
+def _varied(x: TensorValue, filters: TensorValue, bias: TensorValue, hop: int, taps: int) -> TensorValue:
+    """Convolves each frame of (batch, frames * hop, C) with filters of its own; neighbours lend the samples at its edges."""
+    (batch, length, channels), frames = x.shape, filters.shape[1]
+    pad = taps // 2
+    padded = ops.pad(x, [0, 0, pad, pad, 0, 0])
+    ends = [None if tap == 2 * pad else tap - 2 * pad for tap in range(taps)]
+    seen = [padded[:, (slice(tap, end), length)] for tap, end in enumerate(ends)]
+    windows = ops.reshape(ops.concat(seen, axis=2), [batch, frames, hop, taps * channels])
+    matrices = ops.reshape(filters, [batch, frames, taps * channels, 2 * channels])
+    return ops.reshape(windows @ matrices + ops.unsqueeze(bias, 2), [batch, length, 2 * channels])
