@@ -140,13 +140,16 @@ def describe(graph: PackedGraph, window: int = 1, hop: int = 1) -> Description:
     layers = []
     answer = begin
     for operation in block.operations:
-        seen = [spans[value] for value in operation.operands if value in spans]
+        own = operation.name == "mo.custom" and "max_conv." in str(operation.attributes["symbol"])
+        # What a layer sees is its first operand; a filter or a bias that was computed has no positions.
+        operands = [operation.operands[0]] if own else operation.operands
+        seen = [spans[value] for value in operands if value in spans]
         if not seen:
             continue
         span = functools.reduce(Span.beside, seen)
         if operation.name == "mo.output":
             answer = span
-        elif operation.name == "mo.custom" and "max_conv." in str(operation.attributes["symbol"]):
+        elif own:
             for emitted in next(ours):
                 layers.append(_cost(emitted, span))
                 span = layers[-1].span
