@@ -151,23 +151,25 @@ def begin(
     *,
     name: str | None = None,
     given: DType = DType.float32,
+    more: Sequence[Sequence[str | int]] = (),
 ) -> tuple[PackedGraph, Weights]:
     """Returns a model's graph, still empty, and the weights in it.
 
     Args:
         model: The model's name, which begins error messages.
-        input: The shape of the graph's input.
+        input: The shape of the graph's first input.
         shapes: Those that the weights must have.
         arrays, device, dtype: As `build` takes them.
         name: The graph's, where it is not the model's.
-        given: The dtype of the input.
+        given: The dtype of the inputs.
+        more: The shapes of its further inputs.
 
     Raises:
         ValueError: If the arrays do not fit the shapes.
     """
     check_weights(model, arrays, shapes)
     device = device or DeviceRef.CPU()
-    graph = PackedGraph(name or model, input_types=[TensorType(given, input, device)])
+    graph = PackedGraph(name or model, input_types=[TensorType(given, shape, device) for shape in (input, *more)])
     return graph, Weights(arrays, device, dtype)
 
 

@@ -23,7 +23,7 @@ from max_conv.geometry import Geometry
 from max_conv.ops import custom_op
 from max_conv.packing import Emitted, record
 
-from .parts import Weights, check_weights, load
+from .parts import Weights, begin, check_weights, load
 
 # The wheel's ONNX and TorchScript files hold the same network with other values than this checkpoint.
 WEIGHTS = (
@@ -143,15 +143,12 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    check_weights("silero_vad", weights, config.shapes())
-    device = device or DeviceRef.CPU()
-    sizes: list[list[Any]] = [["time", config.hop], [config.context], [config.units], [config.units]]
-    inputs = [TensorType(DType.float32, ["batch", *size], device) for size in sizes]
-    w = Weights(weights, device, dtype)
-    with PackedGraph("silero_vad", input_types=inputs) as graph:
+    sizes: list[list[str | int]] = [["batch", size] for size in (config.context, config.units, config.units)]
+    graph, w = begin("silero_vad", ["batch", "time", config.hop], config.shapes(), weights, device, dtype, more=sizes)
+    with graph:
         values = [value.tensor for value in graph.inputs]
         panels = all(filters % PANEL == 0 for filters in (*(f for f, _ in config.layers), 4 * config.units))
-        in_one = device.is_cpu() and dtype == DType.float32 and panels
+        in_one = w.device.is_cpu() and dtype == DType.float32 and panels
         graph.output(*(_in_one(config, w, *values) if in_one else _in_layers(config, w, *values)))
     return graph
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue, ops
+from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
 from max_conv.convert import LayerMap
 
-from .parts import Weights, check_weights, leaky_relu, load
+from .parts import Weights, begin, leaky_relu, load
 
 LAYERS = LayerMap(
     conv=("conv_pre.weight", "conv_post.weight", "*.conv.weight", "*_conv.weight", "*.conv1.weight", "*.conv2.weight"),
@@ -127,16 +127,13 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    check_weights("univnet", weights, config.shapes())
-    device = device or DeviceRef.CPU()
-    sizes = (config.mels, config.noise)
-    inputs = [TensorType(DType.float32, ["batch", "frames", size], device) for size in sizes]
-    w = Weights(weights, device, dtype)
-    with PackedGraph("univnet", input_types=inputs) as graph:
-        mels, noise = (ops.cast(value.tensor, dtype) for value in graph.inputs)
-        x = w.conv(noise, "conv_pre", padding=3, padding_mode="reflect")
+    mels, noise = (("batch", "frames", size) for size in (config.mels, config.noise))
+    graph, w = begin("univnet", mels, config.shapes(), weights, device, dtype, more=[noise])
+    with graph:
+        spectrogram, x = (ops.cast(value.tensor, dtype) for value in graph.inputs)
+        x = w.conv(x, "conv_pre", padding=3, padding_mode="reflect")
         for i in range(len(config.rates)):
-            x = _stage(config, w / "resblocks" / i, x, mels, i)
+            x = _stage(config, w / "resblocks" / i, x, spectrogram, i)
         x = w.conv(leaky_relu(x, config.slope), "conv_post", padding=3, padding_mode="reflect")
         graph.output(ops.cast(ops.squeeze(ops.tanh(x), 2), DType.float32))
     return graph
