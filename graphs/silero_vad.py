@@ -37,6 +37,9 @@ _PYANNOTE_WHEEL = "852ea15c4d85bc34773e618267603ffca6a521669a74d33742692cc67fc70
 SAMPLE_AUDIO = _PYANNOTE.format("wav", _PYANNOTE_WHEEL)
 SAMPLE_LABELS = _PYANNOTE.format("rttm", _PYANNOTE_WHEEL)
 
+FREQUENCIES = 16
+"""Of the spectrum, side by side in `kernels/silero.mojo`."""
+
 LAYERS = LayerMap(
     conv=("stft_conv.weight", "conv?.weight", "final_conv.weight"),
     copy=("*.bias", "lstm_cell.*"),
@@ -74,6 +77,11 @@ class Config:
     def bins(self) -> int:
         """Frequencies of the spectrum."""
         return self.window // 2 + 1
+
+    @property
+    def state(self) -> int:
+        """Values that pass from one call to the next."""
+        return self.context + 2 * self.units
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the native weights' shapes."""
@@ -124,12 +132,11 @@ def build(
 
     Inputs, in order, all float32, with symbolic B and T of at least 1:
         chunks: (B, T, 512), the sound, -1 to 1: T chunks in a row of each of B signals.
-        context: (B, 64), the last samples before the first chunk.
-        hidden, cell: (B, 128), the memory before the first chunk.
+        state: (B, 320), what is known from before the first chunk: 64 samples, then the LSTM's hidden and cell state.
 
     Outputs, in order, all float32:
         probability: (B, T).
-        context, hidden, cell: The same after the last chunk, to be passed on with the next.
+        state: The same after the last chunk, to be passed on with the next.
 
     Args:
         config: The sizes.
@@ -143,24 +150,24 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    sizes: list[list[str | int]] = [["batch", size] for size in (config.context, config.units, config.units)]
-    graph, w = begin("silero_vad", ["batch", "time", config.hop], config.shapes(), weights, device, dtype, more=sizes)
+    state: list[str | int] = ["batch", config.state]
+    graph, w = begin("silero_vad", ["batch", "time", config.hop], config.shapes(), weights, device, dtype, more=[state])
     with graph:
         values = [value.tensor for value in graph.inputs]
         panels = all(filters % PANEL == 0 for filters in (*(f for f, _ in config.layers), 4 * config.units))
+        panels &= config.window % (2 * PANEL) == 0 and _mirrored(weights["stft_conv.weight"])
         in_one = w.device.is_cpu() and dtype == DType.float32 and panels
         graph.output(*(_in_one(config, w, *values) if in_one else _in_layers(config, w, *values)))
     return graph
 
 
-def initial_state(batch: int, config: Config = Config()) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns context, hidden and cell before any sound: zeros.
+def initial_state(batch: int, config: Config = Config()) -> np.ndarray:
+    """Returns the state before any sound: zeros.
 
-    >>> [state.shape for state in initial_state(2)]
-    [(2, 64), (2, 128), (2, 128)]
+    >>> initial_state(2).shape
+    (2, 320)
     """
-    context, memory = (np.zeros((batch, size), np.float32) for size in (config.context, config.units))
-    return context, memory, memory.copy()
+    return np.zeros((batch, config.state), np.float32)
 
 
 def detect(model: Callable[..., Any], audio: Any, config: Config = Config()) -> np.ndarray:
@@ -180,7 +187,7 @@ def detect(model: Callable[..., Any], audio: Any, config: Config = Config()) -> 
     lines = as_signals("silero_vad", audio)
     batch, samples = lines.shape
     lines = np.pad(lines, ((0, 0), (0, -samples % config.hop)))
-    probability, *_ = model(lines.reshape(batch, -1, config.hop), *initial_state(batch, config))
+    probability, _ = model(lines.reshape(batch, -1, config.hop), initial_state(batch, config))
     return probability[0] if np.ndim(audio) == 1 else probability
 
 
@@ -199,11 +206,10 @@ def _layers(config: Config) -> list[Emitted]:
     return found
 
 
-def _in_layers(
-    config: Config, w: Weights, chunks: TensorValue, context: TensorValue, hidden: TensorValue, cell: TensorValue
-) -> list[TensorValue]:
+def _in_layers(config: Config, w: Weights, chunks: TensorValue, state: TensorValue) -> list[TensorValue]:
     """Returns the outputs, computed layer by layer."""
     batch, time, hop = chunks.shape
+    context, hidden, cell = ops.split(state, [config.context, config.units, config.units], axis=1)
     row = time * hop
     before = ops.concat([context, ops.reshape(chunks, [batch, row])], axis=1)[:, (slice(0, -config.context), row)]
     before = ops.reshape(before, chunks.shape)[:, :, : config.context]
@@ -220,10 +226,11 @@ def _in_layers(
     outputs, hidden, cell = (w / "lstm_cell").lstm_from(features, hidden, cell)
     probability = ops.sigmoid(ops.squeeze(w.conv(ops.relu(outputs), "final_conv"), 2))
     context = chunks[:, -1, config.hop - config.context :]
-    return [ops.cast(value, DType.float32) for value in (probability, context, hidden, cell)]
+    state = ops.concat([context, *(ops.cast(value, DType.float32) for value in (hidden, cell))], axis=1)
+    return [ops.cast(probability, DType.float32), state]
 
 
-def _in_one(config: Config, w: Weights, chunks: TensorValue, *state: TensorValue) -> list[TensorValue]:
+def _in_one(config: Config, w: Weights, chunks: TensorValue, state: TensorValue) -> list[TensorValue]:
     """Returns the outputs, computed in one operation, which `kernels/silero.mojo` describes."""
     layers = _layers(config)
     rows = []
@@ -243,25 +250,48 @@ def _in_one(config: Config, w: Weights, chunks: TensorValue, *state: TensorValue
         Emitted("lstm_cell.weight_hh", units=config.units),
         Emitted("final_conv.weight", Layer(Geometry.of(1), "NLC", config.units, 1, 1), "silero"),
     )
-    results = [TensorType(DType.float32, chunks.shape[:2], w.device), *(value.type for value in state)]
-    operands = [chunks, *state, numbers[0], panels, w_hh, head, numbers[1]]
+    results = [TensorType(DType.float32, chunks.shape[:2], w.device), state.type]
+    operands = [chunks, state, numbers[0], panels, w_hh, head, numbers[1]]
     return custom_op("max_conv.silero_vad", w.device, operands, results)
+
+
+def _mirrored(spectrum: np.ndarray) -> bool:
+    """Whether the filters are windowed waves: cosines and then sines, of frequencies 0 to half of the sampling rate.
+
+    Those of a window that is the same from both ends mirror each other about the middle, and those of two frequencies
+    that mirror each other about a quarter of the rate differ in the sign of every second sample.
+    """
+    cosines, sines = np.split(spectrum[:, 0], 2, axis=1)
+    signs = np.where(np.arange(len(spectrum)) % 2, -1, 1)[:, None]
+    return (
+        all(
+            np.array_equal(waves[1:], sign * waves[:0:-1]) and np.array_equal(waves, sign * signs * waves[:, ::-1])
+            for waves, sign in ((cosines, 1), (sines, -1))
+        )
+        and not sines[0].any()
+    )
 
 
 def _panels(spectrum: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
     """Returns the layers' filters in panels of 32, each layer's bias behind them, all in a row.
 
-    A panel of the spectrum holds 16 cosines and then their sines.
+    A panel of the spectrum holds 16 frequencies up to a quarter of the rate: half of the cosines, a row of zeros, and
+    half of the sines; `kernels/silero.mojo` makes the rest of them.
+
+    Raises:
+        ValueError: If the spectrum's filters are no waves, where those that the graph was built for were.
     """
+    if not _mirrored(spectrum):
+        raise ValueError("silero_vad: stft_conv.weight is no windowed transform; build the graph with these weights.")
     *convolutions, w_ih, bias_ih, bias_hh = arrays
     arrays = (*convolutions, w_ih.T[None], bias_ih + bias_hh)
-    taps, _, waves = spectrum.shape
-    half = PANEL // 2
-    pairs = np.zeros((taps, 2, -(-waves // PANEL) * half), np.float32)
-    pairs[:, :, : waves // 2] = spectrum.reshape(taps, 2, waves // 2)
-    spectrum = pairs.reshape(taps, 2, -1, half).swapaxes(1, 2)
-    parts = []
-    for filter, bias in ((spectrum, np.zeros(spectrum[0].size)), *zip(arrays[::2], arrays[1::2], strict=True)):
+    half, count = len(spectrum) // 2, len(spectrum) // 4 + 1
+    cosines, sines = np.split(spectrum[:, 0], 2, axis=1)
+    waves = np.zeros((2 * half + 2, -(-count // FREQUENCIES) * FREQUENCIES))
+    waves[: half + 1, :count] = cosines[: half + 1, :count]
+    waves[half + 2 :, :count] = sines[:half, :count]
+    parts = [waves.reshape(len(waves), -1, FREQUENCIES).swapaxes(0, 1).ravel()]
+    for filter, bias in zip(arrays[::2], arrays[1::2], strict=True):
         rows = filter.reshape(-1, len(bias) // PANEL, PANEL)
         parts += [rows.swapaxes(0, 1).ravel(), bias]
     return np.concatenate(parts).astype(np.float32)

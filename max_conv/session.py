@@ -61,7 +61,9 @@ class Model:
         self._checked: Any = None  # dtypes and shapes of the last inputs, which most often come again
         devices = _accelerators(*inputs, *outputs)
         self._devices = {"cpu": CPU(), **{name: _device(name) for name in devices}}
-        self._model = _session(devices).init(compiled, weights_registry=self._weights)
+        model = _session(devices).init(compiled, weights_registry=self._weights)
+        # Behind `execute`, which looks once more at what a call of microseconds has looked at already.
+        self._execute = model._execute_device_tensors
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model.
@@ -87,7 +89,7 @@ class Model:
         if accelerator_count():
             buffers = [buffer.to(self._devices[port.device]) for buffer, port in zip(buffers, self.inputs, strict=True)]
         try:
-            results = first_run(self._model.execute, *buffers)
+            results = first_run(self._execute, buffers)
         except (ValueError, RuntimeError) as error:
             # The kernels' own sentences come wrapped in a page about the graph.
             if sentence := re.search(r"^(conv1d|conv_transpose1d|lstm|silero_vad): .*$", str(error), re.MULTILINE):
@@ -99,11 +101,9 @@ class Model:
                     "shorter than a filter reaches; pass a smaller batch or a longer input."
                 ) from None
             raise
-        if all(isinstance(value, ARRAYS) for value in values):
-            arrays: list[Any] = [r if r.dtype in NOT_IN_NUMPY else r.to_numpy() for r in results]
-        else:
-            arrays = list(results)
-        return arrays[0] if len(arrays) == 1 else tuple(arrays)
+        if all([isinstance(value, ARRAYS) for value in values]):
+            results = [r if r.dtype in NOT_IN_NUMPY else r.to_numpy() for r in results]
+        return results[0] if len(results) == 1 else tuple(results)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the compiled model with its weights to one file, which `load` reads without compiling.
@@ -379,8 +379,9 @@ def _buffer(value: Any, kind: str, name: str) -> Buffer:
     if isinstance(value, Buffer):
         return value if value.is_contiguous else value.contiguous()
     if isinstance(value, ARRAYS):
-        array = np.ascontiguousarray(value, value.dtype.newbyteorder("=")).reshape(np.shape(value))
-        return Buffer.from_numpy(array)
+        if type(value) is not np.ndarray or not value.flags.c_contiguous or not value.dtype.isnative:
+            value = np.ascontiguousarray(value, value.dtype.newbyteorder("=")).reshape(np.shape(value))
+        return Buffer.from_dlpack(value)
     if hasattr(value, "__dlpack__"):
         return Buffer.from_dlpack(value.detach().contiguous() if hasattr(value, "detach") else value)
     raise TypeError(f"model: {kind} {name!r} must be an array (NumPy or DLPack), but is a {type(value).__name__}.")

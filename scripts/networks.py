@@ -212,7 +212,8 @@ def silero(batch: int, chunks: int) -> Prepared:
             self.lstm_cell = torch.nn.LSTM(128, 128, batch_first=True)
             self.final_conv = torch.nn.Conv1d(128, 1, 1)
 
-        def forward(self, sound: Any, context: Any, hidden: Any, cell: Any) -> Any:
+        def forward(self, sound: Any, state: Any) -> Any:
+            context, hidden, cell = state.split([64, 128, 128], 1)
             count = sound.shape[1]
             ends = torch.cat([context[:, None], sound[:, :, 448:]], dim=1)
             x = torch.cat([ends[:, :-1], sound], dim=2).reshape(-1, 1, 576)
@@ -222,14 +223,14 @@ def silero(batch: int, chunks: int) -> Prepared:
                 x = torch.relu(getattr(self, f"conv{i}")(x))
             x, (hidden, cell) = self.lstm_cell(x.reshape(-1, count, 128), (hidden[None], cell[None]))
             x = torch.sigmoid(self.final_conv(torch.relu(x).transpose(1, 2)))[:, 0]
-            return x, ends[:, -1], hidden[0], cell[0]
+            return x, torch.cat([ends[:, -1], hidden[0], cell[0]], 1)
 
     network = Silero()
     with open_checkpoint(resolve(silero_vad.WEIGHTS)) as checkpoint:
         state = {name: torch.from_numpy(checkpoint.read(name).bits.view(np.float32)) for name in checkpoint.names}
     cells = {name: f"{name}_l0" for name in state if name.startswith("lstm_cell")}
     network.load_state_dict({cells.get(name, name): value for name, value in state.items()})
-    return Prepared(network.eval(), [noise(batch, chunks, 512, scale=0.1), *silero_vad.initial_state(batch)])
+    return Prepared(network.eval(), [noise(batch, chunks, 512, scale=0.1), silero_vad.initial_state(batch)])
 
 
 NETWORKS = {

@@ -1,6 +1,6 @@
 """Runs every CPU kernel against plain loops, on the processor that this was compiled for; prints what is wrong."""
 
-from std.math import ceildiv, sqrt
+from std.math import ceildiv, cos, pi, sin, sqrt
 from std.sys import exit
 from std.sys.info import simd_width_of
 
@@ -11,7 +11,7 @@ from kernels.lanes import PACK, FilterSteps, Memory, Operands, accumulator
 from kernels.lengthwise import conv1d_lengthwise
 from kernels.paired import conv1d_paired, has_pairs
 from kernels.points import Plan, TAPS, filter_points
-from kernels.silero import LINEAR, MAGNITUDE, RELU, Frames, Layer as FramesLayer, convolve
+from kernels.silero import FREQUENCIES, Frames, Layer as FramesLayer, convolve, fold, spectrum
 from kernels.transposed import Transposed, conv_transpose1d
 from kernels.winograd import conv1d_winograd
 
@@ -239,57 +239,43 @@ def compare_transposed[dtype: DType, kernel: StaticString, nlc: Bool](t: Transpo
     return False
 
 
-def compare_frames[kind: Int](chunks: Int, positions: Int, channels: Int, taps: Int, stride: Int, filters: Int) -> Bool:
+def compare_frames[relu: Bool](chunks: Int, positions: Int, channels: Int, taps: Int, stride: Int, filters: Int) -> Bool:
     """Runs a layer of Silero's network on frames of noise, and tells whether it is right."""
-    comptime columns = PACK // 2 if kind == MAGNITUDE else PACK
     var state = UInt64(11)
-    var pad = 0 if kind == MAGNITUDE else taps // 2
-    var x = Frames(Memory[DType.float32].unsafe_dangling(), positions, pad, channels)
-    var y = Frames(x.data, (positions + 2 * pad - taps) // stride + 1, 1, filters)
-    var panels = ceildiv(filters, columns)
+    var pad = taps // 2
+    var dangling = Memory[DType.float32].unsafe_dangling()
+    var layer = FramesLayer(dangling, dangling, taps, stride, pad, filters)
+    var x = Frames(dangling, positions, pad, channels)
+    var y = Frames(dangling, layer.positions(positions), 1, filters)
     var data = List[Float32](length=chunks * x.step(), fill=0)
     var out = List[Float32](length=chunks * y.step(), fill=0)
     var w = List[Float32]()
-    for _ in range(panels * taps * channels * PACK):
+    for _ in range(filters * taps * channels):
         w.append(noise(state).cast[DType.float32]())
     var bias = List[Float32]()
-    for _ in range(panels * PACK):
+    for _ in range(filters):
         bias.append(noise(state).cast[DType.float32]())
     x.data = data.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
     y.data = out.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    layer.w = w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    layer.bias = bias.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
     for n in range(chunks):
         for i in range(positions * channels):
             x.at(n, 0)[unsafe_offset=i] = noise(state).cast[DType.float32]()
-    var layer = FramesLayer(
-        w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-        bias.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-        taps,
-        stride,
-        pad,
-        filters,
-    )
-    convolve[kind](layer, x, y, chunks)
+    convolve[relu](layer, x, y, chunks)
 
     var worst = 0.0
     for n in range(chunks):
         for p in range(-1, y.positions + 1):
             for f in range(filters):
-                var sums = [0.0, 0.0]
-                for k in range(taps * channels):
-                    var value = x.at(n, p * stride - pad)[unsafe_offset=k].cast[DType.float64]() if (
-                        0 <= p < y.positions
-                    ) else 0.0
-                    var row = (f // columns * taps * channels + k) * PACK + f % columns
-                    sums[0] += value * w[row].cast[DType.float64]()
-                    comptime if kind == MAGNITUDE:
-                        sums[1] += value * w[row + columns].cast[DType.float64]()
-                var want = sums[0] + bias[f].cast[DType.float64]()
-                comptime if kind == MAGNITUDE:
-                    want = sqrt(sums[0] * sums[0] + sums[1] * sums[1])
-                elif kind == RELU:
-                    want = max(want, 0.0)
-                if not 0 <= p < y.positions:
-                    want = 0.0
+                var want = 0.0
+                if 0 <= p < y.positions:
+                    want = bias[f].cast[DType.float64]()
+                    for k in range(taps * channels):
+                        var value = w[(f // PACK * taps * channels + k) * PACK + f % PACK].cast[DType.float64]()
+                        want += x.at(n, p * stride - pad)[unsafe_offset=k].cast[DType.float64]() * value
+                    comptime if relu:
+                        want = max(want, 0.0)
                 var off = abs(y.at(n, p)[unsafe_offset=f].cast[DType.float64]() - want)
                 if not (off <= worst):  # NaN is kept
                     worst = off
@@ -299,7 +285,63 @@ def compare_frames[kind: Int](chunks: Int, positions: Int, channels: Int, taps: 
     _ = bias^
     if worst <= 1.5e-6 * sqrt(Float64(taps * channels)):
         return True
-    print("frames of kind", kind, "are off by", worst, "on", chunks, positions, channels, taps, stride, filters)
+    print("frames are off by", worst, "on", chunks, positions, channels, taps, stride, filters)
+    return False
+
+
+def compare_spectrum(chunks: Int, positions: Int, window: Int) -> Bool:
+    """Computes magnitudes of noise, and tells whether they are those of a discrete Fourier transform."""
+    var state = UInt64(12)
+    var half = window // 2
+    var rows = chunks * positions
+    var sound = List[Float32]()
+    for _ in range(rows * window):
+        sound.append(noise(state).cast[DType.float32]())
+    var panels = ceildiv(half // 2 + 1, FREQUENCIES)
+    var w = List[Float32](length=panels * (window + 2) * FREQUENCIES, fill=0)
+    for k in range(half // 2 + 1):
+        var to = k // FREQUENCIES * (window + 2) * FREQUENCIES + k % FREQUENCIES
+        for n in range(half + 1):
+            var angle = 2 * pi * Float64(n * k) / Float64(window)
+            var shape = 0.5 - 0.4 * cos(2 * pi * Float64(n) / Float64(window))
+            w[to + n * FREQUENCIES] = (shape * cos(angle)).cast[DType.float32]()
+            if n < half:
+                w[to + (half + 2 + n) * FREQUENCIES] = (shape * sin(angle)).cast[DType.float32]()
+    var folded = List[Float32](length=rows * (window + 2), fill=0)
+    var x = Frames(folded.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](), positions, 0, window + 2)
+    for row in range(rows):
+        var frame = sound.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]().unsafe_offset(row * window)
+        fold(frame, window, x.at(0, row))
+    var layer = FramesLayer(w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](), x.data, window, 1, 0, half + 1)
+    var y = Frames(x.data, positions, 1, half + 1)
+    var out = List[Float32](length=chunks * y.step(), fill=0)
+    y.data = out.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+    spectrum(layer, x, y, chunks)
+
+    var worst = 0.0
+    for n in range(chunks):
+        for p in range(-1, positions + 1):
+            for k in range(half + 1):
+                var real = 0.0
+                var imaginary = 0.0
+                if 0 <= p < positions:
+                    for i in range(window):
+                        var angle = 2 * pi * Float64(i * k) / Float64(window)
+                        var shape = 0.5 - 0.4 * cos(2 * pi * Float64(i) / Float64(window))
+                        var value = shape * sound[(n * positions + p) * window + i].cast[DType.float64]()
+                        real += value * cos(angle)
+                        imaginary += value * sin(angle)
+                var want = sqrt(real * real + imaginary * imaginary)
+                var off = abs(y.at(n, p)[unsafe_offset=k].cast[DType.float64]() - want)
+                if not (off <= worst):  # NaN is kept
+                    worst = off
+    _ = sound^
+    _ = w^
+    _ = folded^
+    _ = out^
+    if worst <= 1.5e-6 * sqrt(Float64(window)):
+        return True
+    print("magnitudes are off by", worst, "on", chunks, positions, window)
     return False
 
 
@@ -334,11 +376,12 @@ def main() raises:
             right = compare_transposed[DType.float32, kernel, False](t) and right
             runs += 1
     for chunks in [1, 3, 14, 33]:
-        right = compare_frames[MAGNITUDE](chunks, 50, 1, 20, 10, 37) and right
-        right = compare_frames[RELU](chunks, 4, 37, 3, 1, 64) and right
-        right = compare_frames[RELU](chunks, 4, 8, 3, 2, 32) and right
-        right = compare_frames[LINEAR](chunks, 1, 40, 1, 1, 96) and right
-        runs += 4
+        right = compare_frames[True](chunks, 4, 37, 3, 1, 64) and right
+        right = compare_frames[True](chunks, 4, 8, 3, 2, 32) and right
+        right = compare_frames[False](chunks, 1, 40, 1, 1, 96) and right
+        right = compare_spectrum(chunks, 3, 64) and right
+        right = compare_spectrum(chunks, 4, 192) and right
+        runs += 5
     print("right" if right else "wrong", runs)
     if not right:
         exit(1)

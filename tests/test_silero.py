@@ -101,7 +101,7 @@ def test_live_chunks_are_the_whole_file(model, audio, probabilities, step):
     chunks = np.pad(audio, (0, -len(audio) % CONFIG.hop)).reshape(1, -1, CONFIG.hop)
     state, answers = silero_vad.initial_state(1), []
     for first in range(0, chunks.shape[1], step):
-        answer, *state = model(chunks[:, first : first + step], *state)
+        answer, state = model(chunks[:, first : first + step], state)
         answers.append(answer[0])
     np.testing.assert_allclose(np.concatenate(answers), probabilities, rtol=0, atol=1e-6)
 
@@ -133,26 +133,36 @@ def test_layer_by_layer_is_all_in_one(audio, probabilities):
     np.testing.assert_allclose(layered, probabilities, rtol=0, atol=1e-5)
 
 
+def test_a_spectrum_of_other_filters():
+    # The one operation is for waves, of which it keeps a quarter.
+    weights = silero_vad.load_weights()
+    other = weights | {"stft_conv.weight": weights["stft_conv.weight"] + np.float32(0.01)}
+    assert [len(layers) for layers in silero_vad.build(CONFIG, other).emitted] == [1] * 8
+    graph = silero_vad.build(CONFIG, weights)
+    with pytest.raises(ValueError, match=r"^silero_vad: stft_conv\.weight is no windowed transform; build the graph"):
+        max_conv.compile(graph, weights=other)
+
+
 def test_a_chunk_is_needed(model):
     with pytest.raises(ValueError, match=r"^silero_vad: chunks must hold at least one chunk of each signal\.$"):
-        model(np.zeros((2, 0, 512), np.float32), *silero_vad.initial_state(2))
+        model(np.zeros((2, 0, 512), np.float32), silero_vad.initial_state(2))
 
 
 def test_no_signals(model):
-    probability, *state = model(np.zeros((0, 3, 512), np.float32), *silero_vad.initial_state(0))
-    assert probability.shape == (0, 3) and [part.shape for part in state] == [(0, 64), (0, 128), (0, 128)]
+    probability, state = model(np.zeros((0, 3, 512), np.float32), silero_vad.initial_state(0))
+    assert probability.shape == (0, 3) and state.shape == (0, 320)
 
 
 def test_not_a_number_spoils_what_follows(model, audio):
     sound = audio[: 20 * 512].copy()
     sound[5 * 512 + 100] = np.nan
-    probability, *_ = model(sound.reshape(1, -1, 512), *silero_vad.initial_state(1))
+    probability, _ = model(sound.reshape(1, -1, 512), silero_vad.initial_state(1))
     assert not np.isnan(probability[0, :5]).any() and np.isnan(probability[0, 5:]).all()
 
 
 def test_graph_is_described(model):
     shapes = [port.shape for port in model.inputs]
-    assert shapes == [("batch", "time", 512), ("batch", 64), ("batch", 128), ("batch", 128)]
+    assert shapes == [("batch", "time", 512), ("batch", 320)]
     assert {port.dtype for port in (*model.inputs, *model.outputs)} == {"float32"}
 
 

@@ -157,6 +157,31 @@ struct Panels[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
         return self.data.unsafe_offset(filter // self.lanes * self.lanes * self.rows + filter % self.lanes)
 
 
+struct Queue(Movable):
+    """Numbers of tasks, that threads take in turns and report when they have been done."""
+
+    var count: Int
+    var taken: Memory[DType.int64]
+    var done: Memory[DType.int64]
+    var counters: List[Int64]
+
+    def __init__(out self, count: Int):
+        self.count = count
+        self.counters = List[Int64](length=1 + count, fill=0)
+        self.taken = self.counters.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+        self.done = self.taken.unsafe_offset(1)
+
+    def take(self) -> Int:
+        """Returns the next number, from `count` on where there is none left."""
+        return Int(Atomic.fetch_add(self.taken, 1))
+
+    def finish(self, i: Int):
+        _ = Atomic.fetch_add(self.done.unsafe_offset(i), 1)
+
+    def finished(self, i: Int) -> Bool:
+        return Atomic.load(self.done.unsafe_offset(i)) > 0
+
+
 def spread[Task: def(Int) -> None, //](task: Task, tasks: Int, threads: Int):
     """Runs `task(0)` to `task(tasks - 1)`; a thread that is done takes the next one.
 

@@ -153,87 +153,102 @@ def lanes_of[dtype: DType, items: Int]() -> Int:
     return simd_width_of[dtype]() * (tile_vectors[dtype]() if items == 1 else 1)
 
 
-def advance_units[
-    dtype: DType, //, items: Int
-](s: Lstm[dtype], packed: Tiles[dtype], t: Int, first: Int, end: Int, begin: Int, stop: Int, states: Memory[dtype]):
-    """Takes the units from `first` to `end` through a step, of the batch items from `begin` to `stop`."""
-    comptime width = simd_width_of[dtype]()
-    comptime whole = lanes_of[dtype, items]()
-    var plain = Tiles(s.w, 1, GATES * s.units, s.units)
-    var unit = first
-    while unit + whole <= end:
-        for n in range(begin, stop, items):
-            tile[items, whole // width, False](s, packed, n, stop - n, t, unit, states)
-        unit += whole
-    while unit < end:
-        for n in range(begin, stop, items):
-            tile[items, 1, True](s, plain, n, stop - n, t, unit, states)
-        unit += width
+struct Sequence[dtype: DType, items: Int](Movable):
+    """A sequence that is being computed, `items` of the batch at a time."""
+
+    var s: Lstm[Self.dtype]
+    var w: Tiles[Self.dtype]
+    var states: Memory[Self.dtype]
+    var scratch: List[Scalar[Self.dtype]]
+
+    def __init__(out self, s: Lstm[Self.dtype], threads: Int):
+        """Copies the state, and lays out the weights of a long sequence."""
+        comptime lanes = lanes_of[Self.dtype, Self.items]()
+        var size = s.batch * s.units
+        var whole = s.units // lanes if s.steps >= LONG else 0
+        self.s = s
+        self.scratch = {unsafe_uninit_length = 3 * size + s.units * GATES * whole * lanes}
+        self.states = self.scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+        for i in range(size):
+            self.states[unsafe_offset=i] = s.hidden[unsafe_offset=i]
+            self.states[unsafe_offset=2 * size + i] = s.cell[unsafe_offset=i]
+        self.w = Tiles(s.w, 1, GATES * s.units, s.units)
+        if whole > 0:
+            self.w = Tiles(self.states.unsafe_offset(3 * size), GATES * s.units, GATES * lanes, lanes)
+
+            def lay(i: Int) {imm}:
+                self.lay_out(i * lanes)
+
+            spread(lay, whole, threads)
+
+    def lay_out(self, unit: Int):
+        """Lays out the weights of the tile of units from `unit` on, row by row, gate by gate."""
+        comptime width = simd_width_of[Self.dtype]()
+        var to = self.w.at(unit)
+        for k in range(self.s.units):
+            comptime for q in range(GATES):
+                var source = self.s.w.unsafe_offset((k * GATES + q) * self.s.units + unit)
+                comptime for j in range(0, lanes_of[Self.dtype, Self.items](), width):
+                    to.unsafe_store(source.unsafe_offset(j).unsafe_load[width=width]())
+                    to = to.unsafe_offset(width)
+
+    def step(self, t: Int, first: Int, end: Int, begin: Int, stop: Int):
+        """Takes the units from `first` to `end` through step `t`, of the batch items from `begin` to `stop`."""
+        comptime width = simd_width_of[Self.dtype]()
+        comptime whole = lanes_of[Self.dtype, Self.items]()
+        var plain = Tiles(self.s.w, 1, GATES * self.s.units, self.s.units)
+        var unit = first
+        while unit + whole <= end:
+            for n in range(begin, stop, Self.items):
+                tile[Self.items, whole // width, False](self.s, self.w, n, stop - n, t, unit, self.states)
+            unit += whole
+        while unit < end:
+            for n in range(begin, stop, Self.items):
+                tile[Self.items, 1, True](self.s, plain, n, stop - n, t, unit, self.states)
+            unit += width
+
+    def advance(self, i: Int, first: Int, end: Int):
+        """Takes the batch items of number `i` through the steps from `first` to `end`."""
+        for t in range(first, end):
+            self.step(t, 0, self.s.units, i * Self.items, min((i + 1) * Self.items, self.s.batch))
+
+    def finish(self):
+        """Writes the state after the last step."""
+        var size = self.s.batch * self.s.units
+        var last = self.states.unsafe_offset(self.s.steps % 2 * size)
+        for i in range(size):
+            self.s.last_hidden[unsafe_offset=i] = last[unsafe_offset=i]
+            self.s.last_cell[unsafe_offset=i] = self.states[unsafe_offset=2 * size + i]
 
 
-def pack[dtype: DType, //, items: Int](s: Lstm[dtype], tiles: Tiles[dtype], unit: Int):
-    """Lays out the weights of the tile of units from `unit` on, row by row, gate by gate."""
-    comptime width = simd_width_of[dtype]()
-    var to = tiles.at(unit)
-    for k in range(s.units):
-        comptime for q in range(GATES):
-            var source = s.w.unsafe_offset((k * GATES + q) * s.units + unit)
-            comptime for j in range(0, lanes_of[dtype, items](), width):
-                to.unsafe_store(source.unsafe_offset(j).unsafe_load[width=width]())
-                to = to.unsafe_offset(width)
-
-
-def sequence[dtype: DType, //, items: Int](s: Lstm[dtype], threads: Int):
+def compute[dtype: DType, //, items: Int](s: Lstm[dtype], threads: Int):
     """Computes a sequence: threads share the batch items, or the units of every step."""
     comptime lanes = lanes_of[dtype, items]()
-    var size = s.batch * s.units
-    var whole = s.units // lanes
-    var packs = s.steps >= LONG
-    var scratch = List[Scalar[dtype]](unsafe_uninit_length=3 * size + (s.units * GATES * whole * lanes if packs else 0))
-    var states = scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-    for i in range(size):
-        states[unsafe_offset=i] = s.hidden[unsafe_offset=i]
-        states[unsafe_offset=2 * size + i] = s.cell[unsafe_offset=i]
-
-    var w = Tiles(s.w, 1, GATES * s.units, s.units)
-    if packs:
-        w = Tiles(states.unsafe_offset(3 * size), GATES * s.units, GATES * lanes, lanes)
-
-        def lay(i: Int) {imm}:
-            pack[items](s, w, i * lanes)
-
-        spread(lay, whole, threads)
-
+    var sequence = Sequence[dtype, items](s, threads)
     if threads > 1 and s.units * s.units * GATES * size_of[Scalar[dtype]]() > NEAR:
-        var share = ceildiv(whole, threads) * lanes
+        var share = ceildiv(s.units // lanes, threads) * lanes
 
         def some_units(t: Int, i: Int) {imm}:
             var end = s.units if i == threads - 1 else min((i + 1) * share, s.units)
-            advance_units[items](s, w, t, min(i * share, end), end, 0, s.batch, states)
+            sequence.step(t, min(i * share, end), end, 0, s.batch)
 
         rounds(some_units, s.steps, threads, threads)
     else:
 
         def some_items(i: Int) {imm}:
-            for t in range(s.steps):
-                advance_units[items](s, w, t, 0, s.units, i * items, min((i + 1) * items, s.batch), states)
+            sequence.advance(i, 0, s.steps)
 
         spread(some_items, ceildiv(s.batch, items), threads)
-
-    var last = states.unsafe_offset(s.steps % 2 * size)
-    for i in range(size):
-        s.last_hidden[unsafe_offset=i] = last[unsafe_offset=i]
-        s.last_cell[unsafe_offset=i] = states[unsafe_offset=2 * size + i]
-    _ = scratch^
+    sequence.finish()
 
 
 def lstm_cpu[dtype: DType](s: Lstm[dtype]):
     """Computes a sequence on the CPU."""
     var threads = workers(s.batch * s.steps * GATES * s.units * s.units)
     if s.batch <= threads:
-        sequence[1](s, threads)
+        compute[1](s, threads)
     else:
-        sequence[ITEMS](s, threads)
+        compute[ITEMS](s, threads)
 
 
 def lstm_gpu[dtype: DType](s: Lstm[dtype], ctx: DeviceContext) raises:

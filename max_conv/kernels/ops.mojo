@@ -256,19 +256,15 @@ struct SileroVad:
     """Silero's network over (N, T, hop) chunks, on a CPU. `graphs/silero_vad.py` makes what it reads.
 
     `sizes` has taps, stride, padding and filters of each layer, `weights` its panels and its bias, `head` the last
-    layer's filter and its bias. The context, the hidden and the cell state of the last chunk come back for the next call.
+    layer's filter and its bias. A row of `state` holds the samples before the first chunk, the hidden and the cell state.
     """
 
     @staticmethod
     def execute(
         probability: OutputTensor[dtype=DType.float32, rank=2, ...],
-        last_context: OutputTensor[dtype=DType.float32, rank=2, ...],
-        last_hidden: OutputTensor[dtype=DType.float32, rank=2, ...],
-        last_cell: OutputTensor[dtype=DType.float32, rank=2, ...],
+        last_state: OutputTensor[dtype=DType.float32, rank=2, ...],
         chunks: InputTensor[dtype=DType.float32, rank=3, ...],
-        context: InputTensor[dtype=DType.float32, rank=2, ...],
-        hidden: InputTensor[dtype=DType.float32, rank=2, ...],
-        cell: InputTensor[dtype=DType.float32, rank=2, ...],
+        state: InputTensor[dtype=DType.float32, rank=2, ...],
         sizes: InputTensor[dtype=DType.int64, rank=2, ...],
         weights: InputTensor[dtype=DType.float32, rank=1, ...],
         w_hh: InputTensor[dtype=DType.float32, rank=2, ...],
@@ -277,14 +273,16 @@ struct SileroVad:
     ) raises:
         var batch = chunks.dim_size(0)
         var steps = chunks.dim_size(1)
+        var units = w_hh.dim_size(0)
         if steps == 0:
             raise Error("silero_vad: chunks must hold at least one chunk of each signal.")
         var net = Network(
             chunks.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            context.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            state.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            state.dim_size(1),
             steps,
             chunks.dim_size(2),
-            context.dim_size(1),
+            state.dim_size(1) - 2 * units,
             Int(reflected),
             [],
         )
@@ -293,23 +291,11 @@ struct SileroVad:
             next = net.add(Int(sizes[i, 0]), Int(sizes[i, 1]), Int(sizes[i, 2]), Int(sizes[i, 3]), next)
         if next != weights.unsafe_ptr().unsafe_offset(weights.dim_size(0)):
             raise Error("silero_vad: the weights do not fit their sizes")
-        var memory = Lstm[DType.float32](
-            net.chunks,
-            w_hh.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            hidden.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            cell.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            net.chunks,
-            last_hidden.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            last_cell.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            batch=batch,
-            steps=steps,
-            rows=steps,
-            units=w_hh.dim_size(0),
-        )
+        var w = w_hh.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
         silero_vad(
             net,
-            memory,
+            Lstm[DType.float32](w, w, w, w, w, w, w, batch=batch, steps=steps, rows=steps, units=units),
             head.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
             probability.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            last_context.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            last_state.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
         )

@@ -3,16 +3,17 @@
 Its layers are so small that on a live chunk MAX takes longer to pass from one operation to the next than they take to
 compute. Here a few chunks go through all layers together, in memory that stays in the cache, and the LSTM follows.
 
-Filters stand in panels, (panels, taps * channels, 32). A panel of the spectrum holds the cosines of 16 frequencies and
-then their sines, so that magnitudes are made of sums that are still in registers.
+Filters stand in panels, (panels, taps * channels, 32), those of the spectrum as `spectrum_tile` tells.
 """
 
 from std.math import ceildiv, sqrt
 from std.sys.info import simd_width_of
 
+from max.algorithm import sync_parallelize
+
 from .dense import VECTORS, accumulate, tile_rows
-from .lanes import PACK, Memory, Scratch, load, spread, store, workers
-from .lstm import GATES, Lstm, lstm_cpu, sigmoid
+from .lanes import PACK, Memory, Queue, Scratch, load, spread, store, workers
+from .lstm import GATES, Lstm, Sequence, lstm_cpu, sigmoid
 
 comptime F32 = DType.float32
 comptime WIDTH = simd_width_of[F32]()
@@ -20,11 +21,8 @@ comptime PANEL_VECTORS = PACK // WIDTH
 comptime ROWS = tile_rows[F32]() * VECTORS // PANEL_VECTORS
 """Rows of a register tile, and chunks that go through the layers together."""
 comptime FEW_ROWS = 4
-
-comptime MAGNITUDE = 0
-"""What the first layer gives: of its sums in pairs. The last layer is linear, the projection to the LSTM's gates."""
-comptime RELU = 1
-comptime LINEAR = 2
+comptime FREQUENCIES = 16
+"""Frequencies of a panel of the spectrum."""
 
 
 @fieldwise_init
@@ -37,6 +35,11 @@ struct Layer(ImplicitlyCopyable, TrivialRegisterPassable):
     var stride: Int
     var pad: Int
     var filters: Int
+
+    @always_inline
+    def positions(self, given: Int) -> Int:
+        """Returns those of its output."""
+        return (given + 2 * self.pad - self.taps) // self.stride + 1
 
 
 @fieldwise_init
@@ -63,28 +66,38 @@ struct Network(Copyable):
     """The input and the weights of a call."""
 
     var chunks: Memory[F32]  # (batch, steps, hop)
-    var context: Memory[F32]  # (batch, before): the samples before the first chunk
+    var state: Memory[F32]  # (batch, state_size): first the samples before the first chunk
+    var state_size: Int
     var steps: Int
     var hop: Int
     var before: Int
     var reflected: Int
-    var layers: List[Layer]
+    var layers: List[Layer]  # the first is the spectrum
 
     def add(mut self, taps: Int, stride: Int, pad: Int, filters: Int, w: Memory[F32]) -> Memory[F32]:
         """Adds a layer whose panels and bias stand at `w`; returns where they end."""
-        var channels = self.layers[len(self.layers) - 1].filters if self.layers else 1
-        var panels = ceildiv(filters, PACK if self.layers else PACK // 2)
-        var bias = w.unsafe_offset(panels * taps * channels * PACK)
+        var panel_size = (taps + 2) * FREQUENCIES
+        var panels = ceildiv(taps // 4 + 1, FREQUENCIES)
+        var filters_in_panels = 0
+        if self.layers:
+            panel_size = taps * self.layers[len(self.layers) - 1].filters * PACK
+            panels = ceildiv(filters, PACK)
+            filters_in_panels = panels * PACK
+        var bias = w.unsafe_offset(panels * panel_size)
         self.layers.append(Layer(w, bias, taps, stride, pad, filters))
-        return bias.unsafe_offset(panels * PACK)
+        return bias.unsafe_offset(filters_in_panels)
+
+    def samples(self) -> Int:
+        """Those of a chunk, with what stands before and behind it."""
+        return self.before + self.hop + self.reflected
 
     def multiplications(self) -> Int:
         """Those of a chunk, roughly: every layer's filters once a position."""
         var count = 0
-        var positions = self.before + self.hop + self.reflected
+        var positions = self.samples()
         var channels = 1
         for layer in self.layers:
-            positions = (positions + 2 * layer.pad - layer.taps) // layer.stride + 1
+            positions = layer.positions(positions)
             count += positions * layer.taps * channels * layer.filters
             channels = layer.filters
         return count
@@ -94,7 +107,7 @@ struct Network(Copyable):
         var chunk = self.chunks.unsafe_offset(n * self.hop)
         var before = chunk.unsafe_offset(-self.before)
         if n % self.steps == 0:
-            before = self.context.unsafe_offset(n // self.steps * self.before)
+            before = self.state.unsafe_offset(n // self.steps * self.state_size)
         var end = self.before + self.hop
         for i in range(self.before):
             to[unsafe_offset=i] = before[unsafe_offset=i]
@@ -102,6 +115,104 @@ struct Network(Copyable):
             to[unsafe_offset=self.before + i] = chunk[unsafe_offset=i]
         for i in range(self.reflected):
             to[unsafe_offset=end + i] = to[unsafe_offset=end - 2 - i]
+
+
+struct Room(Movable):
+    """What a thread needs to take chunks through the layers: a chunk's sound, and the input of every layer."""
+
+    var sound: Memory[F32]
+    var frames: List[Frames]
+    var scratch: Scratch[F32]
+
+    def __init__(out self, net: Network, chunks: Int):
+        self.frames = []
+        var positions = net.samples()
+        var channels = net.layers[0].taps + 2
+        var size = positions
+        for i in range(len(net.layers)):
+            var layer = net.layers[i]
+            if i == 0:  # its frames are folded: they stand side by side
+                positions = layer.positions(positions)
+            self.frames.append(Frames(net.chunks, positions, layer.pad, channels))
+            size += chunks * self.frames[i].step()
+            if i > 0:
+                positions = layer.positions(positions)
+            channels = layer.filters
+        self.scratch = Scratch[F32](size)
+        self.sound = self.scratch.data()
+        for i in range(size):
+            self.sound[unsafe_offset=i] = 0
+        var next = self.sound.unsafe_offset(net.samples())
+        for ref frames in self.frames:
+            frames.data = next
+            next = next.unsafe_offset(chunks * frames.step())
+
+
+def fold(x: Memory[F32], window: Int, to: Memory[F32]):
+    """Writes what the cosines of a spectrum see of a frame and then what its sines see.
+
+    Those are the sums and the differences of samples that mirror each other about the middle: `window / 2 + 2` and
+    `window / 2` values, an even number of each.
+    """
+    var half = window // 2
+    var differences = to.unsafe_offset(half + 2)
+    to[unsafe_offset=0] = x[unsafe_offset=0]
+    to[unsafe_offset=half] = x[unsafe_offset=half]
+    to[unsafe_offset=half + 1] = 0
+    differences[unsafe_offset=0] = 0
+    for n in range(1, half, WIDTH):
+        var a = x.unsafe_offset(n).unsafe_load[width=WIDTH]()
+        var b = x.unsafe_offset(window - n - WIDTH + 1).unsafe_load[width=WIDTH]().reversed()
+        store[F32, WIDTH, True](to.unsafe_offset(n), a + b, half - n)
+        store[F32, WIDTH, True](differences.unsafe_offset(n), a - b, half - n)
+
+
+@always_inline
+def spectrum_tile[rows: Int](layer: Layer, x: Frames, y: Frames, row: Int, first: Int):
+    """Computes the magnitudes of `WIDTH` frequencies from `first` on, and of those that mirror them, of some rows.
+
+    The waves of frequencies k and window / 2 - k differ in the sign of every second sample: what even and what odd
+    samples add is summed apart, and makes both. A panel, (window + 2, 16), holds the cosines and then the sines of 16
+    frequencies up to window / 4, a row for each value of a folded frame.
+    """
+    var half = layer.taps // 2
+    var sum = Array[SIMD[F32, WIDTH], 4 * rows](fill=SIMD[F32, WIDTH](0))
+    var panel = first // FREQUENCIES
+    var w = layer.w.unsafe_offset(panel * (layer.taps + 2) * FREQUENCIES + first % FREQUENCIES)
+    var values = x.data.unsafe_offset(row * x.channels)
+    comptime for part in range(2):
+        for _ in range(half // 2 + 1 - part):
+            comptime for odd in range(2):
+                var b = w.unsafe_offset(odd * FREQUENCIES).unsafe_load[width=WIDTH]()
+                comptime for i in range(rows):
+                    comptime at = (part * 2 + odd) * rows + i
+                    sum[at] = SIMD[F32, WIDTH](values[unsafe_offset=i * x.channels + odd]).fma(b, sum[at])
+            w = w.unsafe_offset(2 * FREQUENCIES)
+            values = values.unsafe_offset(2)
+    comptime for i in range(rows):
+        var to = y.at((row + i) // y.positions, (row + i) % y.positions)
+        var real = sum[i] + sum[rows + i]
+        var imaginary = sum[2 * rows + i] + sum[3 * rows + i]
+        var magnitude = sqrt(real.fma(real, imaginary * imaginary))
+        store[F32, WIDTH, True](to.unsafe_offset(first), magnitude, half // 2 + 1 - first)
+        if first < half // 2:
+            real = sum[i] - sum[rows + i]
+            imaginary = sum[2 * rows + i] - sum[3 * rows + i]
+            magnitude = sqrt(real.fma(real, imaginary * imaginary))
+            to.unsafe_offset(half - first - WIDTH + 1).unsafe_store(magnitude.reversed())
+
+
+def spectrum(layer: Layer, x: Frames, y: Frames, chunks: Int):
+    """Computes the magnitudes of some chunks' folded frames."""
+    var rows = chunks * y.positions
+    for first in range(0, layer.taps // 4 + 1, WIDTH):
+        var row = 0
+        while row + FEW_ROWS <= rows:
+            spectrum_tile[FEW_ROWS](layer, x, y, row, first)
+            row += FEW_ROWS
+        while row < rows:
+            spectrum_tile[1](layer, x, y, row, first)
+            row += 1
 
 
 @fieldwise_init
@@ -127,52 +238,41 @@ def rectified(x: SIMD[F32, WIDTH]) -> SIMD[F32, WIDTH]:
 
 
 @always_inline
-def tile[rows: Int, kind: Int](p: Product, row: Int, panel: Int):
+def tile[rows: Int, relu: Bool](p: Product, row: Int, panel: Int):
     """Multiplies `rows` rows from `row` on with a panel."""
-    comptime half = PANEL_VECTORS // 2
     var sum = Array[SIMD[F32, WIDTH], rows * PANEL_VECTORS](fill=SIMD[F32, WIDTH](0))
-    comptime if kind != MAGNITUDE:
-        comptime for j in range(PANEL_VECTORS):
-            var bias = p.bias.unsafe_offset(panel * PACK + j * WIDTH).unsafe_load[width=WIDTH]()
-            comptime for i in range(rows):
-                sum[i * PANEL_VECTORS + j] = bias
+    comptime for j in range(PANEL_VECTORS):
+        var bias = p.bias.unsafe_offset(panel * PACK + j * WIDTH).unsafe_load[width=WIDTH]()
+        comptime for i in range(rows):
+            sum[i * PANEL_VECTORS + j] = bias
     var x = p.x.unsafe_offset(row * p.x_step)
     var w = p.w.unsafe_offset(panel * p.panel_size)
     accumulate[rows, PANEL_VECTORS, False](sum, x, 0, p.x_step, w, 0, PACK, 1, p.terms, WIDTH)
     comptime for i in range(rows):
-        comptime if kind == MAGNITUDE:
-            var first = panel * half * WIDTH
-            comptime for j in range(half):
-                var real = sum[i * PANEL_VECTORS + j]
-                var imaginary = sum[i * PANEL_VECTORS + half + j]
-                var value = sqrt(real.fma(real, imaginary * imaginary))
-                var to = p.y.unsafe_offset((row + i) * p.y_step + first + j * WIDTH)
-                store[F32, WIDTH, True](to, value, p.columns - first - j * WIDTH)
-        else:
-            comptime for j in range(PANEL_VECTORS):
-                var value = sum[i * PANEL_VECTORS + j]
-                comptime if kind == RELU:
-                    value = rectified(value)
-                p.y.unsafe_offset((row + i) * p.y_step + panel * PACK + j * WIDTH).unsafe_store(value)
+        comptime for j in range(PANEL_VECTORS):
+            var value = sum[i * PANEL_VECTORS + j]
+            comptime if relu:
+                value = rectified(value)
+            p.y.unsafe_offset((row + i) * p.y_step + panel * PACK + j * WIDTH).unsafe_store(value)
 
 
-def multiply[kind: Int](p: Product):
+def multiply[relu: Bool](p: Product):
     """Multiplies all rows with all panels."""
-    for panel in range(ceildiv(p.columns, PACK // 2 if kind == MAGNITUDE else PACK)):
+    for panel in range(p.columns // PACK):
         var row = 0
         while row + ROWS <= p.rows:
-            tile[ROWS, kind](p, row, panel)
+            tile[ROWS, relu](p, row, panel)
             row += ROWS
         while row + FEW_ROWS <= p.rows:
-            tile[FEW_ROWS, kind](p, row, panel)
+            tile[FEW_ROWS, relu](p, row, panel)
             row += FEW_ROWS
         while row < p.rows:
-            tile[1, kind](p, row, panel)
+            tile[1, relu](p, row, panel)
             row += 1
 
 
-def convolve[kind: Int](layer: Layer, x: Frames, y: Frames, chunks: Int):
-    """Computes a layer of some chunks."""
+def convolve[relu: Bool](layer: Layer, x: Frames, y: Frames, chunks: Int):
+    """Computes a layer of some chunks, whose filters fill their panels."""
     var all_terms = layer.taps * x.channels
     var p = Product(
         x.data, layer.stride * x.channels, y.positions, layer.w, all_terms, all_terms * PACK, layer.bias, y.data,
@@ -182,7 +282,7 @@ def convolve[kind: Int](layer: Layer, x: Frames, y: Frames, chunks: Int):
         for n in range(chunks):
             p.x = x.at(n, -layer.pad)
             p.y = y.at(n, 0)
-            multiply[kind](p)
+            multiply[relu](p)
         return
     # One position of all chunks at a time, without its taps in the padding.
     p.x_step = x.step()
@@ -196,57 +296,76 @@ def convolve[kind: Int](layer: Layer, x: Frames, y: Frames, chunks: Int):
         p.w = layer.w.unsafe_offset(first_tap * x.channels * PACK)
         p.terms = taps * x.channels
         p.y = y.at(0, position)
-        multiply[kind](p)
+        multiply[relu](p)
 
 
-def features(net: Network, first: Int, end: Int, gates: Memory[F32]):
+def features(net: Network, room: Room, first: Int, end: Int, gates: Memory[F32]):
     """Takes the chunks from `first` to `end` through all layers; `gates` is (chunks, 4 * units)."""
-    var frames: List[Frames] = [Frames(gates, net.before + net.hop + net.reflected, 0, 1)]
-    var most = min(ROWS, end - first)
-    var size = 0
+    ref frames = room.frames
+    var window = net.layers[0].taps
+    for n in range(end - first):
+        net.sound(first + n, room.sound)
+        for position in range(frames[0].positions):
+            fold(room.sound.unsafe_offset(position * net.layers[0].stride), window, frames[0].at(n, position))
+    spectrum(net.layers[0], frames[0], frames[1], end - first)
     var last = len(net.layers) - 1
-    for i in range(last + 1):
-        var layer = net.layers[i]
-        frames[i].pad = layer.pad
-        size += most * frames[i].step()
-        var positions = (frames[i].positions + 2 * layer.pad - layer.taps) // layer.stride + 1
-        frames.append(Frames(gates, positions, 0, layer.filters))
-    var scratch = Scratch[F32](size)
-    var next = scratch.data()
-    for i in range(size):
-        next[unsafe_offset=i] = 0
-    for i in range(last + 1):
-        frames[i].data = next
-        next = next.unsafe_offset(most * frames[i].step())
-
-    for chunk in range(first, end, ROWS):
-        var chunks = min(ROWS, end - chunk)
-        for n in range(chunks):
-            net.sound(chunk + n, frames[0].at(n, 0))
-        frames[last + 1].data = gates.unsafe_offset(chunk * frames[last + 1].step())
-        convolve[MAGNITUDE](net.layers[0], frames[0], frames[1], chunks)
-        for i in range(1, last):
-            convolve[RELU](net.layers[i], frames[i], frames[i + 1], chunks)
-        convolve[LINEAR](net.layers[last], frames[last], frames[last + 1], chunks)
-    _ = scratch^
+    for i in range(1, last):
+        convolve[True](net.layers[i], frames[i], frames[i + 1], end - first)
+    var size = net.layers[last].filters
+    var to = Frames(gates.unsafe_offset(first * size), 1, 0, size)
+    convolve[False](net.layers[last], frames[last], to, end - first)
 
 
-def silero_vad(net: Network, var s: Lstm[F32], head: Memory[F32], probability: Memory[F32], context: Memory[F32]):
-    """Computes a call. `s` lacks what is made here: the place of its input and its output."""
+def silero_vad(net: Network, var s: Lstm[F32], head: Memory[F32], probability: Memory[F32], last_state: Memory[F32]):
+    """Computes a call. `s` lacks what is made here: the places of its input, its output and its state."""
     var chunks = s.batch * s.steps
-    var room = Scratch[F32](chunks * (GATES + 1) * s.units)
+    var size = s.batch * s.units
+    var room = Scratch[F32](chunks * (GATES + 1) * s.units + 4 * size)
     s.x = room.data()
     s.output = s.x.unsafe_offset(chunks * GATES * s.units)
+    s.hidden = s.output.unsafe_offset(chunks * s.units)
+    s.cell = s.hidden.unsafe_offset(size)
+    s.last_hidden = s.cell.unsafe_offset(size)
+    s.last_cell = s.last_hidden.unsafe_offset(size)
+    for n in range(s.batch):
+        var memory = net.state.unsafe_offset(n * net.state_size + net.before)
+        for i in range(s.units):
+            s.hidden[unsafe_offset=n * s.units + i] = memory[unsafe_offset=i]
+            s.cell[unsafe_offset=n * s.units + i] = memory[unsafe_offset=s.units + i]
+
     var threads = workers(chunks * net.multiplications())
-    var share = max(ceildiv(chunks, threads), 1)
-    if share > ROWS:  # each task makes room of its own: few tasks, and enough to go round evenly
-        share = ceildiv(ceildiv(chunks, ROWS), 4 * threads) * ROWS
+    var share = min(max(ceildiv(chunks, threads), 1), ROWS)
+    var tasks = Queue(ceildiv(chunks, share))
 
-    def some(i: Int) {imm}:
-        features(net, i * share, min((i + 1) * share, chunks), s.x)
+    def some(room: Room, i: Int) {imm}:
+        features(net, room, i * share, min((i + 1) * share, chunks), s.x)
+        tasks.finish(i)
 
-    spread(some, ceildiv(chunks, share), threads)
-    lstm_cpu(s)
+    def work(thread: Int) {imm}:
+        var room = Room(net, share)
+        if thread == 0 and s.batch == 1:
+            # The LSTM of one signal follows close behind: it helps with the chunks that it waits for.
+            var sequence = Sequence[F32, 1](s, 1)
+            for i in range(tasks.count):
+                while not tasks.finished(i):
+                    var next = tasks.take()
+                    if next < tasks.count:
+                        some(room, next)
+                sequence.advance(0, i * share, min((i + 1) * share, chunks))
+            sequence.finish()
+        while True:
+            var next = tasks.take()
+            if next >= tasks.count:
+                break
+            some(room, next)
+        _ = room^
+
+    if threads == 1:
+        work(0)
+    else:
+        sync_parallelize(work, threads)
+    if s.batch > 1:
+        lstm_cpu(s)
     for i in range(chunks):
         var sum = SIMD[F32, WIDTH](0)
         for unit in range(0, s.units, WIDTH):
@@ -255,6 +374,11 @@ def silero_vad(net: Network, var s: Lstm[F32], head: Memory[F32], probability: M
         probability[unsafe_offset=i] = sigmoid(sum.reduce_add() + head[unsafe_offset=s.units])
     for n in range(s.batch):
         var end = net.chunks.unsafe_offset((n + 1) * s.steps * net.hop - net.before)
+        var to = last_state.unsafe_offset(n * net.state_size)
         for i in range(net.before):
-            context[unsafe_offset=n * net.before + i] = end[unsafe_offset=i]
+            to[unsafe_offset=i] = end[unsafe_offset=i]
+        for i in range(s.units):
+            to[unsafe_offset=net.before + i] = s.last_hidden[unsafe_offset=n * s.units + i]
+            to[unsafe_offset=net.before + s.units + i] = s.last_cell[unsafe_offset=n * s.units + i]
     _ = room^
+    _ = tasks^
