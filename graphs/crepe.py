@@ -140,8 +140,8 @@ def build(
         batch, frames = sound.shape[0], (sound.shape[1] - config.window) // config.hop + 1
         x = ops.cast(_normalised(_framed(config, sound, frames)), dtype)
         x = ops.reshape(x, [batch * frames, config.window, 1])
-        parts = [x]
-        for layer in range(1, 7):
+        parts = _first_layer(config, w, x)
+        for layer in range(2, 7):
             parts = _layer(config, w, parts, layer)
         (x,) = parts
         x = ops.reshape(x, [batch, frames, x.shape[1] * x.shape[2]])
@@ -175,10 +175,32 @@ def _normalised(frames: TensorValue) -> TensorValue:
 
 def _taps(config: Config, layer: int) -> tuple[int, int]:
     """Returns which taps of a layer see anything but padding: of the last, with 8 positions, 15 of 64."""
-    if layer == 1:
-        return 0, 512
     length = config.window // 4 >> (layer - 1)
     return max(0, 32 - length), min(64, 31 + length)
+
+
+def _first_layer(config: Config, w: Weights, x: TensorValue) -> list[TensorValue]:
+    """Convolves, (N, window, 1) to (N, window / 8, F), with ReLU, batch norm and pooling of pairs.
+
+    Every second output comes from a convolution of its own, so that pairs are pooled as they are stored.
+    """
+    filters, stride, left, right = config.filters[0], 4, 254, 254
+    scale, shift = _batch_norm(w, "conv1")
+    size = filters // _parts(config, 2)
+
+    def part(first: int) -> TensorValue:
+        own = slice(first, first + size)
+        kernel, bias = (
+            w.make(f"conv1.{kind}.{first}", lambda array: np.ascontiguousarray(array[..., own]), f"conv1.{kind}")
+            for kind in ("weight", "bias")
+        )
+        halves = (
+            conv1d(x, kernel, bias, stride=2 * stride, padding=(left - late, right - stride + late))
+            for late in (0, stride)
+        )
+        return ops.max(*(ops.max(half, 0.0) * scale[own] + shift[own] for half in halves))
+
+    return [part(first) for first in range(0, filters, size)]
 
 
 def _layer(config: Config, w: Weights, parts: list[TensorValue], layer: int) -> list[TensorValue]:
@@ -190,7 +212,6 @@ def _layer(config: Config, w: Weights, parts: list[TensorValue], layer: int) -> 
     name = f"conv{layer}"
     begin, end = _taps(config, layer)
     filters = config.filters[layer - 1]
-    stride, left, right = (4, 254, 254) if layer == 1 else (1, 31 - begin, end - 32)
     # The kernel wants 32 filters: narrow layers compute pairs of outputs side by side.
     pairs = filters < 32
 
@@ -205,7 +226,7 @@ def _layer(config: Config, w: Weights, parts: list[TensorValue], layer: int) -> 
         seen = slice(begin, end), slice(i * channels, (i + 1) * channels)
         kernel = w.make(f"{name}.weight.{i}", lambda array, seen=seen: filter(array[seen]), f"{name}.weight")
         bias = None if i else w.make(f"{name}.bias.pairs", lambda array: np.tile(array, 1 + pairs), f"{name}.bias")
-        y = conv1d(x, kernel, bias, stride=stride * (1 + pairs), padding=(left, right))
+        y = conv1d(x, kernel, bias, stride=1 + pairs, padding=(31 - begin, end - 32))
         total = y if total is None else total + y
     assert total is not None, "there are channels"
     y = ops.reshape(total, [total.shape[0], config.window // 4 >> layer, 2 * filters])

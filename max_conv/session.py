@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from max import nn
@@ -27,6 +27,8 @@ from .idle import first_run
 from .packing import PackedGraph, aligned, cpu_features
 
 FORMAT = 1
+PIECE = 1 << 20
+"""Bytes of a saved model that are read at a time."""
 NOT_IN_NUMPY = (DType.bfloat16,)
 ARRAYS = (np.ndarray, np.generic)
 
@@ -270,10 +272,10 @@ def load(path: str | os.PathLike) -> Model:
                     f"load: {path} has format {meta['format']}, but this max_conv reads {FORMAT}; save it again."
                 )
             _check_machine(path, meta)
-            weights = {
-                entry["name"]: _from_bytes(file.read(f"weights/{number}"), entry)
-                for number, entry in enumerate(meta["weights"])
-            }
+            weights = {}
+            for number, entry in enumerate(meta["weights"]):
+                with file.open(f"weights/{number}") as values:
+                    weights[entry["name"]] = _read(values, file.getinfo(f"weights/{number}").file_size, entry)
             ports = [
                 [Port(**(entry | {"shape": tuple(entry["shape"])})) for entry in meta[key]]
                 for key in ("inputs", "outputs")
@@ -392,7 +394,10 @@ def _bytes_of(buffer: Buffer) -> np.ndarray:
     return host.view(DType.uint8, [host.num_elements * host.dtype.size_in_bytes]).to_numpy()
 
 
-def _from_bytes(data: bytes, entry: Mapping[str, Any]) -> Buffer:
-    room = aligned((len(data),), np.uint8)
-    room[:] = np.frombuffer(data, np.uint8)
+def _read(file: IO[bytes], size: int, entry: Mapping[str, Any]) -> Buffer:
+    """Returns the values in a file, which are never in memory twice."""
+    room = aligned((size,), np.uint8)
+    for start in range(0, size, PIECE):
+        piece = file.read(min(PIECE, size - start))
+        room[start : start + len(piece)] = np.frombuffer(piece, np.uint8)
     return Buffer.from_numpy(room).view(DType[entry["dtype"]], entry["shape"])
