@@ -96,6 +96,10 @@ class Weights:
         filter = self.make(matrix, lambda array: np.ascontiguousarray(array.T[None]), matrix)
         return conv1d(x, filter, self._bias(name))
 
+    def transposed(self, name: str) -> TensorValue:
+        """Returns the transpose of a matrix."""
+        return self.make(name, lambda array: np.ascontiguousarray(array.T), name)
+
     def layer_norm(self, x: TensorValue, name: str, epsilon: float = 1e-5) -> TensorValue:
         """Normalises the channels."""
         return ops.layer_norm(x, self[f"{name}.weight"], self[f"{name}.bias"], epsilon)
@@ -111,10 +115,7 @@ class Weights:
         self, x: TensorValue, hidden: TensorValue, cell: TensorValue, suffix: str = ""
     ) -> tuple[TensorValue, TensorValue, TensorValue]:
         """Runs an LSTM from a given memory; returns its outputs and its memory after the last step."""
-        w_ih, w_hh = (
-            self.make(f"{name}{suffix}", lambda array: np.ascontiguousarray(array.T), f"{name}{suffix}")
-            for name in ("weight_ih", "weight_hh")
-        )
+        w_ih, w_hh = (self.transposed(f"{name}{suffix}") for name in ("weight_ih", "weight_hh"))
         bias = self.make(f"bias{suffix}", np.add, f"bias_ih{suffix}", f"bias_hh{suffix}")
         return lstm(x, w_ih, w_hh, bias, hidden, cell)
 

@@ -242,7 +242,7 @@ def _in_one(config: Config, w: Weights, chunks: TensorValue, state: TensorValue)
     convolutions = [f"conv{i}.{kind}" for i in range(1, len(config.layers) + 1) for kind in ("weight", "bias")]
     gates = [f"lstm_cell.{name}" for name in ("weight_ih", "bias_ih", "bias_hh")]
     panels = w.make("silero_vad.panels", _panels, "stft_conv.weight", *convolutions, *gates)
-    w_hh = w.make("lstm_cell.weight_hh", lambda array: np.ascontiguousarray(array.T), "lstm_cell.weight_hh")
+    w_hh = w.transposed("lstm_cell.weight_hh")
     head = w.make("final_conv", np.append, "final_conv.weight", "final_conv.bias")
     numbers = [ops.constant(value, DType.int64, device=w.device) for value in (np.array(rows), config.reflected)]
     record(

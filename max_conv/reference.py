@@ -55,13 +55,12 @@ def conv1d_ref(
     line = np.concatenate([x, np.zeros((batch, 1, x.shape[2]))], axis=1)[:, [length if r is None else r for r in rows]]
 
     starts = np.arange(geometry.output_length(length)) * stride
-    out = np.zeros((batch, len(starts), filters))
-    group_filters = filters // groups
-    for g in range(groups):
-        channels = slice(g * group_channels, (g + 1) * group_channels)
-        to = slice(g * group_filters, (g + 1) * group_filters)
-        for k in range(taps):
-            out[:, :, to] += line[:, starts + k * dilation, channels] @ w[k, :, to]
+    parts = line.reshape(batch, line.shape[1], groups, group_channels).swapaxes(1, 2)
+    w = w.reshape(taps, group_channels, groups, filters // groups).swapaxes(1, 2)
+    out = np.zeros((batch, groups, len(starts), filters // groups))
+    for k in range(taps):
+        out += parts[:, :, starts + k * dilation] @ w[k]
+    out = out.swapaxes(1, 2).reshape(batch, len(starts), filters)
     if bias is not None:
         out += np.asarray(bias, np.float64)
     return permute(out, "NLC", layout)

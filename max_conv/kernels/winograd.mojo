@@ -140,6 +140,47 @@ def tile[
             sums.unsafe_offset(i * width).unsafe_store(SIMD[acc, width](0))
 
 
+@no_inline
+def transform_block[
+    dtype: DType, acc: DType, //, nlc: Bool
+](
+    g: Geometry,
+    plan: Plan,
+    x: Memory[dtype],
+    first: Int,
+    count: Int,
+    copy: Memory[dtype],
+    start: Int,
+    data: Memory[acc],
+    row_size: Int,
+    plane: Int,
+):
+    """Writes the data of quads `first .. first + count - 1` to each point's planes.
+
+    Rows of padding are read from `copy`, and with NCL data all rows, the first of which is input row `start`.
+    """
+    var channels = g.group_channels()
+    for i in range(count):
+        var position = first_output(plan, first + i) * g.stride - g.pad_left
+        for part in range(len(plan.sizes)):
+            var row = Array[Memory[dtype], TAPS + QUAD - 1](fill=copy)
+            for j in range(plan.sizes[part] + QUAD - 1):
+                var at = position + plan.first[part] * g.dilation + j * plan.spacing * g.stride
+                comptime if nlc:
+                    var source = g.source(at)
+                    if source >= 0:
+                        row[j] = x.unsafe_offset(source * g.channels)
+                else:
+                    row[j] = copy.unsafe_offset((at - start) * channels)
+            var to = data.unsafe_offset(i * row_size)
+            if plan.sizes[part] == 3:
+                transform_data[3](row, channels, to, plane, plan, part)
+            elif plan.sizes[part] == 2:
+                transform_data[2](row, channels, to, plane, plan, part)
+            else:
+                transform_data[1](row, channels, to, plane, plan, part)
+
+
 def block[
     dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool, whole: Bool
 ](
@@ -175,25 +216,7 @@ def block[
             copy[unsafe_offset=c] = 0
     else:
         span.turn(g, x, channels, copy, channels)
-    for i in range(count):
-        var position = first_output(plan, first + i) * g.stride - g.pad_left
-        for part in range(len(plan.sizes)):
-            var row = Array[Memory[dtype], TAPS + QUAD - 1](fill=copy)
-            for j in range(plan.sizes[part] + QUAD - 1):
-                var at = position + plan.first[part] * g.dilation + j * plan.spacing * g.stride
-                comptime if nlc:
-                    var source = g.source(at)
-                    if source >= 0:
-                        row[j] = x.unsafe_offset(source * g.channels)
-                else:
-                    row[j] = copy.unsafe_offset((at - span.first) * channels)
-            var to = data.unsafe_offset(i * row_size)
-            if plan.sizes[part] == 3:
-                transform_data[3](row, channels, to, plane, plan, part)
-            elif plan.sizes[part] == 2:
-                transform_data[2](row, channels, to, plane, plan, part)
-            else:
-                transform_data[1](row, channels, to, plane, plan, part)
+    transform_block[nlc](g, plan, x, first, count, copy, span.first, data, row_size, plane)
 
     var f = first_filter
     while f < end_filter:
@@ -250,6 +273,46 @@ def panel[
         _ = turned^
 
 
+@no_inline
+def multiply[
+    acc: DType, //, vectors: Int
+](
+    plan: Plan,
+    count: Int,
+    channels: Int,
+    data: Memory[acc],
+    row_size: Int,
+    plane: Int,
+    filter: Memory[acc],
+    filter_row: Int,
+    sums: Memory[acc],
+    point_size: Int,
+):
+    """Sums the products of `count` quads and some vectors of filters, at all points.
+
+    Not inlined, as `transform_block` is not: what calls it holds the operations behind the layer, and compiles slowly.
+    """
+    comptime panel = vectors * simd_width_of[acc]()
+    comptime rows = tile_rows[acc]()
+    # Point by point: its part of the filter is read from far away once, for all tiles.
+    for p in range(POINTS):
+        var w = filter.unsafe_offset(plan.bases[p] * channels * filter_row)
+        var i = 0
+        while i < count:
+            var left = count - i
+            var x = data.unsafe_offset(plan.bases[p] * plane + i * row_size)
+            var to = sums.unsafe_offset(p * point_size + i * panel)
+            if left > rows // 2 + rows // 4:
+                tile[rows, vectors](x, row_size, plane, w, filter_row, channels, plan.counts[p], to)
+                i += rows
+            elif left > rows // 4:
+                tile[rows // 2, vectors](x, row_size, plane, w, filter_row, channels, plan.counts[p], to)
+                i += rows // 2
+            else:
+                tile[rows // 4, vectors](x, row_size, plane, w, filter_row, channels, plan.counts[p], to)
+                i += rows // 4
+
+
 @always_inline
 def quads[
     dtype: DType, acc: DType, //, write: Write[dtype], vectors: Int
@@ -275,23 +338,7 @@ def quads[
     comptime rows = tile_rows[acc]()
     var channels = g.group_channels()
     var point_size = (count + rows) * panel
-    # Point by point: its part of the filter is read from far away once, for all tiles.
-    for p in range(POINTS):
-        var w = filter.unsafe_offset(plan.bases[p] * channels * filter_row)
-        var i = 0
-        while i < count:
-            var left = count - i
-            var x = data.unsafe_offset(plan.bases[p] * plane + i * row_size)
-            var to = sums.unsafe_offset(p * point_size + i * panel)
-            if left > rows // 2 + rows // 4:
-                tile[rows, vectors](x, row_size, plane, w, filter_row, channels, plan.counts[p], to)
-                i += rows
-            elif left > rows // 4:
-                tile[rows // 2, vectors](x, row_size, plane, w, filter_row, channels, plan.counts[p], to)
-                i += rows // 2
-            else:
-                tile[rows // 4, vectors](x, row_size, plane, w, filter_row, channels, plan.counts[p], to)
-                i += rows // 4
+    multiply[vectors](plan, count, channels, data, row_size, plane, filter, filter_row, sums, point_size)
     for q in range(count):
         var position = first_output(plan, first + q)
         var inside = position + (QUAD - 1) * plan.spacing < g.out_length and lanes >= panel
