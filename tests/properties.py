@@ -28,8 +28,8 @@ EDGES = sorted({max(0, n * m + d) for n in (4, 8, 14, 16, 48, 96, 112) for m in 
 CHANNELS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 48, 64, 65)
 BLOCKS = (127, 128, 129, 256, 257)
 """Channels around the block of one running sum."""
-LARGEST = 100_000
-"""Multiplications in one layer: above the size from which kernels start a second thread."""
+LARGEST = (100_000,) * 9 + (1_000_000,)
+"""Multiplications in one layer: in every tenth above the size from which kernels start a second thread."""
 
 Way = tuple[str, str, str]
 
