@@ -238,27 +238,6 @@ def snake(x: TensorValue, rate: TensorValue, gain: TensorValue) -> TensorValue:
     return x + gain * ops.cast(_series(_WAVE, square) * square, x.dtype)
 
 
-# (erf(x / sqrt(2)) / 2) / x for |x| to 5.5, as a polynomial of what x * x is between -1 and 1, by least maximum.
-_BELL_END = 5.5
-_BELL = (
-    0.12855195, -0.064171978, 0.047735606, -0.038804696, 0.03211358, -0.025941878, 0.020029617,
-    -0.015373347, 0.011425113, -0.0062925154, 0.002475516, -0.0025184151, 0.002592195, -0.00091166985,
-)  # fmt: skip
-
-
-def gelu(x: TensorValue) -> TensorValue:
-    """`x * (1 + erf(x / sqrt(2))) / 2`, more than twice as fast as MAX's on a CPU; off by at most 1e-6 * max(1, |x|).
-
-    Source: Hendrycks and Gimpel, Gaussian Error Linear Units, 2016, https://arxiv.org/abs/1606.08415
-    """
-    if x.dtype == DType.float64:
-        return ops.gelu(x)
-    wide = ops.cast(x, DType.float32)
-    near = ops.max(ops.min(wide, _BELL_END), -_BELL_END)
-    half = _series(_BELL, near * near * (2 / _BELL_END**2) - 1.0) * near
-    return ops.cast(wide * (half + 0.5), x.dtype)
-
-
 def _series(factors: Sequence[float], x: TensorValue) -> TensorValue:
     """Returns the polynomial's value, its factors from the constant on."""
     result = x * factors[-1] + factors[-2]

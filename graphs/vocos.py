@@ -18,7 +18,7 @@ from max.graph import DeviceRef, TensorValue, ops
 from max_conv import PackedGraph, conv1d, conv_transpose1d
 from max_conv.convert import LayerMap
 
-from .parts import Weights, begin, gelu, load, sine
+from .parts import Weights, begin, load, sine
 
 LAYERS = LayerMap(
     conv=("backbone.embed.weight", "backbone.convnext.*.dwconv.weight"),
@@ -124,7 +124,7 @@ def build(
 def _block(w: Weights, x: TensorValue) -> TensorValue:
     """Returns what a ConvNeXt block makes of (N, L, C). Its last scale, gamma, is in the matrix before it."""
     y = w.layer_norm(w.conv(x, "dwconv", padding=3, groups=int(x.shape[2])), "norm", EPSILON)
-    y = gelu(w.linear(y, "pwconv1"))
+    y = ops.gelu(w.linear(y, "pwconv1"))
     scaled = w.make("pwconv2.scaled", lambda m, gamma: (gamma[:, None] * m).T[None], "pwconv2.weight", "gamma")
     bias = w.make("pwconv2.bias.scaled", np.multiply, "pwconv2.bias", "gamma")
     return x + conv1d(y, scaled, bias)

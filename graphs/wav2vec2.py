@@ -20,7 +20,7 @@ from max.graph import DeviceRef, TensorValue, ops
 from max_conv import PackedGraph, conv1d
 from max_conv.convert import LayerMap
 
-from .parts import Weights, begin, gelu, load
+from .parts import Weights, begin, load
 
 EPSILON = 1e-5
 """Of the norms inside the feature encoder, which no config sets."""
@@ -226,7 +226,7 @@ def _features(config: Config, layers: Weights, sound: TensorValue) -> TensorValu
             x = layers.conv(x, f"{i}.conv", stride=stride)
             if config.norm == "layer":
                 x = layers.layer_norm(x, f"{i}.layer_norm", EPSILON)
-        x = gelu(x)
+        x = ops.gelu(x)
     return x
 
 
@@ -259,4 +259,4 @@ def _positional(config: Config, w: Weights, x: TensorValue) -> TensorValue:
     """Returns the positional embedding of (batch, frames, hidden)."""
     # An even number of taps, padded alike, would make a frame too many; PyTorch's drops the last.
     padding = (config.positions // 2, (config.positions - 1) // 2)
-    return gelu(w.conv(x, "encoder.pos_conv_embed.conv", padding=padding, groups=config.position_groups))
+    return ops.gelu(w.conv(x, "encoder.pos_conv_embed.conv", padding=padding, groups=config.position_groups))

@@ -19,7 +19,7 @@ from max.graph import DeviceRef, Dim, TensorValue, ops
 from max_conv import PackedGraph
 from max_conv.convert import LayerMap
 
-from .parts import Weights, begin, gelu, load
+from .parts import Weights, begin, load
 
 LAYERS = LayerMap(
     conv=("conv*.weight",),
@@ -115,8 +115,8 @@ def build(
     graph, w = begin("whisper", ["batch", "frames", config.mels], config.shapes(), weights, device, dtype)
     with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)
-        x = gelu(w.conv(x, "conv1", padding=1))
-        x = gelu(w.conv(x, "conv2", padding=1, stride=2))
+        x = ops.gelu(w.conv(x, "conv1", padding=1))
+        x = ops.gelu(w.conv(x, "conv2", padding=1, stride=2))
         x = x + _positions(w, x.shape[1])
         for i in range(config.layers):
             x = _layer(config, w / "layers" / i, x)
@@ -139,7 +139,7 @@ def _positions(w: Weights, length: Dim) -> TensorValue:
 
 def _layer(config: Config, w: Weights, x: TensorValue) -> TensorValue:
     x = x + _attention(config, w / "self_attn", w.layer_norm(x, "self_attn_layer_norm"))
-    y = gelu(w.linear(w.layer_norm(x, "final_layer_norm"), "fc1"))
+    y = ops.gelu(w.linear(w.layer_norm(x, "final_layer_norm"), "fc1"))
     return x + w.linear(y, "fc2")
 
 

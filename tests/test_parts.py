@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType, TensorValue
 from max_conv.graphs import parts
@@ -13,7 +12,7 @@ RATE, GAIN = 0.7, 0.3
 
 
 def activations(x: TensorValue, rate: TensorValue, gain: TensorValue) -> tuple[TensorValue, ...]:
-    return parts.gelu(x), parts.sine(x), parts.snake(x, rate, gain)
+    return parts.sine(x), parts.snake(x, rate, gain)
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +28,14 @@ def values(model, x):
 
 def test_are_as_near_as_they_say(model):
     x = np.concatenate([np.linspace(-9, 9, 20001), np.linspace(-100, 100, 20001)]).astype(np.float32)
-    gelu, sine, snake = values(model, x)
+    sine, snake = values(model, x)
     wide = x.astype(np.float64)
-    want = torch.nn.functional.gelu(torch.from_numpy(wide)).numpy()
-    assert (np.abs(gelu - want) <= 1.1e-6 * np.maximum(1, np.abs(wide))).all()
     assert np.abs(sine - np.sin(wide)).max() <= 2e-7
     # Half a turn more or less is the rounding of the product.
     turns = x * np.float32(RATE)
     assert np.abs(snake - (wide + GAIN * np.sin(np.pi * turns.astype(np.float64)) ** 2)).max() <= 1e-5
 
 
-def test_not_a_number_and_infinity(model):
-    gelu, sine, snake = values(model, np.array([np.nan, np.inf, 1.0]))
-    assert [np.isnan(value[0]) for value in (gelu, sine, snake)] == [True] * 3
-    assert gelu[1] == np.inf and np.isfinite(gelu[2])
+def test_not_a_number(model):
+    for value in values(model, np.array([np.nan, 1.0])):
+        assert np.isnan(value).tolist() == [True, False]
