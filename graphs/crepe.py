@@ -6,7 +6,7 @@ Source: Kim, Salamon, Li and Bello, CREPE: A Convolutional Representation for Pi
 https://arxiv.org/abs/1802.06182, https://github.com/marl/crepe, https://github.com/maxrmorrison/torchcrepe (MIT licence).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -198,7 +198,7 @@ def _first_layer(config: Config, w: Weights, x: TensorValue) -> list[TensorValue
             conv1d(x, kernel, bias, stride=2 * stride, padding=(left - late, right - stride + late))
             for late in (0, stride)
         )
-        return ops.max(*(ops.max(half, 0.0) * scale[own] + shift[own] for half in halves))
+        return _pooled(halves, scale[own], shift[own])
 
     return [part(first) for first in range(0, filters, size)]
 
@@ -232,12 +232,17 @@ def _layer(config: Config, w: Weights, parts: list[TensorValue], layer: int) -> 
     y = ops.reshape(total, [total.shape[0], config.window // 4 >> layer, 2 * filters])
     scale, shift = _batch_norm(w, name)
 
-    def pooled(start: int, stop: int) -> TensorValue:
+    def part(start: int, stop: int) -> TensorValue:
         halves = (y[:, :, first + start : first + stop] for first in (0, filters))
-        return ops.max(*(ops.max(half, 0.0) * scale[start:stop] + shift[start:stop] for half in halves))
+        return _pooled(halves, scale[start:stop], shift[start:stop])
 
     size = filters // _parts(config, layer + 1)
-    return [pooled(start, start + size) for start in range(0, filters, size)]
+    return [part(start, start + size) for start in range(0, filters, size)]
+
+
+def _pooled(halves: Iterable[TensorValue], scale: TensorValue, shift: TensorValue) -> TensorValue:
+    """Returns the larger of every pair of outputs, behind ReLU and batch norm."""
+    return ops.max(*(ops.max(half, 0.0) * scale + shift for half in halves))
 
 
 def _parts(config: Config, layer: int) -> int:

@@ -274,8 +274,9 @@ def load(path: str | os.PathLike) -> Model:
             _check_machine(path, meta)
             weights = {}
             for number, entry in enumerate(meta["weights"]):
-                with file.open(f"weights/{number}") as values:
-                    weights[entry["name"]] = _read(values, file.getinfo(f"weights/{number}").file_size, entry)
+                info = file.getinfo(f"weights/{number}")
+                with file.open(info) as values:
+                    weights[entry["name"]] = _read(values, info.file_size, entry)
             ports = [
                 [Port(**(entry | {"shape": tuple(entry["shape"])})) for entry in meta[key]]
                 for key in ("inputs", "outputs")
