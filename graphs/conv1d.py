@@ -32,6 +32,8 @@ def build(
     weights: Mapping[str, Any],
     device: DeviceRef | None = None,
     dtype: DType = DType.float32,
+    *,
+    exact: bool = False,
 ) -> PackedGraph:
     """Builds the graph of one convolution.
 
@@ -40,6 +42,7 @@ def build(
         weights: "weight", and "bias" where there is one. Only their shapes matter here.
         device: Where the graph runs; None is the CPU.
         dtype: Of the weights and the data.
+        exact: As in `max_conv.conv1d`.
 
     Returns:
         A graph with the input x, (batch, length, C) or (batch, C, length), and one output. Its weights are named as
@@ -68,5 +71,6 @@ def build(
         has_bias="bias" in weights,
         permute=config.permute,
         padding_mode=config.padding_mode,
+        exact=exact,
     )
     return PackedGraph("conv1d", layer, layer.input_types())

@@ -120,6 +120,8 @@ def build(
     weights: Mapping[str, np.ndarray],
     device: DeviceRef | None = None,
     dtype: DType = DType.float32,
+    *,
+    exact: bool = False,
 ) -> PackedGraph:
     """Builds the graph: sound (batch, samples) to pitch activations (batch, frames, 360), 0 to 1.
 
@@ -130,11 +132,12 @@ def build(
         weights: What `load_weights` returns; only its names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
         dtype: What the network computes in. Input and output are float32.
+        exact: As in `max_conv.conv1d`.
 
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    graph, w = begin("crepe", ["batch", "samples"], config.shapes(), weights, device, dtype)
+    graph, w = begin("crepe", ["batch", "samples"], config.shapes(), weights, device, dtype, exact=exact)
     with graph:
         sound = graph.inputs[0].tensor
         batch, frames = sound.shape[0], (sound.shape[1] - config.window) // config.hop + 1

@@ -144,6 +144,8 @@ def build(
     weights: Mapping[str, np.ndarray],
     device: DeviceRef | None = None,
     dtype: DType = DType.float32,
+    *,
+    exact: bool = False,
 ) -> PackedGraph:
     """Builds the whole: sound (batch, samples) to what is left of it, (batch, samples // hop * hop).
 
@@ -154,11 +156,12 @@ def build(
         weights: What `load_weights` returns; only names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
         dtype: What it computes in. Sound is float32.
+        exact: As in `max_conv.conv1d`.
 
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    graph, w = _begin("dac", config, weights, device, dtype, DType.float32, ["batch", "samples"])
+    graph, w = _begin("dac", config, weights, device, dtype, exact, DType.float32, ["batch", "samples"])
     with graph:
         codes = _quantize(config, w, _encode(config, w, graph.inputs[0].tensor))
         graph.output(_decode(config, w, _entries(w, codes)))
@@ -170,6 +173,8 @@ def build_encoder(
     weights: Mapping[str, np.ndarray],
     device: DeviceRef | None = None,
     dtype: DType = DType.float32,
+    *,
+    exact: bool = False,
 ) -> PackedGraph:
     """Builds the encoder: sound (batch, samples), -1 to 1, to codes and embeddings.
 
@@ -179,7 +184,7 @@ def build_encoder(
         codes: (batch, quantizers, frames), int64.
         embeddings: (batch, frames, hidden), float32: what the codes stand for.
     """
-    graph, w = _begin("dac_encoder", config, weights, device, dtype, DType.float32, ["batch", "samples"])
+    graph, w = _begin("dac_encoder", config, weights, device, dtype, exact, DType.float32, ["batch", "samples"])
     with graph:
         embeddings = _encode(config, w, graph.inputs[0].tensor)
         codes = ops.stack(_quantize(config, w, embeddings), axis=1)
@@ -192,13 +197,15 @@ def build_decoder(
     weights: Mapping[str, np.ndarray],
     device: DeviceRef | None = None,
     dtype: DType = DType.float32,
+    *,
+    exact: bool = False,
 ) -> PackedGraph:
     """Builds the decoder: codes (batch, quantizers, frames), int64, to sound (batch, frames * hop), -1 to 1.
 
     Takes and raises what `build` does.
     """
     sizes = ["batch", config.quantizers, "frames"]
-    graph, w = _begin("dac_decoder", config, weights, device, dtype, DType.int64, sizes)
+    graph, w = _begin("dac_decoder", config, weights, device, dtype, exact, DType.int64, sizes)
     with graph:
         codes = graph.inputs[0].tensor
         graph.output(_decode(config, w, _entries(w, [codes[:, i] for i in range(config.quantizers)])))
@@ -211,13 +218,14 @@ def _begin(
     weights: Mapping[str, np.ndarray],
     device: DeviceRef | None,
     dtype: DType,
+    exact: bool,
     given: DType,
     sizes: Sequence[Any],
 ) -> tuple[PackedGraph, Weights]:
     """Returns an empty graph of one input, and the weights in it."""
     if not 1 <= config.quantizers <= config.codebooks:
         raise ValueError(f"dac: quantizers must be 1 to {config.codebooks}, but are {config.quantizers}.")
-    return begin("dac", sizes, config.shapes(), weights, device, dtype, name=name, given=given)
+    return begin("dac", sizes, config.shapes(), weights, device, dtype, name=name, given=given, exact=exact)
 
 
 def _encode(config: Config, w: Weights, sound: TensorValue) -> TensorValue:

@@ -103,6 +103,8 @@ def build(
     weights: Mapping[str, np.ndarray],
     device: DeviceRef | None = None,
     dtype: DType = DType.float32,
+    *,
+    exact: bool = False,
 ) -> PackedGraph:
     """Builds the graph: a spectrogram (batch, frames, mels) to sound (batch, frames * hop), -1 to 1.
 
@@ -111,11 +113,12 @@ def build(
         weights: What `load_weights` returns; only its names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
         dtype: What it computes in. Input and output are float32.
+        exact: As in `max_conv.conv1d`.
 
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    graph, w = begin("hifigan", ["batch", "frames", config.mels], config.shapes(), weights, device, dtype)
+    graph, w = begin("hifigan", ["batch", "frames", config.mels], config.shapes(), weights, device, dtype, exact=exact)
     with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)
         if config.normalised:

@@ -105,6 +105,8 @@ def build(
     weights: Mapping[str, np.ndarray],
     device: DeviceRef | None = None,
     dtype: DType = DType.float32,
+    *,
+    exact: bool = False,
 ) -> PackedGraph:
     """Builds the graph of one layer: hidden states (batch, length, hidden) to what its scan takes.
 
@@ -117,11 +119,12 @@ def build(
         weights: What `load_weights` returns; only its names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
         dtype: What it computes in. Input and outputs are float32.
+        exact: As in `max_conv.conv1d`.
 
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    graph, w = begin("mamba", ["batch", "length", config.hidden], config.shapes(), weights, device, dtype)
+    graph, w = begin("mamba", ["batch", "length", config.hidden], config.shapes(), weights, device, dtype, exact=exact)
     w = w / "layers" / config.layer
     with graph:
         x = graph.inputs[0].tensor

@@ -153,6 +153,7 @@ def begin(
     name: str | None = None,
     given: DType = DType.float32,
     more: Sequence[Sequence[str | int]] = (),
+    exact: bool = False,
 ) -> tuple[PackedGraph, Weights]:
     """Returns a model's graph, still empty, and the weights in it.
 
@@ -164,13 +165,15 @@ def begin(
         name: The graph's, where it is not the model's.
         given: The dtype of the inputs.
         more: The shapes of its further inputs.
+        exact: As `build` takes it.
 
     Raises:
         ValueError: If the arrays do not fit the shapes.
     """
     check_weights(model, arrays, shapes)
     device = device or DeviceRef.CPU()
-    graph = PackedGraph(name or model, input_types=[TensorType(given, shape, device) for shape in (input, *more)])
+    types = [TensorType(given, shape, device) for shape in (input, *more)]
+    graph = PackedGraph(name or model, input_types=types, exact=exact)
     return graph, Weights(arrays, device, dtype)
 
 

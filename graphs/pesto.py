@@ -161,6 +161,8 @@ def build(
     weights: Mapping[str, np.ndarray],
     device: DeviceRef | None = None,
     dtype: DType = DType.float32,
+    *,
+    exact: bool = False,
 ) -> PackedGraph:
     """Builds the graph: sound (batch, samples) of at least 1065 samples to the pitch of each frame.
 
@@ -175,11 +177,12 @@ def build(
         weights: What `load_weights` returns; only its names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
         dtype: What the network computes in; the transform is always float32.
+        exact: As in `max_conv.conv1d`.
 
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    graph, w = begin("pesto", ["batch", "samples"], config.shapes(), weights, device, dtype)
+    graph, w = begin("pesto", ["batch", "samples"], config.shapes(), weights, device, dtype, exact=exact)
     exact = Weights(weights, w.device, DType.float32)
     with graph:
         sound = ops.unsqueeze(graph.inputs[0].tensor, 2)

@@ -127,6 +127,8 @@ def build(
     weights: Mapping[str, np.ndarray],
     device: DeviceRef | None = None,
     dtype: DType = DType.float32,
+    *,
+    exact: bool = False,
 ) -> PackedGraph:
     """Builds the graph; its weights are filled in when it is compiled, `max_conv.compile(graph, weights=weights)`.
 
@@ -143,6 +145,7 @@ def build(
         weights: What `load_weights` returns; only its names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
         dtype: What it computes in.
+        exact: As in `max_conv.conv1d`.
 
     Returns:
         The graph.
@@ -151,7 +154,9 @@ def build(
         ValueError: If the weights do not fit the config.
     """
     state: list[str | int] = ["batch", config.state]
-    graph, w = begin("silero_vad", ["batch", "time", config.hop], config.shapes(), weights, device, dtype, more=[state])
+    graph, w = begin(
+        "silero_vad", ["batch", "time", config.hop], config.shapes(), weights, device, dtype, more=[state], exact=exact
+    )
     with graph:
         values = [value.tensor for value in graph.inputs]
         panels = all(filters % PANEL == 0 for filters in (*(f for f, _ in config.layers), 4 * config.units))

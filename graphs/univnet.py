@@ -113,6 +113,8 @@ def build(
     weights: Mapping[str, np.ndarray],
     device: DeviceRef | None = None,
     dtype: DType = DType.float32,
+    *,
+    exact: bool = False,
 ) -> PackedGraph:
     """Builds the graph: a spectrogram (batch, frames, mels) and noise (batch, frames, 64) to (batch, frames * hop), -1 to 1.
 
@@ -123,12 +125,13 @@ def build(
         weights: What `load_weights` returns; only its names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
         dtype: What it computes in. Inputs and output are float32.
+        exact: As in `max_conv.conv1d`.
 
     Raises:
         ValueError: If the weights do not fit the config.
     """
     mels, noise = (("batch", "frames", size) for size in (config.mels, config.noise))
-    graph, w = begin("univnet", mels, config.shapes(), weights, device, dtype, more=[noise])
+    graph, w = begin("univnet", mels, config.shapes(), weights, device, dtype, more=[noise], exact=exact)
     with graph:
         spectrogram, x = (ops.cast(value.tensor, dtype) for value in graph.inputs)
         x = w.conv(x, "conv_pre", padding=3, padding_mode="reflect")

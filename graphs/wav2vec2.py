@@ -147,6 +147,8 @@ def build(
     weights: Mapping[str, np.ndarray],
     device: DeviceRef | None = None,
     dtype: DType = DType.float32,
+    *,
+    exact: bool = False,
 ) -> PackedGraph:
     """Builds the graph: sound (batch, samples) to what the first transformer layer reads, (batch, frames, hidden).
 
@@ -157,6 +159,7 @@ def build(
         weights: What `load_weights` returns; only its names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
         dtype: What it computes in. Input and output are float32.
+        exact: As in `max_conv.conv1d`.
 
     Raises:
         ValueError: If the weights do not fit the config.
@@ -170,7 +173,7 @@ def build(
         x = x + _positional(config, w, x)
         return x if config.stable else w.layer_norm(x, "encoder.layer_norm", config.epsilon)
 
-    return _graph("wav2vec2", ["batch", "samples"], whole, config, weights, device, dtype)
+    return _graph("wav2vec2", ["batch", "samples"], whole, config, weights, device, dtype, exact)
 
 
 def build_features(
@@ -178,13 +181,15 @@ def build_features(
     weights: Mapping[str, np.ndarray],
     device: DeviceRef | None = None,
     dtype: DType = DType.float32,
+    *,
+    exact: bool = False,
 ) -> PackedGraph:
     """Builds the feature encoder alone: sound (batch, samples) to (batch, frames, channels). Arguments are `build`'s."""
 
     def features(w: Weights, sound: TensorValue) -> TensorValue:
         return _features(config, w / "feature_extractor.conv_layers", sound)
 
-    return _graph("wav2vec2_features", ["batch", "samples"], features, config, weights, device, dtype)
+    return _graph("wav2vec2_features", ["batch", "samples"], features, config, weights, device, dtype, exact)
 
 
 def build_positional(
@@ -192,13 +197,17 @@ def build_positional(
     weights: Mapping[str, np.ndarray],
     device: DeviceRef | None = None,
     dtype: DType = DType.float32,
+    *,
+    exact: bool = False,
 ) -> PackedGraph:
     """Builds the positional convolution alone: (batch, frames, hidden) to the same shape. Arguments are `build`'s."""
 
     def positional(w: Weights, x: TensorValue) -> TensorValue:
         return _positional(config, w, x)
 
-    return _graph("wav2vec2_positions", ["batch", "frames", config.hidden], positional, config, weights, device, dtype)
+    return _graph(
+        "wav2vec2_positions", ["batch", "frames", config.hidden], positional, config, weights, device, dtype, exact
+    )
 
 
 def _graph(
@@ -209,8 +218,9 @@ def _graph(
     weights: Mapping[str, np.ndarray],
     device: DeviceRef | None,
     dtype: DType,
+    exact: bool,
 ) -> PackedGraph:
-    graph, w = begin("wav2vec2", shape, config.shapes(), weights, device, dtype, name=name)
+    graph, w = begin("wav2vec2", shape, config.shapes(), weights, device, dtype, name=name, exact=exact)
     with graph:
         graph.output(ops.cast(network(w, ops.cast(graph.inputs[0].tensor, dtype)), DType.float32))
     return graph

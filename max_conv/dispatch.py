@@ -91,7 +91,9 @@ class Choice:
     why: str
 
 
-def choose(layer: Layer, batch: int | None = None, outputs: int | None = None, *, packed: bool = False) -> Choice:
+def choose(
+    layer: Layer, batch: int | None = None, outputs: int | None = None, *, packed: bool = False, exact: bool = False
+) -> Choice:
     """Returns the kernel for a layer.
 
     Args:
@@ -99,11 +101,12 @@ def choose(layer: Layer, batch: int | None = None, outputs: int | None = None, *
         batch, outputs: Of the data, where they are known, too: on short inputs another kernel than `winograd` is
             chosen. A filter that is not packed leaves that to the kernel otherwise.
         packed: Whether the filter is packed when the model is compiled.
+        exact: Whether only direct kernels are allowed.
 
     >>> choose(Layer(Geometry.of(3, padding=1), "NLC", 80, 384, 1)).kernel
     'winograd'
     """
-    choice = paired(layer) or winograd(layer, packed) or direct(layer)
+    choice = paired(layer) or (None if exact else winograd(layer, packed)) or direct(layer)
     if choice.kernel != "winograd" or batch is None or outputs is None:
         return choice
     if layer.transposed:

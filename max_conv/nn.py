@@ -11,6 +11,7 @@ from .checks import check_dtype
 from .geometry import Geometry, Padding, TransposedGeometry, positive
 from .layouts import FilterLayout, Layout, TransposedFilterLayout
 from .ops import conv1d, conv_transpose1d
+from .packing import packed_graph
 
 
 class ConvolutionLayer(nn.Module):
@@ -32,8 +33,10 @@ class ConvolutionLayer(nn.Module):
         device: DeviceRef | None,
         permute: bool,
         name: str | None,
+        exact: bool,
     ) -> None:
         super().__init__()
+        self.exact = exact
         self.geometry = geometry
         self.kernel_size = geometry.kernel_size
         self.stride = geometry.stride
@@ -58,7 +61,15 @@ class ConvolutionLayer(nn.Module):
 
     def _filter(self) -> TensorValue:
         """Returns what the layer convolves with."""
-        return getattr(self, self.filter_attribute)
+        return self._named(getattr(self, self.filter_attribute))
+
+    def _bias(self) -> TensorValue | None:
+        return None if self.bias is None else self._named(self.bias)
+
+    def _named(self, weight: Weight) -> Weight:
+        """Returns a weight under the name that the current graph gives it: layers without a name share theirs."""
+        graph = packed_graph()
+        return weight if graph is None else graph.named(weight, self, not self._prefix and "." not in weight.name)
 
     @property
     def layout(self) -> Layout:
@@ -90,6 +101,7 @@ class Conv1D(ConvolutionLayer):
         permute: Takes PyTorch's orders: data (N, C, L), filter (F, C / num_groups, K).
         name: The weights are named `{name}.weight` and `{name}.bias`, without a name `weight` and `bias`.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
+        exact: As in `conv1d`.
 
     Attributes:
         filter: The weight, (K, C / num_groups, F), or (F, C / num_groups, K) with `permute`.
@@ -125,9 +137,10 @@ class Conv1D(ConvolutionLayer):
         name: str | None = None,
         *,
         padding_mode: str = "zeros",
+        exact: bool = False,
     ) -> None:
         geometry = Geometry.of(kernel_size, stride, padding, dilation, padding_mode)
-        super().__init__(geometry, in_channels, out_channels, dtype, num_groups, device, permute, name)
+        super().__init__(geometry, in_channels, out_channels, dtype, num_groups, device, permute, name, exact)
         self.padding_mode = padding_mode
         sizes = {"S": geometry.kernel_size, "C": self.in_channels // self.num_groups, "F": self.out_channels}
         self.filter = self._declare("weight", [sizes[axis] for axis in self.filter_layout])
@@ -151,7 +164,7 @@ class Conv1D(ConvolutionLayer):
         return conv1d(
             x,
             self._filter(),
-            self.bias,
+            self._bias(),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
@@ -159,6 +172,7 @@ class Conv1D(ConvolutionLayer):
             padding_mode=self.padding_mode,
             layout=self.layout,
             filter_layout=self.filter_layout,
+            exact=self.exact,
         )
 
 
@@ -181,6 +195,7 @@ class ConvTranspose1D(ConvolutionLayer):
         permute: Takes PyTorch's orders: data (N, C, L), filter (C, F / num_groups, K).
         name: The weights are named `{name}.weight` and `{name}.bias`, without a name `weight` and `bias`.
         num_groups: Groups of channels that are convolved separately.
+        exact: As in `conv1d`.
 
     Attributes:
         weight: The filter, (K, F / num_groups, C), or (C, F / num_groups, K) with `permute`.
@@ -218,9 +233,10 @@ class ConvTranspose1D(ConvolutionLayer):
         name: str | None = None,
         *,
         num_groups: int = 1,
+        exact: bool = False,
     ) -> None:
         geometry = TransposedGeometry.of(kernel_size, stride, padding, output_padding, dilation)
-        super().__init__(geometry, in_channels, out_channels, dtype, num_groups, device, permute, name)
+        super().__init__(geometry, in_channels, out_channels, dtype, num_groups, device, permute, name, exact)
         self.output_padding = geometry.output_padding
         self.weight = self._declare("weight", self.filter_shape)
         if has_bias:
@@ -256,13 +272,14 @@ class ConvTranspose1D(ConvolutionLayer):
         return conv_transpose1d(
             x,
             self._filter(),
-            self.bias,
+            self._bias(),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
             groups=self.num_groups,
             layout=self.layout,
             filter_layout=self.filter_layout,
+            exact=self.exact,
             **lengths,  # type: ignore[arg-type]
         )
 
@@ -296,6 +313,7 @@ class ConvTranspose1d(ConvTranspose1D):
         name: str | None = None,
         *,
         num_groups: int = 1,
+        exact: bool = False,
     ) -> None:
         sides = tuple(padding) if isinstance(padding, tuple | list) else padding
         super().__init__(
@@ -312,6 +330,7 @@ class ConvTranspose1d(ConvTranspose1D):
             permute,
             name,
             num_groups=num_groups,
+            exact=exact,
         )
 
 

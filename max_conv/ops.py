@@ -11,7 +11,7 @@ from .dispatch import LANES, LEAST_OUTPUTS, PANELS, Layer, choose
 from .geometry import PADDING_MODES, Geometry, Padding, TransposedGeometry, positive
 from .kernel_library import kernel_library
 from .layouts import FilterLayout, Layout, TransposedFilterLayout, check_filter_layout, check_layout, permute
-from .packing import Emitted, packable, packed, record, weight_name
+from .packing import Emitted, another, packable, packed, packed_graph, record, weight_name
 
 
 def conv1d(
@@ -26,6 +26,7 @@ def conv1d(
     padding_mode: str = "zeros",
     layout: Layout = "NLC",
     filter_layout: FilterLayout = "SCF",
+    exact: bool = False,
 ) -> TensorValue:
     """Convolves an NLC sequence with an SCF filter.
 
@@ -41,6 +42,9 @@ def conv1d(
         dilation: Input positions from one tap to the next.
         groups: Output channel f sees only the channels of its group, f // (F / groups).
         padding_mode: What stands in the padding: "zeros", "reflect", "replicate" or "circular".
+        exact: Whether only direct kernels compute it: then no output depends on a value that it does not see, bit for bit.
+            Winograd's kernel, which is up to twice as fast, promises that for values that are not finite or beyond 1e16;
+            smaller ones move the outputs next to those that see them by about 1e-6 of themselves.
 
     Returns:
         (N, L_out, F), or (N, F, L_out) with layout "NCL", in the dtype of `x`. Sixteen-bit types are summed in float32.
@@ -78,7 +82,7 @@ def conv1d(
     layer = Layer(geometry, layout, group_channels, group_filters, groups, x.dtype.name)
     mode = PADDING_MODES.index(padding_mode)
     numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, mode, groups, geometry.kernel_size)
-    return _emit_layer(x, filter, bias, layer, numbers, Dim(geometry.output_length(length)), filter_layout)
+    return _emit_layer(x, filter, bias, layer, numbers, Dim(geometry.output_length(length)), filter_layout, exact)
 
 
 def conv_transpose1d(
@@ -94,6 +98,7 @@ def conv_transpose1d(
     output_size: int | None = None,
     layout: Layout = "NLC",
     filter_layout: TransposedFilterLayout = "SFC",
+    exact: bool = False,
 ) -> TensorValue:
     """Convolves an NLC sequence transposed, with an SFC filter.
 
@@ -110,6 +115,7 @@ def conv_transpose1d(
         dilation: Outputs from one tap to the next.
         groups: Output channel f sees only the channels of its group, f // (F / groups).
         output_size: L_out, from which `output_padding` is worked out.
+        exact: As in `conv1d`.
 
     Returns:
         (N, L_out, F), or (N, F, L_out) with layout "NCL", in the dtype of `x`. Sixteen-bit types are summed in float32.
@@ -152,7 +158,7 @@ def conv_transpose1d(
     layer = Layer.of(geometry, layout, group_channels, group_filters, groups, x.dtype.name)
     numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, groups, geometry.kernel_size)
     outputs = Dim(geometry.output_length(length) if output_size is None else output_size)
-    return _emit_layer(x, filter, bias, layer, numbers, outputs, filter_layout)
+    return _emit_layer(x, filter, bias, layer, numbers, outputs, filter_layout, exact)
 
 
 def _emit_layer(
@@ -163,6 +169,7 @@ def _emit_layer(
     numbers: Sequence[int],
     outputs: Dim,
     filter_layout: str,
+    exact: bool,
 ) -> TensorValue:
     """Chooses the kernel of a layer that has been checked, and emits it."""
     x = in_graph(x)
@@ -171,7 +178,9 @@ def _emit_layer(
     else:
         x, batch = ops.unsqueeze(x, 0), Dim(1)
     known = [int(size) if isinstance(size, StaticDim) else None for size in (batch, outputs)]
-    kernel = choose(layer, *known, packed=packable(filter)).kernel
+    graph = packed_graph()
+    exact = exact or (graph is not None and graph.exact)
+    kernel = choose(layer, *known, packed=packable(filter), exact=exact).kernel
     operand, order = _operand(filter, kernel, layer, filter_layout)
     bias = ops.constant([], x.dtype, device=x.device) if bias is None else in_graph(bias)
     scalars = [ops.constant(number, DType.int64, device=DeviceRef.CPU()) for number in numbers]
@@ -254,5 +263,8 @@ def in_graph(value: TensorValue) -> TensorValue:
     """Returns a weight as a value of the current graph, and any other value as it is."""
     if isinstance(value, Weight) and value.shard_idx is None:
         # A weight remembers the first graph it was used in; asking the graph lets a layer be traced again.
+        known = Graph.current._weights.get(value.name)
+        if known is not None and known.weight is not value:
+            raise another(value)
         return Graph.current.add_weight(value, force_initial_weight_on_host=not value._has_alias)
     return value

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+from max import nn
 from max.driver import CPU, Buffer
 from max.dtype import DType
 from max.graph import DeviceRef, Graph, TensorValue, Weight
@@ -36,6 +37,9 @@ POINTS = {
     1: ((1,), (1 / 2,), (1 / 2,), (1,)),
 }
 """What groups of taps are at Winograd's points, for each size of a group: `filter_points` in `kernels/points.mojo`."""
+
+LIMIT = {"float32": 2.0**54, "float64": 2.0**500}
+"""What Winograd's kernel multiplies at the points stays below it; `limit` in `kernels/careful.mojo` is its twin."""
 
 
 @dataclass(frozen=True)
@@ -98,16 +102,39 @@ class Packing:
         room[...] = 0
         rows, channels = self.shape[1], self.shape[2] // PANEL
         panels = room.reshape(layer.groups, -1, rows, channels, PANEL)
-        matrix = self.matrix if self.kernel == "winograd" else None
         for panel in range(panels.shape[1]):
-            part = taps[..., panel * PANEL : (panel + 1) * PANEL]
-            if matrix is not None:
-                part = np.tensordot(matrix, part.astype(np.float64), 1)
-            panels[:, panel, :, : layer.group_channels, : part.shape[-1]] = part.transpose(2, 0, 1, 3)
+            part = taps[..., panel * PANEL : (panel + 1) * PANEL].transpose(2, 0, 1, 3)
+            target = panels[:, panel, :, : layer.group_channels, : part.shape[-1]]
+            if self.kernel == "winograd":
+                self.multiply(part, target)
+            else:
+                target[...] = part
         if self.kernel == "paired":
             pairs = room.reshape(-1, 2, PANEL)
             room[...] = pairs.swapaxes(1, 2).reshape(room.shape)
         return room
+
+    def multiply(self, taps: np.ndarray, products: np.ndarray) -> None:
+        """Writes Winograd's products of taps, (groups, K, C, F): (groups, products, C, F).
+
+        The kernel gets the taps back where data is not for the transforms (`restore_taps` in `kernels/careful.mojo`). Of a
+        group of taps that are not for them either, the last products are the taps, and the first ones NaN.
+        """
+        groups = tap_groups(self.layer.geometry)
+        parts, size = len(groups), taps.shape[1]
+        with np.errstate(over="ignore", invalid="ignore"):
+            products[...] = np.moveaxis(np.tensordot(self.matrix, taps.astype(np.float64), (1, 1)), 0, 1)
+        threes = sum(len(group) == 3 for group in groups)
+        one, minus_one = products[:, parts : parts + threes], products[:, 2 * parts : 2 * parts + threes]
+        middle = taps[:, [group[1] for group in groups[:threes]]]
+        # Their sum gives the middle tap back, and must not lose it: 0 times infinity is NaN.
+        lost = (one + minus_one == 0) & (middle != 0)
+        one[lost] = np.nextafter(one[lost], np.copysign(np.inf, middle[lost]), dtype=taps.dtype)
+        limit = LIMIT[taps.dtype.name]
+        for given, made in zip(taps, products, strict=True):
+            if not (-limit < given.min() and given.max() < limit):
+                made[:parts] = np.nan
+                made[-size:] = given
 
     def phased(self, filter: np.ndarray) -> np.ndarray:
         """Returns a transposed convolution's filter as SCF of the convolution that its phases are filters of.
@@ -161,18 +188,50 @@ class PackedGraph(Graph):
 
     A `Graph` in every other way. A plain MAX session takes one with the weights that `max_conv.registry` returns.
 
+    Layers without a name get one, in the order in which they are first called: the weights of the first are `weight` and
+    `bias`, of the second `layer2.weight` and `layer2.bias`, and so on.
+
+    Args:
+        exact: Whether all layers get direct kernels, as with `conv1d(..., exact=True)`.
+
     Attributes:
         derived: The weights to make, by name.
         emitted: The layers of this package's operations, in order.
     """
 
+    exact: bool
     derived: dict[str, Derived]
     emitted: list[tuple[Emitted, ...]]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, exact: bool = False, **kwargs: Any) -> None:
+        self.exact = exact
         self.derived = {}
         self.emitted = []
+        self._unnamed: list[nn.Module] = []
+        self._named: dict[str, tuple[Weight, Weight, nn.Module]] = {}
         super().__init__(*args, **kwargs)
+
+    def named(self, weight: Weight, layer: nn.Module, unnamed: bool) -> Weight:
+        """Returns the weight of a layer under the name that it has in this graph."""
+        name = weight.name
+        if unnamed:
+            if not any(layer is other for other in self._unnamed):
+                self._unnamed.append(layer)
+            number = next(i for i, other in enumerate(self._unnamed, 1) if layer is other)
+            name = weight.name if number == 1 else f"layer{number}.{weight.name}"
+        known = self._named.get(name)
+        if known is None or known[0] is not weight:
+            same = weight if name == weight.name else Weight(name, weight.dtype, weight.shape, weight.device)
+            known = self._named[name] = (weight, same, layer)
+        return known[1]
+
+    def loaded(self) -> dict[str, Any]:
+        """Returns the values that the layers in this graph have loaded themselves, by the names that they have in it."""
+        values = {}
+        for name, (weight, _, layer) in self._named.items():
+            if (value := layer._weight_values.get(weight.name)) is not None:
+                values[name] = value
+        return values
 
     def __enter__(self) -> "PackedGraph":
         super().__enter__()
@@ -202,8 +261,21 @@ def weight_name(filter: TensorValue) -> str:
 def derived(weight: Weight, sources: tuple[Weight, ...], make: Callable[..., Buffer]) -> Weight | None:
     """Returns a weight that `compile` will make of others, or None where nobody will."""
     graph = packed_graph()
+    if graph is None:
+        return None
     # A graph takes a single weight of a name.
-    return graph.derived.setdefault(weight.name, Derived(weight, sources, make)).weight if graph else None
+    known = graph.derived.setdefault(weight.name, Derived(weight, sources, make))
+    for ours, theirs in zip(sources, known.sources, strict=True):
+        if ours is not theirs:
+            raise another(ours)
+    return known.weight
+
+
+def another(weight: Weight) -> ValueError:
+    """Returns the error for a weight whose name another one has in the graph."""
+    return ValueError(
+        f"conv1d: the graph has another weight named {weight.name!r}; give each layer a name of its own with name=."
+    )
 
 
 def packable(filter: Any, kernel: str | None = None) -> TypeGuard[Weight]:

@@ -182,6 +182,7 @@ def compile(
     inputs: Mapping[str, TensorType] | Sequence[TensorType] | Sequence[str] | None = None,
     *,
     weights: Mapping[str, Any] | None = None,
+    exact: bool = False,
 ) -> Model:
     """Compiles a layer, a builder function or a graph into a callable on arrays.
 
@@ -192,8 +193,10 @@ def compile(
         model: A `max.nn.Module`; a function from graph values to one or several; or a finished `Graph`.
         inputs: The types of the inputs, by name or in order. A module with a method `input_types()`, as `Conv1D`
             has, needs none: its batch and length are symbolic. For a `Graph` the names alone, where they matter.
-        weights: Arrays by weight name. A module that has loaded its weights needs none, nor does a tree of layers
-            that have each loaded theirs. They are kept alive.
+        weights: Arrays by weight name. Layers of this package that have loaded their weights need none, alone, in a
+            function, a `PackedGraph` or a tree. They are kept alive.
+        exact: Whether all layers get direct kernels, as with `conv1d(..., exact=True)`. A finished `Graph` has its kernels:
+            build it so.
 
     Returns:
         A `Model`.
@@ -209,7 +212,7 @@ def compile(
     >>> compile(layer)(np.ones((1, 4, 1), np.float32)).ravel().tolist()
     [2.0, 3.0, 3.0, 2.0]
     """
-    graph, names, weights = _trace(model, inputs, weights)
+    graph, names, weights = _trace(model, inputs, weights, exact)
     ports = [_port(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
     outputs = [_port(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
     buffers = registry(graph, weights)
@@ -306,13 +309,18 @@ def _check_machine(path: Any, meta: Mapping[str, Any]) -> None:
         )
 
 
-def _trace(model: Any, inputs: Any, weights: Any) -> tuple[Graph, list[str], Mapping[str, Any]]:
+def _trace(model: Any, inputs: Any, weights: Any, exact: bool) -> tuple[Graph, list[str], Mapping[str, Any]]:
     """Returns the graph, the names of its inputs, and its weights."""
     if isinstance(model, Graph):
+        if exact and not getattr(model, "exact", False):
+            raise TypeError(
+                "compile: a finished Graph has its kernels already; build it with exact=True, as a PackedGraph or by its layers."
+            )
         names = list(inputs or [f"input{i}" for i in range(len(model.inputs))])
         if len(names) != len(model.inputs) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"compile: a Graph knows its inputs' types; pass {len(model.inputs)} names, not {names}.")
-        return model, names, weights or {}
+        loaded = model.loaded() if isinstance(model, PackedGraph) else {}
+        return model, names, loaded | dict(weights or {})
     weights = None if weights is None else weight_norm_names(weights)
     if not callable(model):
         raise TypeError(f"compile: takes a layer, a function or a Graph, but got a {type(model).__name__}.")
@@ -326,7 +334,8 @@ def _trace(model: Any, inputs: Any, weights: Any) -> tuple[Graph, list[str], Map
     if isinstance(model, nn.Module):
         model.load_state_dict(weights if weights is not None else _own_weights(name, model))
         weights = model.state_dict(auto_initialize=False)
-    return PackedGraph(name, model, input_types=types), names, weights or {}
+    graph = PackedGraph(name, model, input_types=types, exact=exact)
+    return graph, names, graph.loaded() | dict(weights or {})
 
 
 def _argument_names(function: Callable[..., Any], count: int) -> list[str]:

@@ -36,7 +36,7 @@ class _WeightNorm(ConvolutionLayer):
             raise ValueError(f"{self.op}: dim must be None or an axis of the filter, -3 to 2, but is {dim!r}.")
         self.dim = None if dim in (None, -1) else dim % 3  # -1 is PyTorch's other word for the whole
         self.folded = False
-        shape = [int(size) for size in super()._filter().shape]
+        shape = [int(size) for size in getattr(self, self.filter_attribute).shape]
         sizes = [shape[axis] for axis in permutation(self._order, self._torch_order)]
         norms = [] if self.dim is None else [size if axis == self.dim else 1 for axis, size in enumerate(sizes)]
         self.weight_g = self._declare("weight_g", norms)
@@ -79,9 +79,9 @@ class _WeightNorm(ConvolutionLayer):
     def _filter(self) -> TensorValue:
         if self.folded:
             return super()._filter()
-        v = self.weight_v
+        g, v = self._named(self.weight_g), self._named(self.weight_v)
         weight = Weight(f"{v.name}.folded", v.dtype, v.shape, v.device)
-        return derived(weight, (self.weight_g, v), self.fold) or self._fold_in_graph()
+        return derived(weight, (g, v), self.fold) or self._fold_in_graph()
 
     def _fold_in_graph(self) -> TensorValue:
         axes = permutation(self._order, self._torch_order)

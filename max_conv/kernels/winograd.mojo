@@ -7,12 +7,14 @@ vectors of filters is summed like a tile of `dense`. The polynomials stand in `p
 from std.math import ceildiv, gcd
 from std.sys.info import simd_width_of, size_of
 from std.sys.intrinsics import PrefetchOptions, prefetch
+from std.utils.numerics import nan
 
+from .careful import Source, calm, calm_filter, direct, gather_taps, limit, restore_taps
 from .dense import tile_rows
 from .geometry import Geometry
 from .lanes import FilterSteps, Memory, Operands, Scratch, Write, accumulator, gathered, load
 from .lanes import PACK, Panels, panels_at_a_time, phases, put, spread, workers
-from .points import Plan, POINTS, QUAD, TAPS, data_points, filter_points, first_output, outputs
+from .points import Plan, POINTS, QUAD, TAPS, data_points, filter_points, first_output, outputs, summed
 from .turn import turn_out
 from .window import Window
 
@@ -42,7 +44,10 @@ def transform_filter[
     lanes: Int,
     target: Memory[acc],
 ):
-    """Writes one group of taps of one panel, whose first filter `w` points at, all channels, to each point's place."""
+    """Writes one group of taps of one panel, whose first filter `w` points at, all channels, to each point's place.
+
+    A value that the transforms do not take turns the first product into NaN, for `calm_filter`.
+    """
     comptime width = simd_width_of[acc]()
     comptime panel = VECTORS * width
     var channels = g.group_channels()
@@ -51,6 +56,7 @@ def transform_filter[
     var to = Array[Memory[acc], size + TAPS](fill=target)
     comptime for p in range(size + TAPS):
         to[p] = target.unsafe_offset((plan.bases[p] + group) * channels * panel)
+    var squares = SIMD[acc, width](0)
     for c in range(channels):
         comptime for j in range(VECTORS):
             var values = Array[SIMD[acc, width], size](fill=SIMD[acc, width](0))
@@ -60,9 +66,12 @@ def transform_filter[
                     steps.filter,
                     lanes - j * width,
                 )
+                squares = values[k].fma(values[k], squares)
             var points = filter_points[size](values)
             comptime for p in range(size + TAPS):
                 to[p].unsafe_offset(c * panel + j * width).unsafe_store(points[p])
+    if not (squares.reduce_add() < limit[acc]()):
+        to[0].unsafe_store(SIMD[acc, panel](nan[acc]()))
 
 
 @always_inline
@@ -146,32 +155,22 @@ def transform_block[
 ](
     g: Geometry,
     plan: Plan,
-    x: Memory[dtype],
+    source: Source[dtype],
     first: Int,
     count: Int,
-    copy: Memory[dtype],
-    start: Int,
     data: Memory[acc],
     row_size: Int,
     plane: Int,
 ):
-    """Writes the data of quads `first .. first + count - 1` to each point's planes.
-
-    Rows of padding are read from `copy`, and with NCL data all rows, the first of which is input row `start`.
-    """
+    """Writes the data of quads `first .. first + count - 1` to each point's planes."""
     var channels = g.group_channels()
     for i in range(count):
         var position = first_output(plan, first + i) * g.stride - g.pad_left
         for part in range(len(plan.sizes)):
-            var row = Array[Memory[dtype], TAPS + QUAD - 1](fill=copy)
+            var row = Array[Memory[dtype], TAPS + QUAD - 1](fill=source.rest)
             for j in range(plan.sizes[part] + QUAD - 1):
                 var at = position + plan.first[part] * g.dilation + j * plan.spacing * g.stride
-                comptime if nlc:
-                    var source = g.source(at)
-                    if source >= 0:
-                        row[j] = x.unsafe_offset(source * g.channels)
-                else:
-                    row[j] = copy.unsafe_offset((at - start) * channels)
+                row[j] = source.row[nlc](g, at)
             var to = data.unsafe_offset(i * row_size)
             if plan.sizes[part] == 3:
                 transform_data[3](row, channels, to, plane, plan, part)
@@ -181,11 +180,34 @@ def transform_block[
                 transform_data[1](row, channels, to, plane, plan, part)
 
 
+@fieldwise_init
+struct Block[dtype: DType, acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
+    """`count` quads of one group of a batch item, from `first` on, and where what is made of them stands."""
+
+    var source: Source[Self.dtype]
+    var calm: Bool
+    """Whether the data has been transformed."""
+    var n: Int
+    var group: Int
+    var first: Int
+    var count: Int
+    var data: Memory[Self.acc]
+    var row_size: Int
+    var plane: Int
+    var sums: Memory[Self.acc]
+
+    @always_inline
+    def point_size(self, panel: Int) -> Int:
+        """Returns how far apart the sums at two points stand."""
+        return (self.count + tile_rows[Self.acc]()) * panel
+
+
 def block[
-    dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool, whole: Bool
+    dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool, whole: Bool, packed: Bool
 ](
     g: Geometry,
     plan: Plan,
+    steps: FilterSteps,
     n: Int,
     group: Int,
     first: Int,
@@ -216,17 +238,23 @@ def block[
             copy[unsafe_offset=c] = 0
     else:
         span.turn(g, x, channels, copy, channels)
-    transform_block[nlc](g, plan, x, first, count, copy, span.first, data, row_size, plane)
+    var source = Source[dtype](x, copy, span.first)
+    var last = first_output(plan, first + count - 1) + (QUAD - 1) * plan.spacing
+    var span_rows = (last - first_output(plan, first)) * g.stride + (g.kernel - 1) * g.dilation + 1
+    var is_calm = calm[acc, nlc](g, source, span.first, span_rows)
+    if is_calm:
+        transform_block[nlc](g, plan, source, first, count, data, row_size, plane)
+    var b = Block[dtype, acc](source, is_calm, n, group, first, count, data, row_size, plane, sums)
 
     var f = first_filter
     while f < end_filter:
         var lanes = end_filter - f
         if whole or lanes > width:
-            panel[write, nlc, VECTORS](g, plan, first, count, data, row_size, plane, filter, sums, o, n, group, f, lanes)
+            panel[write, nlc, packed, VECTORS](g, plan, steps, b, filter, o, f, lanes)
             f += VECTORS * width
         else:
             comptime if not whole:
-                panel[write, nlc, 1](g, plan, first, count, data, row_size, plane, filter, sums, o, n, group, f, lanes)
+                panel[write, nlc, packed, 1](g, plan, steps, b, filter, o, f, lanes)
                 f += width
     _ = scratch^
     _ = rest^
@@ -234,32 +262,26 @@ def block[
 
 @always_inline
 def panel[
-    dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool, vectors: Int
+    dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool, packed: Bool, vectors: Int
 ](
     g: Geometry,
     plan: Plan,
-    first: Int,
-    count: Int,
-    data: Memory[acc],
-    row_size: Int,
-    plane: Int,
+    steps: FilterSteps,
+    b: Block[dtype, acc],
     filter: Panels[acc],
-    sums: Memory[acc],
     o: Operands[dtype],
-    n: Int,
-    group: Int,
     in_group: Int,
     lanes: Int,
 ):
-    """Computes quads `first .. first + count - 1` of `lanes` filters of a group from `in_group` on."""
+    """Computes a block's quads of `lanes` filters of a group from `in_group` on."""
     comptime size = vectors * simd_width_of[acc]()
-    var f = group * g.group_filters() + in_group
-    var w = filter.at(in_group)
+    var f = b.group * g.group_filters() + in_group
+    var at_points = products[nlc, packed, vectors](g, plan, steps, b, filter.at(in_group), filter.lanes, o, f, lanes)
     comptime if nlc:
-        quads[write, vectors](g, plan, first, count, data, row_size, plane, w, filter.lanes, sums, o, n, f, lanes)
+        quads[write, vectors](g, plan, b, at_points, o, f, lanes)
     else:
-        var start = first_output(plan, first)
-        var end = min(g.out_length, start + count * QUAD)
+        var start = first_output(plan, b.first)
+        var end = min(g.out_length, start + b.count * QUAD)
         var turned = Scratch[dtype]((end - start + simd_width_of[dtype]()) * size + simd_width_of[dtype]())
         var rows_out = turned.data()
 
@@ -268,12 +290,47 @@ def panel[
         def keep[lanes: Int](_n: Int, position: Int, filter: Int, value: SIMD[dtype, lanes]):
             rows_out.unsafe_offset((position - start) * size + filter - f).unsafe_store(value)
 
-        quads[keep, vectors](g, plan, first, count, data, row_size, plane, w, filter.lanes, sums, o, n, f, lanes)
-        turn_out[write](rows_out, size, n, start, end - start, f, min(lanes, size))
+        quads[keep, vectors](g, plan, b, at_points, o, f, lanes)
+        turn_out[write](rows_out, size, b.n, start, end - start, f, min(lanes, size))
         _ = turned^
 
 
 @no_inline
+def products[
+    dtype: DType, acc: DType, //, nlc: Bool, packed: Bool, vectors: Int
+](
+    g: Geometry,
+    plan: Plan,
+    steps: FilterSteps,
+    b: Block[dtype, acc],
+    w: Memory[acc],
+    filter_row: Int,
+    o: Operands[dtype],
+    f: Int,
+    lanes: Int,
+) -> Bool:
+    """Writes the sums of a block's quads and some vectors of filters: at all points, or else of the outputs themselves.
+
+    Not inlined, as `transform_block` is not: what calls it holds the operations behind the layer, and compiles slowly.
+    """
+    comptime size = vectors * simd_width_of[acc]()
+    var channels = g.group_channels()
+    var point_size = b.point_size(size)
+    if b.calm and calm_filter(plan, w, channels, filter_row):
+        multiply[vectors](plan, b.count, channels, b.data, b.row_size, b.plane, w, filter_row, b.sums, point_size)
+        return True
+    var room = Scratch[acc](g.kernel * channels * size)
+    var taps = room.data()
+    comptime if packed:
+        restore_taps(g, plan, w, filter_row, size, taps)
+    else:
+        gather_taps[size](g, o.w.unsafe_offset(f * steps.filter), steps, lanes, taps)
+    direct[nlc, vectors](g, plan, b.source, b.first, b.count, taps, b.sums, point_size)
+    _ = room^
+    return False
+
+
+@always_inline
 def multiply[
     acc: DType, //, vectors: Int
 ](
@@ -288,10 +345,7 @@ def multiply[
     sums: Memory[acc],
     point_size: Int,
 ):
-    """Sums the products of `count` quads and some vectors of filters, at all points.
-
-    Not inlined, as `transform_block` is not: what calls it holds the operations behind the layer, and compiles slowly.
-    """
+    """Sums the products of `count` quads and some vectors of filters, at all points."""
     comptime panel = vectors * simd_width_of[acc]()
     comptime rows = tile_rows[acc]()
     # Point by point: its part of the filter is read from far away once, for all tiles.
@@ -316,43 +370,26 @@ def multiply[
 @always_inline
 def quads[
     dtype: DType, acc: DType, //, write: Write[dtype], vectors: Int
-](
-    g: Geometry,
-    plan: Plan,
-    first: Int,
-    count: Int,
-    data: Memory[acc],
-    row_size: Int,
-    plane: Int,
-    filter: Memory[acc],
-    filter_row: Int,
-    sums: Memory[acc],
-    o: Operands[dtype],
-    n: Int,
-    f: Int,
-    lanes: Int,
-):
-    """Computes quads `first .. first + count - 1` of some vectors of filters, of which `lanes` are there."""
+](g: Geometry, plan: Plan, b: Block[dtype, acc], at_points: Bool, o: Operands[dtype], f: Int, lanes: Int):
+    """Writes a block's outputs of some vectors of filters, of which `lanes` are there."""
     comptime width = simd_width_of[acc]()
     comptime panel = vectors * width
-    comptime rows = tile_rows[acc]()
-    var channels = g.group_channels()
-    var point_size = (count + rows) * panel
-    multiply[vectors](plan, count, channels, data, row_size, plane, filter, filter_row, sums, point_size)
-    for q in range(count):
-        var position = first_output(plan, first + q)
+    var point_size = b.point_size(panel)
+    for q in range(b.count):
+        var position = first_output(plan, b.first + q)
         var inside = position + (QUAD - 1) * plan.spacing < g.out_length and lanes >= panel
         for j in range(vectors):
             var filters = lanes - j * width
             var bias = o.bias_at[acc, width](f + j * width, filters)
-            var y = outputs(sums.unsafe_offset(q * panel + j * width), point_size, bias)
+            var sums = b.sums.unsafe_offset(q * panel + j * width)
+            var y = outputs(sums, point_size, bias) if at_points else summed(sums, point_size, bias)
             if inside:
                 comptime for k in range(QUAD):
-                    write[width](n, position + k * plan.spacing, f + j * width, y[k].cast[dtype]())
+                    write[width](b.n, position + k * plan.spacing, f + j * width, y[k].cast[dtype]())
             else:
                 for k in range(QUAD):
                     if position + k * plan.spacing < g.out_length:
-                        put[write, True](n, position + k * plan.spacing, f + j * width, y[k], filters)
+                        put[write, True](b.n, position + k * plan.spacing, f + j * width, y[k], filters)
 
 
 def pays(g: Geometry, least: Int) -> Bool:
@@ -392,7 +429,7 @@ def conv1d_winograd[
 
     def run(i: Int, group: Int, n: Int, first: Int, end: Int, panels: Panels[acc]) {imm}:
         """Computes block i of a batch item with a group's filters `first .. end - 1`."""
-        block[write, nlc, whole](g, plan, n, group, i * size, min(size, total - i * size), first, end, panels, o)
+        block[write, nlc, whole, packed](g, plan, steps, n, group, i * size, min(size, total - i * size), first, end, panels, o)
 
     comptime if packed:
         comptime assert dtype == acc

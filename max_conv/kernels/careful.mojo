@@ -1,0 +1,150 @@
+"""Direct sums in Winograd's place, where a value is not finite or too large for its transforms.
+
+A transform mixes six inputs into four outputs, so that a NaN or an infinity would reach outputs that do not see it, and a value
+of 1e17 would move them by its rounding error. `calm` finds such values while they pass through the cache anyway; what a
+block cannot multiply at the points, it sums here, tap by tap.
+"""
+
+from std.utils.numerics import isnan
+from std.sys.info import simd_width_of
+
+from .geometry import Geometry
+from .lanes import BLOCK, FilterSteps, Memory, gathered, load
+from .points import Plan, QUAD, first_output
+
+
+@always_inline
+def limit[acc: DType]() -> Scalar[acc]:
+    """Returns what the squares of values stay below that cannot overflow on their way through the points: 2^54 in float32,
+    2^500 in float64. `LIMIT` in `max_conv/packing.py` is its twin.
+    """
+    comptime if acc == DType.float64:
+        return Scalar[acc](2.0) ** 1000
+    else:
+        return Scalar[acc](2.0) ** 108
+
+
+@fieldwise_init
+struct Source[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
+    """The rows that a block reads: NLC data in place, NCL data in `rest`, whose first row is position `start`."""
+
+    var x: Memory[Self.dtype]
+    var rest: Memory[Self.dtype]
+    """One row of zeros for NLC data, all rows for NCL data."""
+    var start: Int
+
+    @always_inline
+    def row[nlc: Bool](self, g: Geometry, position: Int) -> Memory[Self.dtype]:
+        """Returns the row at a position, which is negative in the left padding."""
+        comptime if nlc:
+            var source = g.source(position)
+            return self.x.unsafe_offset(source * g.channels) if source >= 0 else self.rest
+        else:
+            return self.rest.unsafe_offset((position - self.start) * g.group_channels())
+
+
+@no_inline
+def calm[dtype: DType, //, acc: DType, nlc: Bool](g: Geometry, source: Source[dtype], first: Int, rows: Int) -> Bool:
+    """Tells whether all values of some rows are finite and small enough for the transforms."""
+    comptime width = simd_width_of[acc]()
+    var channels = g.group_channels()
+    var squares = SIMD[acc, width](0)
+    for r in range(rows):
+        var row = source.row[nlc](g, first + r)
+        var c = 0
+        while c + width <= channels:
+            var values = load[acc, width, False](row.unsafe_offset(c), width)
+            squares = values.fma(values, squares)
+            c += width
+        if c < channels:
+            var values = load[acc, width, True](row.unsafe_offset(c), channels - c)
+            squares = values.fma(values, squares)
+    return squares.reduce_add() < limit[acc]()
+
+
+@always_inline
+def calm_filter[
+    acc: DType, //
+](plan: Plan, w: Memory[acc], channels: Int, filter_row: Int) -> Bool:
+    """Tells whether a panel of the transformed filter is one: NaN in place of the first products says that it is not."""
+    for part in range(len(plan.sizes)):
+        if isnan(w[unsafe_offset=part * channels * filter_row]):
+            return False
+    return True
+
+
+@no_inline
+def restore_taps[
+    acc: DType, //
+](g: Geometry, plan: Plan, w: Memory[acc], filter_row: Int, panel: Int, target: Memory[acc]):
+    """Writes the taps of a packed panel: (K, channels, panel). `Packing.products` in `max_conv/packing.py` made it."""
+    var channels = g.group_channels()
+    var parts = len(plan.sizes)
+    var plane = channels * filter_row
+    var raw = not calm_filter(plan, w, channels, filter_row)
+    for part in range(parts):
+        for j in range(plan.sizes[part]):
+            var tap = plan.first[part] + j * plan.step
+            for c in range(channels):
+                var at = w.unsafe_offset(c * filter_row)
+                for f in range(panel):
+                    var value: Scalar[acc]
+                    if raw:
+                        value = at[unsafe_offset=(plan.products() - g.kernel + tap) * plane + f]
+                    elif j == 0:
+                        value = at[unsafe_offset=part * plane + f]
+                        if plan.sizes[part] == 2:
+                            value *= 0.5
+                    elif j == plan.sizes[part] - 1:
+                        value = at[unsafe_offset=(3 * parts + part) * plane + f]
+                    else:
+                        var both = at[unsafe_offset=(parts + part) * plane + f]
+                        value = 1.5 * (both + at[unsafe_offset=(2 * parts + part) * plane + f])
+                    target[unsafe_offset=(tap * channels + c) * panel + f] = value
+
+
+@no_inline
+def gather_taps[
+    dtype: DType, acc: DType, //, panel: Int
+](g: Geometry, w: Memory[dtype], steps: FilterSteps, lanes: Int, target: Memory[acc]):
+    """Writes the taps of a panel, whose first filter `w` points at: (K, channels, panel)."""
+    var channels = g.group_channels()
+    for tap in range(g.kernel):
+        for c in range(channels):
+            var values = gathered[acc, panel](
+                w.unsafe_offset(tap * steps.tap + c * steps.channel), steps.filter, lanes
+            )
+            target.unsafe_offset((tap * channels + c) * panel).unsafe_store(values)
+
+
+@no_inline
+def direct[
+    dtype: DType, acc: DType, //, nlc: Bool, vectors: Int
+](
+    g: Geometry,
+    plan: Plan,
+    source: Source[dtype],
+    first: Int,
+    count: Int,
+    taps: Memory[acc],
+    sums: Memory[acc],
+    output_size: Int,
+):
+    """Sums the products of `count` quads and some vectors of filters. The outputs of a quad stand `output_size` apart."""
+    comptime width = simd_width_of[acc]()
+    comptime panel = vectors * width
+    var channels = g.group_channels()
+    for q in range(count):
+        for k in range(QUAD):
+            var position = (first_output(plan, first + q) + k * plan.spacing) * g.stride - g.pad_left
+            var total = SIMD[acc, panel](0)
+            for tap in range(g.kernel):
+                var row = source.row[nlc](g, position + tap * g.dilation)
+                var w = taps.unsafe_offset(tap * channels * panel)
+                for channel in range(0, channels, BLOCK):
+                    var sum = SIMD[acc, panel](0)
+                    for c in range(channel, min(channel + BLOCK, channels)):
+                        var value = SIMD[acc, panel](row[unsafe_offset=c].cast[acc]())
+                        sum = value.fma(w.unsafe_offset(c * panel).unsafe_load[width=panel](), sum)
+                    total += sum
+            sums.unsafe_offset(k * output_size + q * panel).unsafe_store(total)
