@@ -122,13 +122,13 @@ class Packing:
         """
         groups = tap_groups(self.layer.geometry)
         parts, size = len(groups), taps.shape[1]
-        with np.errstate(over="ignore", invalid="ignore"):
-            products[...] = np.moveaxis(np.tensordot(self.matrix, taps.astype(np.float64), (1, 1)), 0, 1)
         threes = sum(len(group) == 3 for group in groups)
         one, minus_one = products[:, parts : parts + threes], products[:, 2 * parts : 2 * parts + threes]
         middle = taps[:, [group[1] for group in groups[:threes]]]
-        # Their sum gives the middle tap back, and must not lose it: 0 times infinity is NaN.
-        lost = (one + minus_one == 0) & (middle != 0)
+        with np.errstate(over="ignore", invalid="ignore"):
+            products[...] = np.moveaxis(np.tensordot(self.matrix, taps.astype(np.float64), (1, 1)), 0, 1)
+            # Their sum gives the middle tap back, and must not lose it: 0 times infinity is NaN.
+            lost = (one + minus_one == 0) & (middle != 0)
         one[lost] = np.nextafter(one[lost], np.copysign(np.inf, middle[lost]), dtype=taps.dtype)
         limit = LIMIT[taps.dtype.name]
         for given, made in zip(taps, products, strict=True):

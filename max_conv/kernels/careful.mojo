@@ -73,34 +73,40 @@ def calm_filter[
     return True
 
 
+@always_inline
+def restored[
+    acc: DType, //
+](g: Geometry, plan: Plan, w: Memory[acc], filter_row: Int, raw: Bool, part: Int, j: Int, c: Int) -> Scalar[acc]:
+    """Returns tap j of a group of taps, for channel c and the packed filter that `w` points at: the twin of
+    `Packing.multiply` in `max_conv/packing.py`. `raw` says that the panel is not `calm_filter`.
+    """
+    var parts = len(plan.sizes)
+    var plane = g.group_channels() * filter_row
+    var at = w.unsafe_offset(c * filter_row)
+    if raw:
+        return at[unsafe_offset=(plan.products() - g.kernel + plan.first[part] + j * plan.step) * plane]
+    if j == 0:
+        return at[unsafe_offset=part * plane] * Scalar[acc](0.5 if plan.sizes[part] == 2 else 1.0)
+    if j == plan.sizes[part] - 1:
+        return at[unsafe_offset=(3 * parts + part) * plane]
+    return 1.5 * (at[unsafe_offset=(parts + part) * plane] + at[unsafe_offset=(2 * parts + part) * plane])
+
+
 @no_inline
 def restore_taps[
     acc: DType, //
 ](g: Geometry, plan: Plan, w: Memory[acc], filter_row: Int, panel: Int, target: Memory[acc]):
-    """Writes the taps of a packed panel: (K, channels, panel). `Packing.products` in `max_conv/packing.py` made it."""
+    """Writes the taps of a packed panel: (K, channels, panel)."""
     var channels = g.group_channels()
-    var parts = len(plan.sizes)
-    var plane = channels * filter_row
     var raw = not calm_filter(plan, w, channels, filter_row)
-    for part in range(parts):
+    for part in range(len(plan.sizes)):
         for j in range(plan.sizes[part]):
-            var tap = plan.first[part] + j * plan.step
+            var to = target.unsafe_offset((plan.first[part] + j * plan.step) * channels * panel)
             for c in range(channels):
-                var at = w.unsafe_offset(c * filter_row)
                 for f in range(panel):
-                    var value: Scalar[acc]
-                    if raw:
-                        value = at[unsafe_offset=(plan.products() - g.kernel + tap) * plane + f]
-                    elif j == 0:
-                        value = at[unsafe_offset=part * plane + f]
-                        if plan.sizes[part] == 2:
-                            value *= 0.5
-                    elif j == plan.sizes[part] - 1:
-                        value = at[unsafe_offset=(3 * parts + part) * plane + f]
-                    else:
-                        var both = at[unsafe_offset=(parts + part) * plane + f]
-                        value = 1.5 * (both + at[unsafe_offset=(2 * parts + part) * plane + f])
-                    target[unsafe_offset=(tap * channels + c) * panel + f] = value
+                    to[unsafe_offset=c * panel + f] = restored(
+                        g, plan, w.unsafe_offset(f), filter_row, raw, part, j, c
+                    )
 
 
 @no_inline

@@ -7,10 +7,13 @@ output is written once; nothing is filled with zeros, and nothing is added up in
 """
 
 from std.math import ceildiv, gcd
+from std.utils.numerics import isfinite, isnan
 
+from .careful import calm_filter, restored
 from .dispatch import convolve
 from .geometry import Geometry, ZEROS
-from .lanes import FilterSteps, Memory, Operands, Scratch, Write, put, spread, workers
+from .lanes import BLOCK, PACK, FilterSteps, Memory, Operands, Panels, Scratch, Write, accumulator, put, spread, workers
+from .points import Plan
 
 comptime LANES = 16
 """The filters of a phase are filled up to a multiple of it, so that no vector holds two phases: the widest vector."""
@@ -157,6 +160,90 @@ struct Transposed(ImplicitlyCopyable, TrivialRegisterPassable):
         spread(task, self.batch * self.out_length, workers(self.batch * self.out_length * self.filters))
 
 
+@no_inline
+def direct_sum[
+    dtype: DType, //, kernel: StaticString, nlc: Bool, packed: Bool
+](
+    t: Transposed,
+    g: Geometry,
+    o: Operands[dtype],
+    room: Int,
+    n: Int,
+    position: Int,
+    column: Int,
+    value: Scalar[dtype],
+) -> Scalar[dtype]:
+    """Returns an output of the convolution `g` of all phases from the input and the taps that are there.
+
+    Args:
+        t: The layer.
+        g: The convolution.
+        o: The convolution's operands.
+        room: The filters of a phase and a group, filled up.
+        n: The batch item.
+        position: Its output.
+        column: Its filter.
+        value: What the kernel made of it, which is right where every row and every tap is there.
+    """
+    comptime acc = accumulator[dtype]
+    var channels = g.group_channels()
+    var group = column // (room * t.phases())
+    var phase = column // room % t.phases()
+    comptime if kernel == "depthwise":
+        group = column % t.groups
+        phase = column // t.groups
+    var first = position - g.pad_left
+    var last = first + (g.kernel - 1) * g.dilation
+    # The first tap of the convolution is the last one of its phase.
+    var lacks = phase + (g.kernel - 1) * t.step() >= t.kernel
+    if first >= 0 and last < g.length and not lacks:
+        return value
+    var plan = Plan(g)
+    var total = o.bias[unsafe_offset=column].cast[acc]() if o.has_bias else Scalar[acc](0)
+    for tap in range(Int(lacks), g.kernel):
+        var row = first + tap * g.dilation
+        if row < 0 or row >= g.length:
+            continue
+        var sum = Scalar[acc](0)
+        for c in range(channels):
+            var channel = group * channels + c
+            var at = (n * g.length + row) * g.channels + channel
+            comptime if not nlc:
+                at = (n * g.channels + channel) * g.length + row
+            var w = filter_value[kernel, packed](g, plan, o.w, group, tap, c, column).cast[acc]()
+            sum = o.x[unsafe_offset=at].cast[acc]().fma(w, sum)
+            if c % BLOCK == BLOCK - 1:
+                total += sum
+                sum = 0
+        total += sum
+        if isnan(total):  # it stays so; data without end that is NaN does not take without end
+            break
+    return total.cast[dtype]()
+
+
+def filter_value[
+    dtype: DType, //, kernel: StaticString, packed: Bool
+](g: Geometry, plan: Plan, w: Memory[dtype], group: Int, tap: Int, c: Int, column: Int) -> Scalar[dtype]:
+    """Returns one value of the filter of a convolution, SCF or packed for a kernel."""
+    var channels = g.group_channels()
+    comptime if not packed:
+        return w[unsafe_offset=(tap * channels + c) * g.filters + column]
+    var f = column - group * g.group_filters()
+    comptime if kernel == "winograd":
+        var panel = Panels[dtype].packed(g, group, w, plan.products() * channels).at(f)
+        for part in range(len(plan.sizes)):
+            for j in range(plan.sizes[part]):
+                if plan.first[part] + j * plan.step == tap:
+                    return restored(g, plan, panel, PACK, not calm_filter(plan, panel, channels, PACK), part, j, c)
+        return 0
+    elif kernel == "paired":
+        var row = ceildiv(channels, 2) * 2
+        var panel = Panels[dtype].packed(g, group, w, g.kernel * row).at(f // PACK * PACK)
+        return panel[unsafe_offset=(tap * row + c // 2 * 2) * PACK + f % PACK * 2 + c % 2]
+    else:
+        return Panels[dtype].packed(g, group, w, g.kernel * channels).at(f)[unsafe_offset=(tap * channels + c) * PACK]
+
+
 def conv_transpose1d[
     dtype: DType,
     //,
@@ -196,15 +283,38 @@ def conv_transpose1d[
         comptime if depthwise:
             group = column % t.groups
             phase = column // t.groups
-        var filter = column % room
+        var in_phase = column % room
         places[unsafe_offset=3 * unit] = start + phase * t.dilation
-        places[unsafe_offset=3 * unit + 1] = group * filters + filter
-        places[unsafe_offset=3 * unit + 2] = filters - filter
+        places[unsafe_offset=3 * unit + 1] = group * filters + in_phase
+        places[unsafe_offset=3 * unit + 2] = filters - in_phase
         if o.has_bias:
             for i in range(lanes):
                 biases[unsafe_offset=column + i] = (
-                    o.bias[unsafe_offset=group * filters + filter + i] if i < filters - filter else 0
+                    o.bias[unsafe_offset=group * filters + in_phase + i] if i < filters - in_phase else 0
                 )
+
+    comptime made = packed or filter_layout == "phased"
+    var copy = Scratch[dtype](0 if made else g.kernel * t.group_channels() * g.filters)
+    var filter = o.w if made else copy.data()
+    comptime if not made:
+        t.scf[depthwise](o.w, steps, group_step, lanes, filter)
+    var phased = Operands[dtype](o.x, filter, biases, o.has_bias)
+
+    @__parameter
+    @always_inline
+    def seen[width: Int](n: Int, position: Int, column: Int, values: SIMD[dtype, width]) -> SIMD[dtype, width]:
+        """Returns outputs of which one is not finite, each from what it sees alone.
+
+        The kernel has also multiplied rows beside the input, and zeros in place of the taps that a phase lacks.
+        """
+        var result = values
+        for i in range(width):
+            if not isfinite(values[i]):
+                comptime if nlc:
+                    result[i] = direct_sum[kernel, nlc, packed](t, g, phased, room, n, position, column + i, result[i])
+                else:
+                    result[i] = direct_sum[kernel, nlc, packed](t, g, phased, room, n, position + i, column, result[i])
+        return result
 
     @__parameter
     @always_inline
@@ -226,8 +336,11 @@ def conv_transpose1d[
 
     @__parameter
     @always_inline
-    def place[width: Int](n: Int, position: Int, column: Int, value: SIMD[dtype, width]):
+    def place[width: Int](n: Int, position: Int, column: Int, made: SIMD[dtype, width]):
         """Writes outputs of neighbouring columns in NLC data, and of neighbouring positions in NCL data."""
+        var value = made
+        if not isfinite(made).reduce_and():
+            value = seen(n, position, column, made)
         var unit = places.unsafe_offset(column // lanes * 3)
         var output = position * t.stride + unit[unsafe_offset=0]
         var filter = unit[unsafe_offset=1] + column % lanes
@@ -245,17 +358,13 @@ def conv_transpose1d[
                     scatter(n, output, filter, value)
 
     if g.out_length > 0:
-        var phased = Operands[dtype](o.x, o.w, biases, o.has_bias)
         var scf = FilterSteps(t.group_channels() * g.filters, g.filters, 1)
-        comptime if packed or filter_layout == "phased":
-            convolve[place, kernel, least, whole, nlc, packed, True](g, scf, phased)
-        else:
-            var copy = Scratch[dtype](g.kernel * t.group_channels() * g.filters)
-            phased.w = copy.data()
-            t.scf[depthwise](o.w, steps, group_step, lanes, phased.w)
-            convolve[place, kernel, least, whole, nlc, False, True](g, scf, phased)
-            _ = copy^
+        convolve[place, kernel, least, whole, nlc, packed, True](g, scf, phased)
     t.fill_unreached[write](o)
+    _ = copy^
+    _ = g
+    _ = room
+    _ = phased
     _ = places
     _ = table^
     _ = bias^
