@@ -310,7 +310,7 @@ PLACES: dict[str, tuple[str, type[Exception], str]] = {
     "empty folder": (
         "none",
         FileNotFoundError,
-        r"checkpoint: the folder .*none has no file that ends in \.index\.json",
+        r"checkpoint: the folder .*none has no file that ends in \.safetensors, \.index",
     ),
     "two": ("two", ValueError, r"checkpoint: the folder .*two has 2 checkpoints, a\.pt, b\.pt; name one of them\."),
     "scheme": (
