@@ -34,7 +34,20 @@ class EmptyList:
 
 
 _PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
-_NUMPY = "dtype ndarray generic number bool bool_ str_ bytes_ datetime64 timedelta64 complex64 complex128".split()
+_NUMPY = [
+    "dtype",
+    "ndarray",
+    "generic",
+    "number",
+    "bool",
+    "bool_",
+    "str_",
+    "bytes_",
+    "datetime64",
+    "timedelta64",
+    "complex64",
+    "complex128",
+]
 _NUMPY += [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
 _NUMPY += [f"float{bits}" for bits in (16, 32, 64)]
 _RANDOM = "_pickle.__randomstate_ctor _pickle.__generator_ctor _pickle.__bit_generator_ctor _mt19937.MT19937"
@@ -50,8 +63,11 @@ HARMLESS: dict[str, type] = {
         for name in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
     },
     **{f"numpy.random.{name}": Nothing for name in [*_RANDOM.split(), "_pcg64.PCG64"]},
-    **{f"builtins.{name}": Nothing for name in "int float str bool bytes tuple frozenset range slice object".split()},
-    **{f"datetime.{name}": Nothing for name in "datetime date time timedelta timezone".split()},
+    **{
+        f"builtins.{name}": Nothing
+        for name in ["int", "float", "str", "bool", "bytes", "tuple", "frozenset", "range", "slice", "object"]
+    },
+    **{f"datetime.{name}": Nothing for name in ["datetime", "date", "time", "timedelta", "timezone"]},
     **{f"omegaconf.{name}": Nothing for name in _OMEGACONF.split()},
     "argparse.Namespace": Nothing,
     "types.SimpleNamespace": Nothing,
