@@ -31,10 +31,12 @@ def fold_behind(plan: Plan, pair: tuple[str, str], what: str) -> None:
     layers = [name.removesuffix(".weight") for name, item in by_name.items() if item.kind != "copy" and match(name)]
     if counting:  # Not every layer of an nn.Sequential has a batch norm behind it.
         layers = [layer for layer in layers if f"{behind(layer)}.running_mean" in by_name]
-    if any(match(name.removesuffix("running_mean") + "weight") for name in by_name if name.endswith(".running_mean")):
-        raise ValueError(
-            f"{what}: {pair[0]!r} names a batch norm, but the layer comes first, as in CONV=BN; {_BEFORE}."
-        )
+    if not layers and not counting:
+        norms = [name.removesuffix("running_mean") for name in by_name if name.endswith(".running_mean")]
+        if any(match(f"{name}weight") for name in norms):
+            raise ValueError(
+                f"{what}: {pair[0]!r} names a batch norm, but the layer comes first, as in CONV=BN; {_BEFORE}."
+            )
     if not layers:
         also = " and has a batch norm behind it" if counting else ""
         raise ValueError(

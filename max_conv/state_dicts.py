@@ -48,12 +48,12 @@ def find_state_dict(found: Any, path: Path, key: str | None, tensor: type) -> tu
     said = f" at the key {key!a:.80}" if key is not None else ""
     if not isinstance(found, dict):
         raise ValueError(
-            f"checkpoint: {path} holds more than a state dict: a {type(found).__name__}{said}; {_advice(found, there)}."
+            f"checkpoint: {path} holds more than a state dict: a {_type(found)}{said}; {_advice(found, there)}."
         )
     for name, value in found.items():
         if not isinstance(value, tensor) and not is_extra(name, value):
             raise ValueError(
-                f"checkpoint: {path} holds more than a state dict: {name!a:.60}{said} is a {type(value).__name__}; "
+                f"checkpoint: {path} holds more than a state dict: {name!a:.60}{said} is a {_type(value)}; "
                 f"{_advice(found, there)}."
             )
     others = [place for place in there if key is None and not _below(taken.rstrip("."), place)]
@@ -101,6 +101,11 @@ def _ways(found: Any, key: str) -> Iterator[Any]:
                 yield entries[name]
             elif spelling and key.startswith(f"{spelling}."):
                 yield from _ways(entries[name], key.removeprefix(f"{spelling}."))
+
+
+def _type(value: Any) -> str:
+    """Returns the name of a value's type; what pickles hold of other types was not made."""
+    return type(value).__name__ if type(value).__module__ in ("builtins", "collections", "torch") else "pickled object"
 
 
 def _below(place: str, other: str) -> bool:

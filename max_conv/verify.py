@@ -41,6 +41,11 @@ def verify(source: Checkpoint, plan: Plan, target: Checkpoint, eps: float = 1e-5
     count = 0
     for item in plan.tensors:
         if item.kind != "copy":
+            if 0 in item.shape:
+                raise ValueError(
+                    f"verify: {item.name} of shape {item.shape} is empty, which is no layer's filter; declare it as what "
+                    "is copied or ignored; nothing was written."
+                )
             try:
                 _check_layer(torch, source, plan, items, item, target, eps)
             except (RuntimeError, NotImplementedError) as error:  # PyTorch's: a page of what it could have done
