@@ -363,3 +363,18 @@ def test_a_torchscript_archive(tmp_path: Path) -> None:
         ValueError, match=r"\(it is a TorchScript archive, which holds code; save the state_dict\(\) of"
     ):
         open_checkpoint(tmp_path / "m.pt")
+
+
+def test_a_nested_tensor(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"a": torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)])})
+    with pytest.raises(
+        ValueError, match=r"^checkpoint: [^\n]* is not a PyTorch file of weights alone, or is damaged \("
+    ):
+        open_checkpoint(path)
+
+
+def test_an_index_as_large_as_weights(tmp_path: Path) -> None:
+    with (tmp_path / "m.index.json").open("wb") as file:
+        file.truncate(40 << 20)
+    with pytest.raises(ValueError, match=r"^checkpoint: .* is not an index of shards: it has no weight_map\.$"):
+        open_checkpoint(tmp_path / "m.index.json")

@@ -144,6 +144,15 @@ def test_torch_cannot_compute_a_layer(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+def test_verify_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"c.weight": torch.zeros(4, 1, 3)}, tmp_path / "m.safetensors")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    refused(
+        r"verify: comparing with PyTorch needs PyTorch; install torch\.",
+        *(tmp_path / "m.safetensors", tmp_path / "n.safetensors", "--conv", "c.weight", "--verify"),
+    )
+
+
 @pytest.mark.parametrize("shape", [(4, 0, 3), (4, 1, 0), (0, 1, 3)])
 def test_an_empty_filter_is_not_verified(shape: tuple[int, ...], tmp_path: Path) -> None:
     save_file({"c.weight": torch.zeros(shape)}, tmp_path / "m.safetensors")
