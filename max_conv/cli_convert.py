@@ -61,7 +61,12 @@ def _many(name: str, metavar: str, help: str, type: Any = str) -> Any:
 @_many("--conv-transpose", "PATTERN", "Names of ConvTranspose1d filters.")
 @_many("--ignore", "PATTERN", "Names of tensors to leave out.")
 @_many("--rename", "OLD=NEW", "A regular expression, and what takes its place; in order.", Pair("OLD=NEW"))
-@_many("--fold-batchnorm", "CONV=BN", "Fold the batch norm BN into the layer CONV before it.", Pair("CONV=BN"))
+@_many(
+    "--fold-batchnorm",
+    "CONV=BN",
+    "Fold the batch norm BN into the layer CONV before it; see above for {i}.",
+    Pair("CONV=BN"),
+)
 @click.option("--batchnorm-eps", default=1e-5, show_default=True, help="What those batch norms add to the variance.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Round floating tensors to this type.")
 @_many("--keep", "PATTERN", "Names of tensors that --dtype leaves alone.")

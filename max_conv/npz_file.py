@@ -15,7 +15,7 @@ from .tensors import CODES, of_array
 
 HEADER = 1 << 16
 """The most bytes of an array's header that are read."""
-SMALL = 64 << 20
+SMALL = 32 << 20
 """What arrays may have together in any case, in bytes."""
 SWOLLEN = 128
 """How many times the size of the file its arrays may have together beyond that: some archives are compressed."""

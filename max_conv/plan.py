@@ -11,7 +11,7 @@ from .checkpoint import Checkpoint
 from .layer_map import LayerMap
 from .marker import Marker, Side
 from .norm_parts import assemble
-from .planned import Kind, Plan, Planned, Source
+from .planned import ORDERS, Kind, Plan, Planned, Source
 from .safetensors_file import some
 
 
@@ -39,6 +39,8 @@ def plan_native(
         ValueError: If a tensor has no place, a pattern names nothing or no filter, parts of a norm are missing, or a bias
             does not fit its filter.
     """
+    if source not in ORDERS["conv"]:
+        raise ValueError(f"{what}: source_layout must be one of {', '.join(ORDERS['conv'])}, but is {source!a:.60}.")
     marker = Marker.of(checkpoint.metadata, checkpoint.source)
     native = marker is not None and marker.layout == "native"
     if marker is not None and source not in ("torch", marker.layout):

@@ -18,8 +18,10 @@ from .safetensors_file import AXES_LIMIT, Spec, check_name
 from .state_dicts import find_state_dict, is_extra
 from .tensors import CODES, width
 
+SMALL = 32 << 20
+"""What tensors may have together in any case, in bytes."""
 TIED = 128
-"""How many times the size of the file its tensors may have together: some share their values."""
+"""How many times the size of the file its tensors may have together beyond that: some share their values."""
 
 _LOADING = threading.Lock()
 
@@ -54,7 +56,7 @@ class TorchFile:
         except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:  # tensors of odd kinds
             raise _damaged(path, _reason(str(error))) from None
         claimed, there = sum(spec.nbytes for spec in self.specs.values()), path.stat().st_size
-        if claimed > TIED * there:
+        if claimed > max(SMALL, TIED * there):
             raise _damaged(path, f"its tensors claim {claimed} bytes, but the file has {there}")
 
     def close(self) -> None:

@@ -365,6 +365,8 @@ def test_read_layer(tmp_path: Path) -> None:
     torch.save({f"enc.{name}": value for name, value in conv.state_dict().items()}, tmp_path / "m.pt")
     weights, dtype = read_layer(tmp_path / "m.pt", "enc")
     assert dtype.name == "bfloat16" and torch.equal(torch.from_dlpack(weights["weight"]), conv.weight.detach())
+    torch.save({"net": {f"dec.{name}": value for name, value in conv.state_dict().items()}}, tmp_path / "key.pt")
+    assert read_layer(tmp_path / "key.pt", "dec", key="net")[0].keys() == {"weight", "bias"}
     torch.save({"a.weight": torch.zeros(1, 1, 1).half(), "a.bias": torch.zeros(1)}, tmp_path / "mixed.pt")
     with pytest.raises(ValueError, match=r"checkpoint: a in .* mixes F16 and F32; cast one to the other\."):
         read_layer(tmp_path / "mixed.pt", "a")

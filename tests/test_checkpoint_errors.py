@@ -10,10 +10,26 @@ from pathlib import Path
 import max_conv
 
 PACKAGE = Path(max_conv.__file__).parent
-CHECKED = (
-    "checkpoint state_dicts torch_file npz_file safetensors_file file_kind tensors marker layer_map folding planned "
-    "norm_parts batch_norms plan making verify staging convert"
-).split()
+CHECKED = [
+    "checkpoint",
+    "state_dicts",
+    "torch_file",
+    "npz_file",
+    "safetensors_file",
+    "file_kind",
+    "tensors",
+    "marker",
+    "layer_map",
+    "folding",
+    "planned",
+    "norm_parts",
+    "batch_norms",
+    "plan",
+    "making",
+    "verify",
+    "staging",
+    "convert",
+]
 TESTS = ["test_checkpoint.py", "test_checkpoint_sources.py", "test_convert.py", "test_convert_layers.py"]
 SLOW = "memory_stays or there_and_back or reads_every_bit or rounds or values_are or signals or killed or shards_in_and_out"
 

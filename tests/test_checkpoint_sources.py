@@ -7,6 +7,8 @@ import io
 import json
 import os
 import pathlib
+import sys
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,9 +50,9 @@ def test_endings_of_torch_files(suffix: str, tmp_path: Path) -> None:
     assert names(saved(tmp_path, {"state_dict": W}, f"m{suffix}")) == list(W)
 
 
-@pytest.mark.parametrize("count", [9, 100])
-def test_a_tensor_of_many_names(count: int, tmp_path: Path) -> None:
-    value = torch.randn(64, 64, 5)
+@pytest.mark.parametrize(("count", "size"), [(9, 64), (100, 512), (2000, 8)])
+def test_a_tensor_of_many_names(count: int, size: int, tmp_path: Path) -> None:
+    value = torch.randn(size, size, 5)
     with open_checkpoint(saved(tmp_path, {f"step.{i}.weight": value for i in range(count)})) as checkpoint:
         assert len(checkpoint.names) == count
         np.testing.assert_array_equal(as_array(checkpoint.read(f"step.{count - 1}.weight")), value.numpy())
@@ -286,7 +288,22 @@ def test_harmless_pickles_are_passed_over(kind: str, zipped: bool, tmp_path: Pat
         assert all(np.array_equal(as_array(checkpoint.read(name)), value.numpy()) for name, value in W.items())
 
 
-def test_nothing_harmless_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class AttributeDict(dict):
+    """What Lightning pickles for its hyper-parameters."""
+
+
+def test_lightning_s_dicts_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = "lightning.fabric.utilities.data".split(".")
+    for i in range(len(parts)):
+        module = types.ModuleType(".".join(parts[: i + 1]))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    module.AttributeDict = AttributeDict  # type: ignore[attr-defined]
+    monkeypatch.setattr(AttributeDict, "__module__", module.__name__)
+    path = saved(tmp_path, {"state_dict": W, "hyper_parameters": AttributeDict(lr=0.1, path=pathlib.Path("a"))})
+    assert names(path) == list(W)
+
+
+def test_nothing_harmless_is_made(tmp_path: Path) -> None:
     """Nothing of the real classes is called, whatever the pickle passes to them."""
 
     class Call:

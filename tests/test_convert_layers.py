@@ -237,6 +237,15 @@ def test_a_batch_norm_of_mlx_is_folded(tmp_path: Path) -> None:
     torch.testing.assert_close(y, up(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_layout_that_nobody_has(tmp_path: Path) -> None:
+    save_file({"c.weight": torch.ones(1, 1, 1)}, tmp_path / "m.safetensors")
+    options = Options(source_layout="caffe")  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"^convert: source_layout must be one of torch, native, mlx, .* is 'caffe'\.$"
+    ):
+        convert(tmp_path / "m.safetensors", tmp_path / "n.safetensors", LayerMap(conv=("*",)), options=options)
+
+
 def test_a_marker_is_not_overruled(tmp_path: Path) -> None:
     save_file({"c.weight": torch.ones(1, 1, 1)}, tmp_path / "m.safetensors", {MARK: Marker("torch").text()})
     refused(
