@@ -293,7 +293,7 @@ class AttributeDict(dict):
 
 
 def test_lightning_s_dicts_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = "lightning.fabric.utilities.data".split(".")
+    parts = ["lightning", "fabric", "utilities", "data"]
     for i in range(len(parts)):
         module = types.ModuleType(".".join(parts[: i + 1]))
         monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -387,6 +387,24 @@ def test_a_sequential_is_folded_by_number(tmp_path: Path) -> None:
     torch.testing.assert_close(y, net["net"](x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("folding", ["net.{i}=net.{i+2}", "{i}.up={i}.norm"])
+def test_a_transposed_layer_is_folded_by_number(folding: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    up, norm = nn.ConvTranspose1d(4, 6, 3, stride=2), busy(nn.BatchNorm1d(6)).eval()
+    names = folding.replace("{i+2}", "5").replace("{i}", "3").split("=")
+    modules = dict(zip(names, (up, norm)))
+    state = {f"{name}.{n}": value for name, module in modules.items() for n, value in module.state_dict().items()}
+    save_file(state, tmp_path / "m.safetensors")
+    declared = ["--conv-transpose", f"{names[0]}.weight", "--fold-batchnorm", folding, "--verify"]
+    good(tmp_path / "m.safetensors", tmp_path / "n.safetensors", *declared)
+    good(tmp_path / "n.safetensors", tmp_path / "t.safetensors", "--to", "torch")
+    got = load_file(tmp_path / "t.safetensors")
+    assert got.keys() == {f"{names[0]}.weight", f"{names[0]}.bias"}
+    x = torch.randn(2, 4, 9)
+    y = nn.functional.conv_transpose1d(x, got[f"{names[0]}.weight"], got[f"{names[0]}.bias"], stride=2)
+    torch.testing.assert_close(y, norm(up(x)), rtol=1e-4, atol=1e-4)
+
+
 NORMS: dict[str, tuple[nn.Module, str, str]] = {
     "before, by number": (
         sequence(nn.BatchNorm1d(4), nn.Conv1d(4, 4, 1)),
