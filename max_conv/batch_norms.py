@@ -14,23 +14,23 @@ _BEFORE = (
 )
 
 
-def fold_behind(plan: Plan, pair: tuple[str, str], what: str) -> None:
-    """Folds the batch norms behind some layers of a plan into those.
+def fold_norms(plan: Plan, pair: tuple[str, str], what: str) -> None:
+    """Folds the batch norms after some layers of a plan into these layers.
 
     Args:
         plan: Is changed: the norms' tensors go, and layers without a bias get one.
-        pair: The name of a layer and of the batch norm behind it, with * or {i}, {i+1} for what changes.
+        pair: The name of a layer and of the batch norm after it, with * or {i}, {i+1} for what changes.
         what: Begins error messages.
 
     Raises:
         ValueError: If there is no such layer or norm, or they do not fit each other.
     """
-    match, behind = _patterns(*pair, what)
+    match, after = _patterns(*pair, what)
     by_name = {item.name: item for item in plan.tensors}
     counting = "{i}" in pair[0]
     layers = [name.removesuffix(".weight") for name, item in by_name.items() if item.kind != "copy" and match(name)]
-    if counting:  # Not every layer of an nn.Sequential has a batch norm behind it.
-        layers = [layer for layer in layers if f"{behind(layer)}.running_mean" in by_name]
+    if counting:  # Not every layer of an nn.Sequential has a batch norm after it.
+        layers = [layer for layer in layers if f"{after(layer)}.running_mean" in by_name]
     if not layers and not counting:
         norms = [name.removesuffix("running_mean") for name in by_name if name.endswith(".running_mean")]
         if any(match(f"{name}weight") for name in norms):
@@ -38,12 +38,12 @@ def fold_behind(plan: Plan, pair: tuple[str, str], what: str) -> None:
                 f"{what}: {pair[0]!r} names a batch norm, but the layer comes first, as in CONV=BN; {_BEFORE}."
             )
     if not layers:
-        also = " and has a batch norm behind it" if counting else ""
+        also = " and has a batch norm after it" if counting else ""
         raise ValueError(
             f"{what}: no filter belongs to a layer named like {pair[0]!r}{also}, whose batch norm is to be folded."
         )
     for layer in layers:
-        _fold_one(plan, by_name, layer, behind(layer), what)
+        _fold_one(plan, by_name, layer, after(layer), what)
     plan.tensors = list(by_name.values())
 
 
@@ -88,7 +88,7 @@ def _comes_before(norm: str, layer: str) -> bool:
 
 
 def _patterns(layer: str, norm: str, what: str) -> tuple[Callable[[str], bool], Callable[[str], str]]:
-    """Returns whether a weight's name belongs to a layer that matches, and the name of the batch norm behind a layer."""
+    """Returns whether a weight's name belongs to a layer that matches, and the name of the batch norm after a layer."""
     if layer.count("*") != norm.count("*"):
         raise ValueError(f"{what}: {layer}={norm} must have as many * on one side as on the other.")
     steps = re.findall(r"\{i([+-]\d{1,3})?\}", norm)
@@ -97,11 +97,11 @@ def _patterns(layer: str, norm: str, what: str) -> tuple[Callable[[str], bool], 
             f"{what}: {layer}={norm} must have {{i}} once in the layer and {{i+1}} in the norm, or neither."
         )
     if any(int(step or 0) < 0 for step in steps):
-        raise ValueError(f"{what}: {norm} must be behind {layer}, as {{i+1}} is behind {{i}}; {_BEFORE}.")
+        raise ValueError(f"{what}: {norm} must come after {layer}, as {{i+1}} comes after {{i}}; {_BEFORE}.")
     pieces = {"*": "([^.]*)", "{i}": "(?P<i>[0-9]{1,9})"}
     pattern = re.compile("".join(pieces.get(text, re.escape(text)) for text in re.split(r"(\*|\{i\})", layer)))
 
-    def behind(name: str) -> str:
+    def after(name: str) -> str:
         found = pattern.fullmatch(name)
         assert found
         number = found["i"] if steps else None
@@ -109,4 +109,4 @@ def _patterns(layer: str, norm: str, what: str) -> tuple[Callable[[str], bool], 
         text = re.sub(r"\*", lambda _: next(stars), norm)
         return re.sub(r"\{i(\+\d+)?\}", lambda step: str(int(number or 0) + int(step[1] or 0)), text)
 
-    return lambda name: name.endswith(".weight") and pattern.fullmatch(name.removesuffix(".weight")) is not None, behind
+    return lambda name: name.endswith(".weight") and pattern.fullmatch(name.removesuffix(".weight")) is not None, after

@@ -92,7 +92,7 @@ def convert(source: str, target: Path | None, to: Any, dry_run: bool, as_json: b
     character, and [0] a class of characters, not a bracket: a name with brackets, conv[0].weight, is written
     'conv[[]0].weight'.
 
-    In --fold-batchnorm "blocks.*.conv=blocks.*.bn" each * stands for the same text on both sides. In an nn.Sequential,
+    In --fold-batchnorm "blocks.*.conv=blocks.*.bn" each * is the same text on both sides. In an nn.Sequential,
     "net.{i}=net.{i+1}" folds every batch norm into the filter right before it. A norm before a layer is never folded.
 
     A file that was converted already is copied as it is. --to torch turns it back, bit for bit and without patterns:

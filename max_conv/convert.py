@@ -84,7 +84,7 @@ class Options:
         key: Where the state dict is in a PyTorch file, as for `open_checkpoint`.
         source_layout: The library whose layout filters have that no marker tells of: "torch" (FCS, transposed CFS),
             "mlx" (FSC) or "keras" (SCF, transposed SFC).
-        batch_norms: Pairs of a layer's name and of the batch norm's behind it, with `*` for what changes; `{i}` is a number
+        batch_norms: Pairs of a layer's name and of the batch norm after it, with `*` for what changes; `{i}` is a number
             in an nn.Sequential, and `{i+1}` the next.
         eps: What those batch norms add to the variance.
         max_shard_size: The most bytes of data in one file, or None. A tensor that is larger has a file of its own.

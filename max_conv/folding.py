@@ -104,7 +104,7 @@ class BatchNorm(NamedTuple):
         return self.weight / np.sqrt(self.variance + self.eps)
 
     def fold_filter(self, filter: np.ndarray, order: str) -> np.ndarray:
-        """Returns the filter, whose axes are in `order`, as the batch norm behind it scales it.
+        """Returns the filter, whose axes are in `order`, as the batch norm after it scales it.
 
         >>> norm = BatchNorm(np.array([2.0]), np.zeros(1), np.zeros(1), np.ones(1), 0.0)
         >>> norm.fold_filter(np.ones((1, 1, 2)), "FCS").tolist()
@@ -119,7 +119,7 @@ class BatchNorm(NamedTuple):
         return (parts * self.scale.reshape(groups, 1, filters, 1)).reshape(filter.shape)
 
     def fold_bias(self, bias: np.ndarray | float = 0.0) -> np.ndarray:
-        """Returns the bias of the layer and the batch norm behind it together, (F,).
+        """Returns the bias of the layer and the batch norm after it together, (F,).
 
         >>> BatchNorm(np.array([2.0]), np.array([1.0]), np.array([3.0]), np.ones(1), 0.0).fold_bias().tolist()
         [-5.0]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import cast
 
-from .batch_norms import fold_behind
+from .batch_norms import fold_norms
 from .checkpoint import Checkpoint
 from .layer_map import LayerMap
 from .marker import Marker, Side
@@ -31,8 +31,8 @@ def plan_native(
         layers: The declaration of its tensors.
         what: Begins error messages.
         strict: Whether tensors that no pattern names are errors; otherwise they are copied.
-        batch_norms: Pairs of patterns of a layer's name and of the batch norm behind it that is folded into it; what
-            each `*` stands for in the first stands in the second.
+        batch_norms: Pairs of patterns of a layer's name and of the batch norm after it that is folded into it; what
+            each `*` is in the first it is in the second, too.
         source: The library whose layout the filters have, where no marker tells it.
 
     Raises:
@@ -73,7 +73,7 @@ def plan_native(
     plan = Plan(tensors, "native" if native else source, "native", [*checkpoint.left_out, *gone, *dropped])
     if not native:
         for pair in batch_norms:
-            fold_behind(plan, pair, what)
+            fold_norms(plan, pair, what)
     _check_biases(plan, checkpoint, what)
     kept = {item.name for item in plan.tensors}
     plan.renamed = {new: old for new, old in renamed.items() if new in kept}

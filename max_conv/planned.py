@@ -13,7 +13,7 @@ ORDERS: dict[str, dict[str, str]] = {
     "conv": {"torch": "FCS", "native": "SCF", "mlx": "FSC", "keras": "SCF"},
     "conv_transpose": {"torch": "CFS", "native": "SFC", "mlx": "FSC", "keras": "SFC"},
 }
-"""The axis order of filters in native files and in those of each library; MLX's transposed ones are of one group."""
+"""The axis order of filters in native files and in each library; MLX's transposed ones are of one group."""
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,8 @@ def _reason(text: str) -> str:
     """Returns what is wrong, of the paragraphs that PyTorch says, without its advice on how to run code after all."""
     inner = text.rpartition("WeightsUnpickler error:")[2] or text
     line = next((line.strip() for line in inner.splitlines() if line.strip()), "")
+    if line.startswith("Unsupported operand"):
+        return "it is not pickled with protocol 2; save it with torch.save's own pickle_protocol"
     return "it holds more than tensors" if line.startswith("Weights only") else f"{line:.120}".rstrip(".")
 
 

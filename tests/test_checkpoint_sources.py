@@ -374,6 +374,7 @@ def test_a_pointer_among_shards(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "m.index.json")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_torchscript_archive(tmp_path: Path) -> None:
     torch.jit.script(torch.nn.Conv1d(1, 1, 1)).save(os.fspath(tmp_path / "m.pt"))
     with pytest.raises(
@@ -382,6 +383,14 @@ def test_a_torchscript_archive(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "m.pt")
 
 
+def test_another_pickle_protocol(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"\(it is not pickled with protocol 2; save it with torch\.save's own pickle_pro"
+    ):
+        open_checkpoint(saved(tmp_path, {"model": W}, pickle_protocol=4))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
 def test_a_nested_tensor(tmp_path: Path) -> None:
     path = saved(tmp_path, {"a": torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)])})
     with pytest.raises(

@@ -414,7 +414,7 @@ NORMS: dict[str, tuple[nn.Module, str, str]] = {
     "before, by sign": (
         sequence(nn.BatchNorm1d(4), nn.Conv1d(4, 4, 1)),
         "{i}={i-1}",
-        r"convert: \{i-1\} must be behind \{i\}, as \{i\+1\} is behind \{i\}; a norm before a layer is not folded: .*\.",
+        r"convert: \{i-1\} must come after \{i\}, as \{i\+1\} comes after \{i\}; a norm before a layer is not folded: .*\.",
     ),
     "before, by size": (
         nn.ModuleDict({"conv": nn.Conv1d(4, 8, 1), "norm": nn.BatchNorm1d(4)}),
@@ -429,7 +429,7 @@ NORMS: dict[str, tuple[nn.Module, str, str]] = {
     "none there": (
         sequence(nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1)),
         "{i}={i+1}",
-        r"convert: no filter belongs to a layer named like '\{i\}' and has a batch norm behind it, whose .*",
+        r"convert: no filter belongs to a layer named like '\{i\}' and has a batch norm after it, whose .*",
     ),
     "number on one side": (
         sequence(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)),
@@ -556,7 +556,7 @@ def test_a_link_to_a_folder_is_no_leftover(tmp_path: Path) -> None:
 
 
 def test_signals_are_left_to_who_handles_them(tmp_path: Path) -> None:
-    """In a thread, and where a program has handlers of its own or ignores a signal."""
+    """In a thread, and where a program has its own handlers or ignores a signal."""
     save_file({"c.weight": torch.ones(1, 1, 1)}, tmp_path / "m.safetensors")
     seen: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
