@@ -14,7 +14,7 @@ _BEGINNINGS = {
 
 
 def check_kind(path: Path) -> None:
-    """Raises ValueError where a file begins as no checkpoint does, but as one that people take for one."""
+    """Raises ValueError where a file begins as no checkpoint of its ending does, but as what people take for one."""
     with path.open("rb") as file:
         start = file.read(512)
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
@@ -23,3 +23,8 @@ def check_kind(path: Path) -> None:
             raise ValueError(f"checkpoint: {path} is {what}.")
     if start[257:262] == b"ustar":
         raise ValueError(f"checkpoint: {path} is a tar archive; unpack it first.")
+    header = int.from_bytes(start[:8], "little")
+    if path.suffix == ".safetensors" and start.startswith(b"PK\x03\x04"):
+        raise ValueError(f"checkpoint: {path} is a zip archive, as PyTorch writes; end its name in .pt.")
+    if path.suffix != ".safetensors" and start[8:9] == b"{" and header <= path.stat().st_size - 8:
+        raise ValueError(f"checkpoint: {path} is a safetensors file; end its name in .safetensors.")

@@ -80,7 +80,8 @@ class SafetensorsFile:
             raise self._damaged(f"its header is not JSON: {reason}") from None
         if not isinstance(header, dict):
             raise self._damaged("its header is no JSON object")
-        metadata = header.pop("__metadata__", None) or {}  # MLX writes null
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata  # MLX writes null
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise self._damaged("its metadata are not strings by name")
         places = {name: self._place(name, entry) for name, entry in header.items()}

@@ -181,7 +181,7 @@ def _reason(text: str) -> str:
     inner = text.rpartition("WeightsUnpickler error:")[2] or text
     line = next((line.strip() for line in inner.splitlines() if line.strip()), "")
     if line.startswith("Unsupported operand"):
-        return "it is not pickled with protocol 2; save it with torch.save's own pickle_protocol"
+        return "it is not pickled as torch.save does by default, with protocol 2"
     return "it holds more than tensors" if line.startswith("Weights only") else f"{line:.120}".rstrip(".")
 
 

@@ -175,6 +175,8 @@ HEADERS = {
     "dtype": (header(entry(dtype="F4"), b"12"), "'F4', which is not supported"),
     "dtype list": (header(entry(dtype=["U8"]), b"12"), "which is not supported"),
     "metadata": (header('{"__metadata__":{"a":1}}'), "its metadata are not strings by name"),
+    "metadata list": (header('{"__metadata__":[]}'), "its metadata are not strings by name"),
+    "metadata false": (header('{"__metadata__":false}'), "its metadata are not strings by name"),
     "odd name": (header(entry(name="a\nb"), b"12"), r"names a tensor 'a\\nb', which is no name of a weight"),
     "surrogate": (header(entry(name="\ud800"), b"12"), r"names a tensor '\\ud800'"),
     "escape": (header(entry(name="\x1b[31m"), b"12"), r"names a tensor '\\x1b\[31m'"),

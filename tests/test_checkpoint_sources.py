@@ -367,6 +367,17 @@ def test_files_that_are_taken_for_checkpoints(name: str, kind: str, tmp_path: Pa
         open_checkpoint(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["m.pt", "m.bin", "m.npz"])
+def test_files_of_another_name(name: str, tmp_path: Path) -> None:
+    save_file({"a": np.zeros(3)}, tmp_path / name)
+    with pytest.raises(ValueError, match=r"^checkpoint: .* is a safetensors file; end its name in \.safetensors\.$"):
+        open_checkpoint(tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"^checkpoint: .* is a zip archive, as PyTorch writes; end its name in \.pt\.$"
+    ):
+        open_checkpoint(saved(tmp_path, W, "m.safetensors"))
+
+
 def test_a_pointer_among_shards(tmp_path: Path) -> None:
     (tmp_path / "m.index.json").write_text(json.dumps({"weight_map": {"a": "s.safetensors"}}))
     (tmp_path / "s.safetensors").write_bytes(POINTER)
@@ -384,9 +395,7 @@ def test_a_torchscript_archive(tmp_path: Path) -> None:
 
 
 def test_another_pickle_protocol(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"\(it is not pickled with protocol 2; save it with torch\.save's own pickle_pro"
-    ):
+    with pytest.raises(ValueError, match=r"\(it is not pickled as torch\.save does by default, with p"):
         open_checkpoint(saved(tmp_path, {"model": W}, pickle_protocol=4))
 
 
