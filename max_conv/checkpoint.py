@@ -1,6 +1,7 @@
 """Checkpoints of other libraries, opened without loading them: names, shapes and metadata at once, tensors one by one."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -97,6 +98,11 @@ class Checkpoint:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for file in self._closing:
             file.close()
+
+    def log_notes(self) -> None:
+        """Logs what was taken of the files, where nobody shows `notes`."""
+        for note in self.notes:
+            logging.getLogger("max_conv").warning(note)
 
     @property
     def names(self) -> list[str]:
@@ -288,6 +294,7 @@ def read_layer(
     from max.dtype import DType
 
     with open_checkpoint(path, key) as checkpoint:
+        checkpoint.log_notes()
         marker = Marker.of(checkpoint.metadata, checkpoint.source)
         if marker and (marker.layout == "native") != native:
             does = "pass --native" if not native else "leave --native out"

@@ -49,6 +49,7 @@ def read_native(reference: str | Path, layers: LayerMap, what: str, key: str | N
     FileNotFoundError: checkpoint: there is no file gone.safetensors.
     """
     with open_checkpoint(reference, key) as checkpoint:
+        checkpoint.log_notes()
         return _arrays(checkpoint, layers, what)
 
 

@@ -20,7 +20,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from max_conv.checkpoint import open_checkpoint
+from max_conv.checkpoint import open_checkpoint, read_layer
+from max_conv.convert import LayerMap, read_native
 from max_conv.tensors import as_array
 
 W = {"a.weight": torch.arange(6.0).reshape(1, 2, 3), "a.bias": torch.ones(1)}
@@ -251,6 +252,17 @@ def test_says_what_was_taken(tmp_path: Path) -> None:
         assert checkpoint.notes == []
     with open_checkpoint(saved(tmp_path, {"state_dict": W, "args": {"lr": 0.1}})) as checkpoint:
         assert checkpoint.notes == []
+
+
+def test_readers_say_what_was_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = saved(tmp_path, {"model": W, "ema": W})
+    for call in (
+        lambda: read_layer(path, "a"),
+        lambda: read_native(path, LayerMap(conv=("a.weight",), copy=("*",)), "net"),
+    ):
+        caplog.clear()
+        call()
+        assert caplog.messages == [f"took model of {path}, which also has ema: --key takes another."]
 
 
 def test_a_dict_within_itself(tmp_path: Path) -> None:
