@@ -1,8 +1,9 @@
 """Checkpoints of other libraries, opened without loading them: names, shapes and metadata at once, tensors one by one."""
 
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
@@ -10,9 +11,11 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 
 from .assets import resolve
+from .file_kind import check_kind
 from .folding import fold_weight_norm, weight_norm_names
 from .marker import MARK, Marker
-from .safetensors_file import HEADER_LIMIT, SafetensorsFile, Spec
+from .npz_file import NpzFile
+from .safetensors_file import HEADER_LIMIT, SafetensorsFile, Spec, some
 from .tensors import DTYPES, Tensor, of_array, width
 from .torch_file import TorchFile
 
@@ -21,8 +24,9 @@ __all__ = ["MARK", "Checkpoint", "Tensor", "fold_weight_norm", "open_checkpoint"
 PIECE = 4 << 20
 """The bytes of a piece in which tensors stream from file to file."""
 
-TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt")
+TORCH_SUFFIXES = (".pt", ".pth", ".tar", ".th", ".bin", ".ckpt")
 INDEX = ".index.json"
+SUFFIXES = (".safetensors", INDEX, ".npz", *TORCH_SUFFIXES)
 PREFERRED = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before every name."""
@@ -33,6 +37,10 @@ class _File(Protocol):
     def specs(self) -> Mapping[str, Spec]: ...
     @property
     def metadata(self) -> Mapping[str, str]: ...
+    @property
+    def left_out(self) -> Sequence[str]: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
     def load(self, name: str, start: int, stop: int) -> np.ndarray: ...
     def close(self) -> None: ...
 
@@ -51,12 +59,23 @@ class Checkpoint:
         source: The reference that was opened, for messages.
         files: The files that it consists of, an index before its shards.
         metadata: Strings by name, of safetensors files.
+        left_out: The names of entries that are no weights: `None`, and what modules save as `_extra_state`.
+        notes: Sentences about what was taken of the files, where there was a choice.
     """
 
-    def __init__(self, source: str, files: list[Path], entries: Mapping[str, Entry], metadata: Mapping[str, str]):
+    def __init__(
+        self,
+        source: str,
+        files: list[Path],
+        entries: Mapping[str, Entry],
+        metadata: Mapping[str, str],
+        opened: Sequence[_File] = (),
+    ):
         self.source, self.files, self.metadata = source, files, dict(metadata)
+        self.left_out = [name for file in opened for name in file.left_out]
+        self.notes = [note for file in opened for note in file.notes]
         self._entries = dict(entries)
-        self._closing: list[_File] = []
+        self._closing = list(opened)
 
     @classmethod
     def of_arrays(cls, state: Mapping[str, np.ndarray], source: str = "the state") -> "Checkpoint":
@@ -79,6 +98,11 @@ class Checkpoint:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for file in self._closing:
             file.close()
+
+    def log_notes(self) -> None:
+        """Logs what was taken of the files, where nobody shows `notes`."""
+        for note in self.notes:
+            logging.getLogger("max_conv").warning(note)
 
     @property
     def names(self) -> list[str]:
@@ -115,13 +139,15 @@ class Checkpoint:
         return Tensor(spec.dtype, bits.reshape(spec.shape))
 
 
-def open_checkpoint(reference: str | os.PathLike) -> Checkpoint:
+def open_checkpoint(reference: str | os.PathLike, key: str | None = None) -> Checkpoint:
     """Opens a checkpoint; its tensors are read when they are asked for.
 
     Args:
-        reference: A `.safetensors` file, a sharded `.index.json`, a PyTorch `.pt`, `.pth`, `.th`, `.bin` or `.ckpt` file, a
-            directory that holds one of them, or what `max_conv.assets.resolve` downloads. State dicts inside what
-            training scripts save are found, and a "module." before every name is taken off.
+        reference: A `.safetensors` file, a sharded `.index.json`, a PyTorch `.pt`, `.pth`, `.tar`, `.th`, `.bin` or `.ckpt`
+            file, an `.npz` file of NumPy or MLX, a directory that holds one of them, or what `max_conv.assets.resolve`
+            downloads. A "module." or "_orig_mod." before every name is taken off, however often it is there.
+        key: Where the state dict is in what a training script saved, as "net.decoder"; dots that are part of a key may be
+            written `\\.`. None takes one under a usual name, such as "state_dict" or "model".
 
     Raises:
         FileNotFoundError: If there is no such file, or a shard is missing.
@@ -136,12 +162,11 @@ def open_checkpoint(reference: str | os.PathLike) -> Checkpoint:
     opened: list[_File] = []
     try:
         if path.name.endswith(INDEX):
-            files, entries, metadata = _open_sharded(path, str(reference), opened)
+            files, entries, metadata = _open_sharded(path, str(reference), key, opened)
         else:
-            files, (entries, metadata) = [path], _open_file(path, opened)
-        found = Checkpoint(str(reference), files, entries if MARK in metadata else _without_prefix(entries), metadata)
-        found._closing = opened
-        return found
+            files, (entries, metadata) = [path], _open_file(path, key, opened)
+        entries = entries if MARK in metadata else _without_prefix(entries)
+        return Checkpoint(str(reference), files, entries, metadata, opened)
     except BaseException:
         for file in opened:
             file.close()
@@ -164,28 +189,29 @@ def _inside(folder: Path) -> Path:
     for name in PREFERRED:
         if (folder / name).is_file():
             return folder / name
-    suffixes = (INDEX, ".safetensors", *TORCH_SUFFIXES)
-    found = sorted(path for path in folder.iterdir() if path.name.endswith(suffixes) and path.is_file())
+    found = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and path.is_file())
     indices = [path for path in found if path.name.endswith(INDEX)]
     shards = {folder / shard for index in indices for shard in _weight_map(index).values()}
     found = [path for path in found if path not in shards]
     if len(found) == 1:
         return found[0]
     if not found:
-        raise FileNotFoundError(f"checkpoint: the folder {folder} has no file that ends in {', '.join(suffixes)}.")
+        raise FileNotFoundError(f"checkpoint: the folder {folder} has no file that ends in {', '.join(SUFFIXES)}.")
     names = some([path.name for path in found])
     raise ValueError(f"checkpoint: the folder {folder} has {len(found)} checkpoints, {names}; name one of them.")
 
 
-def _open_file(path: Path, opened: list[_File]) -> tuple[dict[str, Entry], Mapping[str, str]]:
+def _open_file(path: Path, key: str | None, opened: list[_File]) -> tuple[dict[str, Entry], Mapping[str, str]]:
     file: _File
-    if path.suffix == ".safetensors":
-        file = SafetensorsFile(path)
-    elif path.suffix in TORCH_SUFFIXES:
-        file = TorchFile(path)
+    if not path.name.endswith(SUFFIXES):
+        raise ValueError(f"checkpoint: {path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.")
+    check_kind(path)
+    if path.suffix in TORCH_SUFFIXES:
+        file = TorchFile(path, key)
+    elif key is not None:
+        raise ValueError(f"checkpoint: {path} has tensors alone, and nothing at the key {key!a:.80}; leave --key out.")
     else:
-        endings = ", ".join((".safetensors", INDEX, *TORCH_SUFFIXES[:-1]))
-        raise ValueError(f"checkpoint: {path} must end in {endings} or {TORCH_SUFFIXES[-1]}.")
+        file = SafetensorsFile(path) if path.suffix == ".safetensors" else NpzFile(path)
     opened.append(file)
     return {name: Entry(spec, _loader(file, name)) for name, spec in file.specs.items()}, file.metadata
 
@@ -196,6 +222,7 @@ def _loader(file: _File, name: str) -> Callable[[int, int], np.ndarray]:
 
 def _weight_map(path: Path) -> dict[str, str]:
     """Returns the shard of every tensor of an index."""
+    check_kind(path)
     try:
         if path.stat().st_size > HEADER_LIMIT:
             raise ValueError
@@ -211,7 +238,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _open_sharded(
-    path: Path, reference: str, opened: list[_File]
+    path: Path, reference: str, key: str | None, opened: list[_File]
 ) -> tuple[list[Path], dict[str, Entry], Mapping[str, str]]:
     places = _weight_map(path)
     files, marks = [path], []
@@ -224,7 +251,7 @@ def _open_sharded(
         elif not beside.is_file():
             raise FileNotFoundError(f"checkpoint: there is no file {beside}, a shard of {path.name}.")
         files.append(beside)
-        found, said = _open_file(beside, opened)
+        found, said = _open_file(beside, key, opened)
         metadata |= said
         marks.append(said.get(MARK))
         wanted = [name for name, place in places.items() if place == shard]
@@ -239,26 +266,22 @@ def _open_sharded(
 
 
 def _without_prefix(entries: dict[str, Entry]) -> dict[str, Entry]:
-    for prefix in PREFIXES:
-        if entries and all(name.startswith(prefix) and name != prefix for name in entries):
-            entries = {name.removeprefix(prefix): entry for name, entry in entries.items()}
+    while prefix := next((prefix for prefix in PREFIXES if entries and all(_goes_on(n, prefix) for n in entries)), ""):
+        entries = {name.removeprefix(prefix): entry for name, entry in entries.items()}
     return entries
 
 
-def some(names: list[str]) -> str:
-    """Returns the first names of a list, for a sentence.
-
-    >>> some(list("abcdefg"))
-    'a, b, c, d, e and 2 more'
-    """
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _goes_on(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and name != prefix
 
 
-def read_layer(path: str | os.PathLike, name: str, native: bool = False) -> tuple[dict[str, Any], Any]:
+def read_layer(
+    path: str | os.PathLike, name: str, native: bool = False, key: str | None = None
+) -> tuple[dict[str, Any], Any]:
     """Reads one layer of a checkpoint: its weights as MAX buffers, and their MAX dtype.
 
     Args:
-        path: As for `open_checkpoint`.
+        path, key: As for `open_checkpoint`.
         name: The layer: its tensors are `{name}.weight` and, where there is one, `{name}.bias`.
         native: Whether the filter is taken for native (SCF) or for PyTorch's (FCS). Files that `max-conv convert` wrote
             say which they are, and are not taken for the other.
@@ -270,20 +293,21 @@ def read_layer(path: str | os.PathLike, name: str, native: bool = False) -> tupl
     from max.driver import Buffer
     from max.dtype import DType
 
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, key) as checkpoint:
+        checkpoint.log_notes()
         marker = Marker.of(checkpoint.metadata, checkpoint.source)
         if marker and (marker.layout == "native") != native:
             does = "pass --native" if not native else "leave --native out"
             raise ValueError(f"checkpoint: {path} is marked as of {marker.layout} layout; {does}.")
-        names = {key: f"{name}.{key}" for key in ("weight", "bias") if f"{name}.{key}" in checkpoint.names}
+        names = {part: f"{name}.{part}" for part in ("weight", "bias") if f"{name}.{part}" in checkpoint.names}
         if "weight" not in names:
             raise ValueError(f"checkpoint: {path} has no tensor {name}.weight; it has {some(checkpoint.names)}.")
-        found = {key: checkpoint.read(full) for key, full in names.items()}
+        found = {part: checkpoint.read(full) for part, full in names.items()}
     dtypes = {tensor.dtype for tensor in found.values()}
     if len(dtypes) > 1:
         raise ValueError(f"checkpoint: {name} in {path} mixes {' and '.join(sorted(dtypes))}; cast one to the other.")
     dtype = DType[DTYPES[found["weight"].dtype][0]]
     return {
-        key: Buffer.from_numpy(np.ascontiguousarray(tensor.bits)).view(dtype, list(tensor.bits.shape))
-        for key, tensor in found.items()
+        part: Buffer.from_numpy(np.ascontiguousarray(tensor.bits)).view(dtype, list(tensor.bits.shape))
+        for part, tensor in found.items()
     }, dtype

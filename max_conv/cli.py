@@ -11,7 +11,7 @@ import click
 
 from .cli_convert import convert
 from .cli_run import network, run
-from .terminal import FORCE, JSON, Commands, gallery, new_file, step, table
+from .terminal import FORCE, JSON, KEY, Commands, gallery, new_file, step, table
 
 # MAX, NumPy and rich take long to import: each command imports what it uses, so that --help answers at once.
 
@@ -69,6 +69,7 @@ def compile_pesto(target: Path, weights: str | None, force: bool, as_json: bool)
 @click.argument("checkpoint")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--layer", required=True, metavar="NAME", help="The layer: its weights are NAME.weight and NAME.bias.")
+@KEY
 @click.option("--native", is_flag=True, help="The filter is SCF and the data NLC; without it both are PyTorch's.")
 @click.option("--stride", default=1, show_default=True)
 @click.option("--padding", default="0", show_default=True, help='An int, "left,right", or same, valid, causal.')
@@ -78,7 +79,15 @@ def compile_pesto(target: Path, weights: str | None, force: bool, as_json: bool)
 @FORCE
 @JSON
 def compile_conv1d(
-    checkpoint: str, target: Path, layer: str, native: bool, padding: str, force: bool, as_json: bool, **options: Any
+    checkpoint: str,
+    target: Path,
+    layer: str,
+    key: str | None,
+    native: bool,
+    padding: str,
+    force: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Compiles one convolution of a CHECKPOINT to TARGET, for `max_conv.load(TARGET)`."""
     from . import session
@@ -86,7 +95,7 @@ def compile_conv1d(
 
     new_file(target, force)
     with step(f"reading {checkpoint}"):
-        weights, dtype = read_layer(checkpoint, layer, native)
+        weights, dtype = read_layer(checkpoint, layer, native, key)
     builder = importlib.import_module("max_conv.graphs.conv1d")
     config = builder.Config(**options, padding=_padding(padding), permute=not native)
     with step("compiling"):

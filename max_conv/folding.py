@@ -103,15 +103,15 @@ class BatchNorm(NamedTuple):
         """What each of the filters is multiplied by, (F,)."""
         return self.weight / np.sqrt(self.variance + self.eps)
 
-    def fold_filter(self, filter: np.ndarray, transposed: bool) -> np.ndarray:
-        """Returns the filter, FCS or, transposed, CFS, as the batch norm behind it scales it.
+    def fold_filter(self, filter: np.ndarray, order: str) -> np.ndarray:
+        """Returns the filter, whose axes are in `order`, as the batch norm after it scales it.
 
         >>> norm = BatchNorm(np.array([2.0]), np.zeros(1), np.zeros(1), np.ones(1), 0.0)
-        >>> norm.fold_filter(np.ones((1, 1, 2)), False).tolist()
+        >>> norm.fold_filter(np.ones((1, 1, 2)), "FCS").tolist()
         [[[2.0, 2.0]]]
         """
-        if not transposed:
-            return filter * self.scale[:, None, None]
+        if len(self.scale) == filter.shape[order.index("F")]:
+            return filter * self.scale.reshape([-1 if axis == "F" else 1 for axis in order])
         # CFS holds the filters of one group: the channels of each group have filters of their own.
         channels, filters, taps = filter.shape
         groups = len(self.scale) // filters
@@ -119,7 +119,7 @@ class BatchNorm(NamedTuple):
         return (parts * self.scale.reshape(groups, 1, filters, 1)).reshape(filter.shape)
 
     def fold_bias(self, bias: np.ndarray | float = 0.0) -> np.ndarray:
-        """Returns the bias of the layer and the batch norm behind it together, (F,).
+        """Returns the bias of the layer and the batch norm after it together, (F,).
 
         >>> BatchNorm(np.array([2.0]), np.array([1.0]), np.array([3.0]), np.ones(1), 0.0).fold_bias().tolist()
         [-5.0]

@@ -13,7 +13,8 @@ from typing import Any
 class LayerMap:
     """Which tensors of a checkpoint are filters, and what becomes of the others.
 
-    Patterns are shell patterns of names, after renaming and after folding of weight norm.
+    Patterns are shell patterns of names, after renaming and after folding of weight norm: `[0]` is a class of characters,
+    and a bracket in a name is written `[[]`.
 
     Attributes:
         conv: Filters of Conv1d layers, FCS in PyTorch, SCF native.

@@ -7,7 +7,7 @@ import numpy as np
 from .checkpoint import Checkpoint
 from .folding import BatchNorm, fold_spectral_norm, fold_weight_norm, weight_norm_dim
 from .layouts import permute
-from .plan import Plan, Planned
+from .planned import ORDERS, Plan, Planned
 from .tensors import Tensor, rounded, values, width
 
 BLOCK = 1 << 19
@@ -36,7 +36,7 @@ def make(checkpoint: Checkpoint, plan: Plan, item: Planned, dtype: str, eps: flo
             start += len(piece)
         tensor = Tensor(dtype, bits)
     else:
-        tensor = _rounded(_folded(checkpoint, item, eps), dtype, item.name)
+        tensor = _rounded(_folded(checkpoint, plan, item, eps), dtype, item.name)
     orders = plan.order(item)
     return tensor if orders is None else Tensor(tensor.dtype, permute(tensor.bits, *orders))
 
@@ -49,21 +49,24 @@ def pieces(checkpoint: Checkpoint, plan: Plan, item: Planned, dtype: str, eps: f
         yield make(checkpoint, plan, item, dtype, eps).bits
 
 
-def _folded(checkpoint: Checkpoint, item: Planned, eps: float) -> np.ndarray:
+def _folded(checkpoint: Checkpoint, plan: Plan, item: Planned, eps: float) -> np.ndarray:
     """Returns the values of a tensor that is made of several, float64, in the source's layout."""
+    order = ORDERS.get(item.kind, {}).get(plan.source, "")
     parts = {part: values(checkpoint.read(name)) for part, name in item.sources.items()}
     if item.norm == "weight norm":
         whole = fold_weight_norm(parts["g"], parts["v"], weight_norm_dim(parts["g"].shape, parts["v"].shape))
-    elif item.norm:
+    elif item.norm == "spectral norm":
         # PyTorch puts the filters first in the matrix, which are the second axis of a transposed filter.
-        dim = 1 if item.kind == "conv_transpose" else 0
-        whole = fold_spectral_norm(parts["w"], parts["u"], parts["v"], dim)
+        whole = fold_spectral_norm(parts["w"], parts["u"], parts["v"], order.index("F"))
+    elif item.norm:
+        with np.errstate(invalid="ignore"):  # as in PyTorch, what is pruned of an infinity is NaN
+            whole = parts["w"] * parts["m"]
     else:
         whole = parts.get("w", np.zeros(item.shape))
     if item.batch_norm is None:
         return whole
     norm = batch_norm(checkpoint, item.batch_norm, eps)
-    return norm.fold_bias(whole) if item.kind == "copy" else norm.fold_filter(whole, item.kind == "conv_transpose")
+    return norm.fold_bias(whole) if item.kind == "copy" else norm.fold_filter(whole, order)
 
 
 def batch_norm(checkpoint: Checkpoint, names: Mapping[str, str], eps: float) -> BatchNorm:

@@ -6,7 +6,7 @@ The format: https://huggingface.co/docs/safetensors/index#format
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -41,6 +41,9 @@ class SafetensorsFile:
     Raises:
         ValueError: If the file is no safetensors file, or its header is damaged or claims what cannot be.
     """
+
+    left_out: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,7 +80,8 @@ class SafetensorsFile:
             raise self._damaged(f"its header is not JSON: {reason}") from None
         if not isinstance(header, dict):
             raise self._damaged("its header is no JSON object")
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata  # MLX writes null
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise self._damaged("its metadata are not strings by name")
         places = {name: self._place(name, entry) for name, entry in header.items()}
@@ -122,6 +126,15 @@ def check_name(name: Any, path: Path) -> None:
     """Raises ValueError unless a tensor's name can be printed on one line, and is free for tensors."""
     if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 1000 or name == "__metadata__":
         raise ValueError(f"checkpoint: {path} names a tensor {_short(name)}, which is no name of a weight.")
+
+
+def some(names: Sequence[str]) -> str:
+    """Returns the first names of a list, for a sentence.
+
+    >>> some(list("abcdefg"))
+    'a, b, c, d, e and 2 more'
+    """
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

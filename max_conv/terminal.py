@@ -4,7 +4,9 @@ import contextlib
 import importlib
 import os
 import pkgutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,8 +30,40 @@ class Commands(click.Group):
     """Shows the errors that people cause as sentences instead of tracebacks."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        with sentences():
+        with ends_on_signals(), sentences():
             return super().invoke(ctx)
+
+
+class Stopped(SystemExit):
+    """Ends the command because a signal asks for it; what is open is closed, and what is half done is removed."""
+
+
+@contextlib.contextmanager
+def ends_on_signals() -> Iterator[None]:
+    """Ends on SIGTERM and SIGHUP as on Ctrl-C, with one sentence and the exit status that shells expect."""
+    before: dict[int, Any] = {}
+
+    def stop(number: int, frame: Any) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)  # nothing disturbs the cleaning up
+        raise Stopped(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        signals = [getattr(signal, name) for name in names]
+        # Whoever handles or ignores one, as nohup does, has reasons to.
+        before = {number: signal.SIG_DFL for number in signals if signal.getsignal(number) == signal.SIG_DFL}
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    except Stopped as stopped:
+        name = signal.Signals(int(str(stopped.code)) - 128).name
+        click.echo(f"max-conv: stopped by {name}; what was half done is removed.", err=True)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -71,6 +105,7 @@ def gallery(name: str) -> Any:
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+KEY = click.option("--key", metavar="PATH", help="Where a PyTorch file has the state dict, as in net.decoder.")
 FORCE = click.option("--force", is_flag=True, help="Overwrite the output file.")
 
 
@@ -128,7 +163,7 @@ def table(title: str, columns: dict[str, str], rows: list[list[str]]) -> None:
 
 def new_file(path: Path, force: bool) -> Path:
     """Returns `path`, or raises where it would overwrite a file without `force`, or where its folder is missing."""
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:  # a link to nowhere, too
         raise FileExistsError(f"{path} exists already; pass --force to overwrite it.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent}; make it first.")

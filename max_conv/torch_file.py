@@ -4,22 +4,26 @@ import contextlib
 import ctypes
 import re
 import sys
+import threading
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from .harmless import HARMLESS
 from .safetensors_file import AXES_LIMIT, Spec, check_name
+from .state_dicts import find_state_dict, is_extra
 from .tensors import CODES, width
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "generator", "model_g", "module")
-"""Names under which training scripts keep the state dict, beside optimizers, steps and hyper-parameters."""
+SMALL = 32 << 20
+"""What tensors may have together in any case, in bytes."""
+TIED = 128
+"""How many times the size of the file its tensors may have together beyond that: some share their values."""
 
-TIED = 8
-"""How many times the size of the file its tensors may have together: some share their values."""
+_LOADING = threading.Lock()
 
 _PAGEOUT = 21  # Linux's MADV_PAGEOUT: gives mapped pages back to the file, and loses nothing where they are not mapped.
 
@@ -36,18 +40,23 @@ class TorchFile:
 
     metadata: Mapping[str, str] = {}
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: str | None = None) -> None:
         self.path = path
         with path.open("rb") as file:
             self._mapped = file.read(4) == b"PK\x03\x04"
         _check_pickles(path, self._mapped)
-        self._tensors = _state_dict(_load(path, self._mapped), path)
+        tensor = _torch(path).Tensor
+        found, self.notes = find_state_dict(_load(path, self._mapped), path, key, tensor)
+        for name in found:
+            check_name(name, path)
+        self.left_out: Sequence[str] = [name for name, value in found.items() if is_extra(name, value)]
+        self._tensors = {name: tensor.detach(value) for name, value in found.items() if not is_extra(name, value)}
         try:
             self.specs = {name: self._spec(name, value) for name, value in self._tensors.items()}
         except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:  # tensors of odd kinds
             raise _damaged(path, _reason(str(error))) from None
         claimed, there = sum(spec.nbytes for spec in self.specs.values()), path.stat().st_size
-        if claimed > TIED * there:
+        if claimed > max(SMALL, TIED * there):
             raise _damaged(path, f"its tensors claim {claimed} bytes, but the file has {there}")
 
     def close(self) -> None:
@@ -68,7 +77,6 @@ class TorchFile:
 
     def _spec(self, name: str, value: Any) -> Spec:
         torch = _torch(self.path)
-        check_name(name, self.path)
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise ValueError(
                 f"checkpoint: {name} in {self.path} is sparse, quantized or empty; save it as plain values."
@@ -114,6 +122,8 @@ def _check_pickles(path: Path, mapped: bool) -> None:
 
 
 def _wrong_in_zip(archive: zipfile.ZipFile) -> str:
+    if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+        return "it is a TorchScript archive, which holds code; save the state_dict() of what torch.jit.load returns"
     for entry in archive.infolist():
         # What is mapped must lie in the file as it is.
         if entry.file_size != entry.compress_size or entry.compress_type != zipfile.ZIP_STORED:
@@ -138,7 +148,7 @@ def _wrong_in_pickle(file: IO[bytes]) -> str:
 def _load(path: Path, mapped: bool) -> Any:
     torch = _torch(path)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _harmless(torch.serialization):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     # Damaged pickles raise whatever the damage leads to.
@@ -152,32 +162,27 @@ def _load(path: Path, mapped: bool) -> Any:
         raise _damaged(path, _reason(text)) from None
 
 
+@contextlib.contextmanager
+def _harmless(serialization: Any) -> Iterator[None]:
+    """Lets pickles name what is harmless, and nothing that somebody else allowed in this process."""
+    with _LOADING:
+        before = serialization.get_safe_globals()
+        serialization.clear_safe_globals()
+        serialization.add_safe_globals([(value, name) for name, value in HARMLESS.items()])
+        try:
+            yield
+        finally:
+            serialization.clear_safe_globals()
+            serialization.add_safe_globals(before)
+
+
 def _reason(text: str) -> str:
     """Returns what is wrong, of the paragraphs that PyTorch says, without its advice on how to run code after all."""
     inner = text.rpartition("WeightsUnpickler error:")[2] or text
     line = next((line.strip() for line in inner.splitlines() if line.strip()), "")
+    if line.startswith("Unsupported operand"):
+        return "it is not pickled as torch.save does by default, with protocol 2"
     return "it holds more than tensors" if line.startswith("Weights only") else f"{line:.120}".rstrip(".")
-
-
-def _state_dict(found: Any, path: Path) -> dict[str, Any]:
-    """Returns the state dict inside what a training script saved."""
-    torch = _torch(path)
-    for _ in WRAPPERS:
-        inner = [found[key] for key in WRAPPERS if isinstance(found, dict) and isinstance(found.get(key), dict)]
-        if not inner:
-            break
-        found = inner[0]
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"checkpoint: {path} holds more than a state dict: a {type(found).__name__}; save module.state_dict() alone."
-        )
-    for name, value in found.items():
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(
-                f"checkpoint: {path} holds more than a state dict: {name!a:.60} is a {type(value).__name__}; "
-                "save module.state_dict() alone."
-            )
-    return {name: torch.Tensor.detach(value) for name, value in found.items()}
 
 
 def _page_out(value: Any) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 
 from .checkpoint import Checkpoint
 from .making import batch_norm
-from .plan import ORDERS, Plan, Planned
+from .plan import bias_name
+from .planned import ORDERS, Plan, Planned
 from .reference import conv1d_ref, conv_transpose1d_ref
 from .tensors import FLOATS, Tensor, values
 
@@ -40,7 +41,19 @@ def verify(source: Checkpoint, plan: Plan, target: Checkpoint, eps: float = 1e-5
     count = 0
     for item in plan.tensors:
         if item.kind != "copy":
-            _check_layer(torch, source, plan, items, item, target, eps)
+            if 0 in item.shape:
+                raise ValueError(
+                    f"verify: {item.name} of shape {item.shape} is empty, which is no layer's filter; declare it as what "
+                    "is copied or ignored; nothing was written."
+                )
+            try:
+                _check_layer(torch, source, plan, items, item, target, eps)
+            except (RuntimeError, NotImplementedError) as error:  # PyTorch's: a page of what it could have done
+                line = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ValueError(
+                    f"verify: PyTorch cannot compute the layer of {item.name}, of shape {item.shape} ({line:.120}); "
+                    "nothing was written."
+                ) from None
             count += 1
         elif item.plain and target.dtype(item.name) == item.dtype:
             pairs = zip(source.pieces(item.sources["w"]), target.pieces(item.name), strict=True)
@@ -52,19 +65,17 @@ def verify(source: Checkpoint, plan: Plan, target: Checkpoint, eps: float = 1e-5
 def _check_layer(
     torch: Any, source: Checkpoint, plan: Plan, items: dict[str, Planned], item: Planned, target: Checkpoint, eps: float
 ) -> None:
-    layer = item.name.removesuffix("weight")
-    bias_item = items.get(f"{layer}bias") if item.name.endswith("weight") else None
-    filter = _source_filter(torch, source, plan, item)
-    channels = filter.shape[0 if item.kind == "conv_transpose" else 1]
+    bias_item = items.get(bias_name(item.name))
+    order = ORDERS[item.kind][plan.source]
+    axes = [order.index(axis) for axis in ORDERS[item.kind]["torch"]]
+    filter = _source_values(torch, source, item, order).permute(axes)
     norm = None if item.batch_norm is None else batch_norm(source, item.batch_norm, eps)
-    groups = len(norm.scale) // filter.shape[1] if norm and item.kind == "conv_transpose" else 1
+    bias = _source_values(torch, source, bias_item, "") if bias_item is not None and bias_item.sources else None
+    count = len(norm.scale) if norm else plan.filters(item) if bias is None else len(bias)
+    groups = plan.groups(item, count)
     seed = np.random.default_rng(len(item.name))
-    x = seed.standard_normal((1, channels, filter.shape[2] + _EXTRA))
+    x = seed.standard_normal((1, filter.shape[0 if item.kind == "conv_transpose" else 1], filter.shape[2] + _EXTRA))
 
-    bias = None
-    if bias_item is not None and "w" in bias_item.sources:
-        bias = torch.from_numpy(_numbers(source.read(bias_item.sources["w"])))
-        bias = bias if bias.shape == (filter.shape[0 if item.kind == "conv" else 1] * groups,) else None
     function = torch.nn.functional.conv1d if item.kind == "conv" else torch.nn.functional.conv_transpose1d
     want = function(torch.from_numpy(x), filter, bias, groups=groups)
     if norm is not None:
@@ -72,25 +83,25 @@ def _check_layer(
         want = torch.nn.functional.batch_norm(want, mean, variance, weight, offset, False, 0.0, eps)
 
     new = _numbers(target.read(item.name))
-    has_bias = bias is not None or norm is not None
-    new_bias = _numbers(target.read(f"{layer}bias")) if has_bias else None
+    new_bias = None if bias_item is None else _numbers(target.read(bias_item.name))
     got = _reference(item, plan, x, new, new_bias, groups)
     size = _reference(item, plan, np.abs(x), np.abs(new), None if new_bias is None else np.abs(new_bias), groups)
-    dtypes = [target.dtype(item.name), *([target.dtype(f"{layer}bias")] if has_bias else [])]
+    dtypes = [target.dtype(item.name), *([target.dtype(bias_item.name)] if bias_item is not None else [])]
     eps, smallest = (max(table.get(dtype, 0.0) for dtype in dtypes) for table in (_EPS, _SMALLEST))
     bound = 4 * max(eps, 1e-13) * size + smallest * (1 + np.abs(x).sum())
     with np.errstate(invalid="ignore"):
         off = np.abs(got - want.numpy())
         wrong = ~((off <= bound) | (got == want.numpy()) | (np.isnan(got) & np.isnan(want.numpy())))
     if wrong.any():
+        layer = item.name.removesuffix("weight").rstrip(".") or item.name
         raise ValueError(
-            f"verify: the layer {layer.rstrip('.') or item.name} gives another output than in PyTorch, off by "
+            f"verify: the layer {layer} gives another output than in PyTorch, off by "
             f"{np.nanmax(off[wrong]):.3g} where {bound[wrong].min():.3g} is allowed; nothing was written."
         )
 
 
-def _source_filter(torch: Any, source: Checkpoint, plan: Plan, item: Planned) -> Any:
-    """Returns the filter that PyTorch's layer has, in float64: FCS, or CFS of a transposed one."""
+def _source_values(torch: Any, source: Checkpoint, item: Planned, order: str) -> Any:
+    """Returns the values that PyTorch's layer has, in float64, in the source's layout."""
     parts = {part: torch.from_numpy(_numbers(source.read(name))) for part, name in item.sources.items()}
     if item.norm == "weight norm":
         g, v = parts["g"], parts["v"]
@@ -98,12 +109,11 @@ def _source_filter(torch: Any, source: Checkpoint, plan: Plan, item: Planned) ->
         if not own:
             return torch._weight_norm(v, g.reshape(()), -1)
         axes = [axis for axis in range(v.ndim) if axis != own[0]]
-        return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
-    if item.norm:
-        first = parts["w"].transpose(0, 1) if item.kind == "conv_transpose" else parts["w"]
+        return v * (g / (torch.linalg.vector_norm(v, dim=axes, keepdim=True) if axes else v.abs()))
+    if item.norm == "spectral norm":
+        first = parts["w"].movedim(order.index("F"), 0)
         return parts["w"] / torch.dot(parts["u"], torch.mv(first.reshape(first.shape[0], -1), parts["v"]))
-    # Both native orders are PyTorch's backwards.
-    return parts["w"].permute(2, 1, 0) if plan.source == "native" else parts["w"]
+    return parts["w"] * parts["m"] if item.norm else parts["w"]
 
 
 def _reference(

@@ -175,6 +175,8 @@ HEADERS = {
     "dtype": (header(entry(dtype="F4"), b"12"), "'F4', which is not supported"),
     "dtype list": (header(entry(dtype=["U8"]), b"12"), "which is not supported"),
     "metadata": (header('{"__metadata__":{"a":1}}'), "its metadata are not strings by name"),
+    "metadata list": (header('{"__metadata__":[]}'), "its metadata are not strings by name"),
+    "metadata false": (header('{"__metadata__":false}'), "its metadata are not strings by name"),
     "odd name": (header(entry(name="a\nb"), b"12"), r"names a tensor 'a\\nb', which is no name of a weight"),
     "surrogate": (header(entry(name="\ud800"), b"12"), r"names a tensor '\\ud800'"),
     "escape": (header(entry(name="\x1b[31m"), b"12"), r"names a tensor '\\x1b\[31m'"),
@@ -310,7 +312,7 @@ PLACES: dict[str, tuple[str, type[Exception], str]] = {
     "empty folder": (
         "none",
         FileNotFoundError,
-        r"checkpoint: the folder .*none has no file that ends in \.index\.json",
+        r"checkpoint: the folder .*none has no file that ends in \.safetensors, \.index",
     ),
     "two": ("two", ValueError, r"checkpoint: the folder .*two has 2 checkpoints, a\.pt, b\.pt; name one of them\."),
     "scheme": (
@@ -365,6 +367,8 @@ def test_read_layer(tmp_path: Path) -> None:
     torch.save({f"enc.{name}": value for name, value in conv.state_dict().items()}, tmp_path / "m.pt")
     weights, dtype = read_layer(tmp_path / "m.pt", "enc")
     assert dtype.name == "bfloat16" and torch.equal(torch.from_dlpack(weights["weight"]), conv.weight.detach())
+    torch.save({"net": {f"dec.{name}": value for name, value in conv.state_dict().items()}}, tmp_path / "key.pt")
+    assert read_layer(tmp_path / "key.pt", "dec", key="net")[0].keys() == {"weight", "bias"}
     torch.save({"a.weight": torch.zeros(1, 1, 1).half(), "a.bias": torch.zeros(1)}, tmp_path / "mixed.pt")
     with pytest.raises(ValueError, match=r"checkpoint: a in .* mixes F16 and F32; cast one to the other\."):
         read_layer(tmp_path / "mixed.pt", "a")

@@ -123,6 +123,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "exists": (["convert", "m.pt", "rubbish.safetensors", "--conv", "*"], r"exists already; pass --force"),
     "no folder": (["convert", "m.pt", "no/x.safetensors", "--conv", "*"], r"there is no folder"),
     "no layer": (["compile", "conv1d", "m.pt", "x", "--layer", "dec"], r"has no tensor dec\.weight"),
+    "no key": (
+        ["compile", "conv1d", "m.pt", "x", "--layer", "enc", "--key", "net"],
+        r"nothing at the key 'net'; it has",
+    ),
     "bad padding": (
         ["compile", "conv1d", "m.pt", "x", "--layer", "enc", "--padding", "some"],
         r"padding must be an int",

@@ -30,7 +30,15 @@ def as_pt(value: Any, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def as_npz(save: Any) -> bytes:
+    file = io.BytesIO()
+    save(file, **{"a.weight": np.arange(24.0).reshape(4, 2, 3), "n": np.int32(3), "f": np.ones((3, 2), "f2", "F")})
+    return file.getvalue()
+
+
 FILES = {
+    "m.npz": as_npz(np.savez),
+    "small.npz": as_npz(np.savez_compressed),
     "m.safetensors": save(TENSORS, {MARK: Marker("native", ("a.weight",), renamed={"n": "steps"}).text()}),
     "m.pt": as_pt({"state_dict": TENSORS, "lr": 0.1}),
     "old.pt": as_pt(TENSORS, _use_new_zipfile_serialization=False),
@@ -105,7 +113,7 @@ def test_damaged_pickles(tmp_path_factory: pytest.TempPathFactory, data: st.Data
     check(path)
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pt", "index.json"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "npz", "index.json"])
 @given(content=st.binary(max_size=400))
 @FUZZ
 def test_random_bytes(suffix: str, tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
@@ -150,7 +158,7 @@ def test_headers_of_any_json(tmp_path_factory: pytest.TempPathFactory, header: A
     file.close()
 
 
-@pytest.mark.parametrize("name", ["m.safetensors", "m.pt"])
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pt", "m.npz"])
 @given(data=st.data())
 @settings(FUZZ, max_examples=60)
 def test_damaged_files_convert_or_leave_nothing(
