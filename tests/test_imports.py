@@ -35,6 +35,7 @@ MODULES: dict[str, tuple[str, str]] = {
     "tensors": ("", "numpy"),
     "safetensors_file": ("tensors", "numpy"),
     "torch_file": ("safetensors_file tensors", "numpy"),
+    "onnx_file": ("safetensors_file", "numpy"),
     "folding": ("", "numpy"),
     "marker": ("", ""),
     "checkpoint": ("assets folding marker safetensors_file tensors torch_file", "numpy"),
