@@ -51,7 +51,11 @@ def timestamps(audio: Any, model: Any, **options: Any) -> list[tuple[int, int]]:
 def theirs(probabilities: Any, samples: int | None = None, rate: int = RATE, **options: Any) -> list[tuple[int, int]]:
     """Returns Silero's turns for a line of probabilities; `options` are those of `max_conv.speech.turns`."""
     hop = 512 * rate // RATE
-    names = {"min_speech": "min_speech_duration_ms", "min_silence": "min_silence_duration_ms", "speech_pad": "speech_pad_ms"}
+    names = {
+        "min_speech": "min_speech_duration_ms",
+        "min_silence": "min_silence_duration_ms",
+        "speech_pad": "speech_pad_ms",
+    }
     given = {names[key]: round(value * 1000, 6) for key, value in options.items() if key in names}
     given |= {"max_speech_duration_s": options["max_speech"]} if "max_speech" in options else {}
     given |= {key: value for key, value in options.items() if key in ("threshold", "neg_threshold")}
