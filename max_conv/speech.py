@@ -99,7 +99,7 @@ def turns(
     end = len(line) * step if duration is None else round(duration * rate)
 
     def samples(seconds: float) -> float:
-        # Silero counts milliseconds: a product of seconds that is off by a rounding would move a turn by a sample.
+        # Silero counts milliseconds: a product of seconds that is off by a rounding would keep turns of exactly 1.001 s.
         return round(seconds * rate, 6)
 
     pad = samples(speech_pad)
