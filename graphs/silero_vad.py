@@ -47,7 +47,7 @@ FREQUENCIES = 16
 LAYERS = LayerMap(
     conv=("stft_conv.weight", "conv?.weight", "final_conv.weight"),
     copy=("*.bias", "lstm_cell.*"),
-    # What the ONNX and the TorchScript files hold besides: the 8 kHz network, and numbers of the graph.
+    # Also in the ONNX and TorchScript files: the 8 kHz network, and numbers of the graph.
     ignore=("_model_8k.*", "model_8k.*", "If_0_else_branch__*", "val_*"),
     rename=(  # the names in those files
         (r"^(_?model\.|If_0_then_branch__Inline_0__)", ""),

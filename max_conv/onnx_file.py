@@ -16,7 +16,7 @@ DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 10: np.dtype("<f2"), 11:
 """ONNX's numbers of the types of weights."""
 
 DEPTH_LIMIT = 16
-"""The most graphs inside each other: those of conditions and loops."""
+"""The most graphs inside each other, the bodies of conditions and loops."""
 
 _NUMBER, _BYTES = 0, 2  # protobuf's wire types
 _FIXED = {1: 8, 5: 4}  # and the bytes of two more

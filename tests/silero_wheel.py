@@ -49,7 +49,7 @@ def timestamps(audio: Any, model: Any, **options: Any) -> list[tuple[int, int]]:
 
 
 def theirs(probabilities: Any, samples: int | None = None, rate: int = RATE, **options: Any) -> list[tuple[int, int]]:
-    """Returns Silero's turns for a line of probabilities; `options` are those of `max_conv.speech.turns`."""
+    """Returns Silero's turns for a line of probabilities; `options` are as for `max_conv.speech.turns`."""
     hop = 512 * rate // RATE
     names = {
         "min_speech": "min_speech_duration_ms",

@@ -30,7 +30,7 @@ def audio():
 
 @pytest.fixture(scope="module")
 def tensors():
-    """Those of the safetensors file."""
+    """What the safetensors file holds."""
     return load_file(resolve(silero_vad.SAFETENSORS))
 
 
