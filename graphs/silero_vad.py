@@ -6,6 +6,7 @@ a whole file in one call and a live chunk of 32 ms. Source of the network and it
 https://github.com/snakers4/silero-vad (MIT licence).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +17,23 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorType, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
+from max_conv.assets import resolve
 from max_conv.audio import as_signals
 from max_conv.convert import LayerMap, to_native
 from max_conv.dispatch import PANEL, Layer
 from max_conv.geometry import Geometry
+from max_conv.onnx_file import read_onnx
 from max_conv.ops import custom_op
 from max_conv.packing import Emitted, record
 
 from .parts import Weights, begin, check_weights, load
 
-# The wheel's ONNX and TorchScript files hold the same network with other values than this checkpoint.
-WEIGHTS = (
-    "pypi://silero-vad==6.2.3/silero_vad/data/silero_vad_16k.safetensors"
-    "#sha256=7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8"
-)
+_WHEEL = "pypi://silero-vad==6.2.3/silero_vad/data/{}#sha256=7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8"
+
+WEIGHTS = _WHEEL.format("silero_vad.onnx")
+"""What the package silero-vad runs: its ONNX and its TorchScript files hold these values."""
+SAFETENSORS = _WHEEL.format("silero_vad_16k.safetensors")
+"""The same network with other values, which the package holds, but does not run."""
 
 # Two people on the telephone, 30 s, and who speaks when, by hand.
 _PYANNOTE = "pypi://pyannote.audio==4.0.7/pyannote/audio/sample/sample.{}#sha256={}"
@@ -43,9 +47,10 @@ FREQUENCIES = 16
 LAYERS = LayerMap(
     conv=("stft_conv.weight", "conv?.weight", "final_conv.weight"),
     copy=("*.bias", "lstm_cell.*"),
-    ignore=("_model_8k.*",),
-    rename=(  # the names in the ONNX files, and behind "_model." in the TorchScript file
-        (r"^_?model\.", ""),
+    # Also in the ONNX and TorchScript files: the 8 kHz network, and numbers of the graph.
+    ignore=("_model_8k.*", "model_8k.*", "If_0_else_branch__*", "val_*"),
+    rename=(  # the names in those files
+        (r"^(_?model\.|If_0_then_branch__Inline_0__)", ""),
         (r"^stft\.forward_basis_buffer$", "stft_conv.weight"),
         *((rf"^encoder\.{i}\.reparam_conv\.", f"conv{i + 1}.") for i in range(4)),
         (r"^decoder\.rnn\.", "lstm_cell."),
@@ -102,12 +107,24 @@ class Config:
 
 
 def load_weights(reference: str | Path = WEIGHTS, config: Config = Config()) -> dict[str, np.ndarray]:
-    """Reads the network's checkpoint into native weights.
+    """Reads the network's weights into native ones; by default those that the package silero-vad runs.
+
+    Args:
+        reference: An ONNX file of Silero's, a checkpoint, or what `max_conv.assets.resolve` downloads, such as
+            `SAFETENSORS`, whose probabilities differ from the package's by up to 0.37.
+        config: The sizes.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ImportError: If the package that reads the file is not installed.
         ValueError: If the file is no checkpoint, or does not hold this network.
+
+    >>> load_weights("gone.onnx")
+    Traceback (most recent call last):
+    FileNotFoundError: assets: gone.onnx does not exist; pass the path of a file, ...
     """
+    if re.search(r"\.onnx(#sha256=\w+)?$", str(reference)):
+        return native_weights(read_onnx(resolve(reference)), config)
     return load(reference, LAYERS, "silero_vad", config.shapes())
 
 

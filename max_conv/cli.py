@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from .cli_convert import convert
-from .cli_run import network, run
+from .cli_run import SILERO_WEIGHTS, network, run
 from .terminal import FORCE, JSON, KEY, Commands, gallery, new_file, step, table
 
 # MAX, NumPy and rich take long to import: each command imports what it uses, so that --help answers at once.
@@ -33,7 +33,7 @@ def compile_() -> None:
 
 @compile_.command("silero-vad")
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--weights", help="A safetensors file or pypi://PACKAGE==VERSION/FILE; default: Silero's own.")
+@click.option("--weights", help=SILERO_WEIGHTS)
 @FORCE
 @JSON
 def compile_silero_vad(target: Path, weights: str | None, force: bool, as_json: bool) -> None:

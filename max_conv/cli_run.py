@@ -16,6 +16,9 @@ AUDIO = click.argument("audio", type=click.Path(path_type=Path), required=False)
 SAVED = click.option(
     "--model", "saved", type=click.Path(path_type=Path), help="A file that `max-conv compile` wrote for this network."
 )
+SILERO_WEIGHTS = (
+    "An ONNX file of Silero's, a checkpoint or pypi://PACKAGE==VERSION/FILE; default: what the package silero-vad runs."
+)
 
 
 def picture_option(default: str) -> Callable[[Any], Any]:
@@ -56,7 +59,7 @@ def run() -> None:
 @run.command("silero-vad")
 @AUDIO
 @click.option("--labels", type=click.Path(path_type=Path), help="Speech turns by hand, an RTTM file, to compare with.")
-@click.option("--weights", help="A safetensors file or pypi://PACKAGE==VERSION/FILE; default: Silero's own.")
+@click.option("--weights", help=SILERO_WEIGHTS)
 @SAVED
 @click.option("--threshold", default=0.5, show_default=True, help="Probability from which a chunk is speech.")
 @picture_option("silero-vad.png")
@@ -73,6 +76,11 @@ def run_silero_vad(
     """Finds speech in AUDIO (WAV, FLAC, OGG or MP3) with Silero's trained network.
 
     Without AUDIO it takes a 30 s conversation of two people that comes with labels made by hand.
+
+    The weights are those that the package silero-vad runs. Its safetensors file holds others:
+
+    \b
+    --weights pypi://silero-vad==6.2.3/silero_vad/data/silero_vad_16k.safetensors
     """
     from .assets import resolve
     from .audio import read_audio

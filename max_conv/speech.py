@@ -97,14 +97,19 @@ def turns(
         raise ValueError(f"turns: probabilities must be from 0 to 1, but number {wrong[0]} is {line[wrong[0]]}.")
     step = round(hop * rate)
     end = len(line) * step if duration is None else round(duration * rate)
-    pad = speech_pad * rate
+
+    def samples(seconds: float) -> float:
+        # Silero counts milliseconds: a product of seconds that is off by a rounding would keep turns of exactly 1.001 s.
+        return round(seconds * rate, 6)
+
+    pad = samples(speech_pad)
     finder = _Finder(
         threshold=threshold,
         neg_threshold=max(threshold - 0.15, 0.01) if neg_threshold is None else neg_threshold,
-        min_speech=min_speech * rate,
-        min_silence=min_silence * rate,
+        min_speech=samples(min_speech),
+        min_silence=samples(min_silence),
         max_speech=max_speech * rate - step - 2 * pad,
-        min_cut=0.098 * rate,
+        min_cut=samples(0.098),
     )
     for i, probability in enumerate(line.tolist()):
         finder.push(probability, i * step)

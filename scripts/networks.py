@@ -226,7 +226,7 @@ def silero(batch: int, chunks: int) -> Prepared:
             return x, torch.cat([ends[:, -1], hidden[0], cell[0]], 1)
 
     network = Silero()
-    with open_checkpoint(resolve(silero_vad.WEIGHTS)) as checkpoint:
+    with open_checkpoint(resolve(silero_vad.SAFETENSORS)) as checkpoint:
         state = {name: torch.from_numpy(checkpoint.read(name).bits.view(np.float32)) for name in checkpoint.names}
     cells = {name: f"{name}_l0" for name in state if name.startswith("lstm_cell")}
     network.load_state_dict({cells.get(name, name): value for name, value in state.items()})

@@ -1,11 +1,11 @@
 """The console command: what it prints, what it writes, how it fails."""
 
+import importlib.metadata
 import json
 import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     layer = torch.nn.Conv1d(4, 8, 3)
     torch.save({f"enc.{name}": value for name, value in layer.state_dict().items()}, path / "m.pt")
-    (path / "rubbish.safetensors").write_text("rubbish")
+    for suffix in ("safetensors", "onnx"):
+        (path / f"rubbish.{suffix}").write_text("rubbish")
     noise = np.random.default_rng(0).standard_normal((22_050, 2)) * 0.01
     soundfile.write(path / "noise.flac", noise, 22_050)
     good("compile", "silero-vad", path / "silero")
@@ -64,7 +65,9 @@ def test_info_of_a_network(model: str, lines: list[str]) -> None:
 def test_the_demo(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = good("run", "silero-vad", "--model", folder / "silero")
-    assert "Speech in sample.wav" in text and "agreement with the labels" in text and "times real time" in text
+    assert "Speech in sample.wav" in text and "times real time" in text
+    # With the values that the package silero-vad runs; its safetensors file gives 98.4%.
+    assert "agreement with the labels: 98.8% of the time (precision 99.0%, recall 99.3%" in text
     picture = (tmp_path / "silero-vad.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 
@@ -73,7 +76,7 @@ def test_run_as_json_on_any_file(folder: Path, tmp_path: Path) -> None:
     arguments = [folder / "noise.flac", "--model", folder / "silero", "--picture", tmp_path / "p.png", "--json"]
     facts = json.loads(good("run", "silero-vad", *arguments))
     assert facts["seconds"] == pytest.approx(1.0, abs=0.01) and facts["turns"] == [] and facts["agreement"] is None
-    assert facts["times_real_time"] > 1
+    assert facts["times_real_time"] == pytest.approx(facts["seconds"] / facts["seconds_taken"])
 
 
 def test_convert(folder: Path, tmp_path: Path) -> None:
@@ -111,6 +114,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "not audio": (["run", "silero-vad", "m.pt", "--model", "silero"], r"m\.pt"),
     "no model": (["run", "silero-vad", "noise.flac", "--model", "m.pt"], r"m\.pt is not a model that max_conv saved"),
     "bad weights": (["run", "silero-vad", "noise.flac", "--weights", "rubbish.safetensors"], r"rubbish\.safetensors"),
+    "damaged ONNX": (
+        ["run", "silero-vad", "noise.flac", "--weights", "rubbish.onnx"],
+        r"rubbish\.onnx is not an ONNX file, or is damaged",
+    ),
+    "no ONNX": (["run", "silero-vad", "noise.flac", "--weights", "gone.onnx"], r"gone\.onnx does not exist"),
     "bad reference": (["run", "silero-vad", "noise.flac", "--weights", "pypi://silero"], r"pypi://silero"),
     "no folder for the picture": (
         ["run", "silero-vad", "noise.flac", "--picture", "no/p.png", "--model", "silero"],
@@ -150,16 +158,21 @@ def test_refuses_in_one_sentence(case: str, folder: Path, monkeypatch: pytest.Mo
     assert sorted(folder.iterdir()) == before
 
 
-def test_help_answers_at_once() -> None:
-    """A generous bound: the aim is 0.3 s; importing MAX alone takes more than a second."""
-    command = [str(Path(sys.executable).parent / "max-conv"), "--help"]
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        text = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ)).stdout
-        times.append(time.perf_counter() - start)
-    assert all(name in text for name in ("run", "convert", "compile", "info"))
-    assert min(times) < 1.0
+@pytest.mark.parametrize("command", [[], ["convert"], ["run", "silero-vad"], ["compile", "conv1d"], ["info"]])
+def test_help_answers_at_once(command: list[str]) -> None:
+    """It loads click alone: of what else is installed, MAX takes more than a second, NumPy a tenth."""
+    python = Path(sys.executable)
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+
+    def run(*arguments: str) -> tuple[str, set[str]]:
+        """Returns what a command prints, and the top-level modules that it loads."""
+        done = subprocess.run([python, *arguments], capture_output=True, text=True, check=True, env=environment)
+        return done.stdout, set(re.findall(r"^import time:.*\| +(\w+)[\w.]*$", done.stderr, re.MULTILINE))
+
+    text, loaded = run(str(python.parent / "max-conv"), *command, "--help")
+    by_python = run("-c", "pass")[1]
+    assert (loaded - by_python) & importlib.metadata.packages_distributions().keys() == {"click", "max_conv"}
+    assert all(name in text for name in command[-1:] or ("run", "convert", "compile", "info"))
 
 
 def test_makes_sound_of_a_spectrogram_and_of_sound(tmp_path: Path) -> None:

@@ -12,15 +12,18 @@ import pytest
 from max.dtype import DType
 from max.engine import Model
 from max.graph import DeviceRef, Graph, TensorType, ops
+from max_conv.graphs import silero_vad
 
 import max_conv
 from harness import HOST, compiled, execute, is_one_sentence, normal
 from max_conv import Conv1D, ConvTranspose1D, ConvTranspose1d, WeightNormConv1D, conv1d, conv_transpose1d
 from max_conv.layouts import permutation
-from max_conv.ops import emit
+from max_conv.ops import custom_op, emit
+from max_conv.recurrent import lstm
 
 PACKAGE = Path(max_conv.__file__).parent
-CHECKED = ("layouts.py", "geometry.py", "checks.py", "ops.py", "nn.py", "weight_norm.py")
+CHECKED = ("layouts.py", "geometry.py", "checks.py", "ops.py", "nn.py", "weight_norm.py", "recurrent.py")
+SOURCES = {path.name: path for path in [*(PACKAGE / name for name in CHECKED), Path(silero_vad.__file__)]}
 F32 = DType.float32
 GPU = DeviceRef.GPU(0)
 
@@ -51,6 +54,27 @@ def transposed(
 ) -> Callable:
     """Calls `conv_transpose1d` on graph inputs of these shapes."""
     return op(x, w, bias, conv_transpose1d, **kwargs)
+
+
+def memory(**changed: Operand) -> Callable:
+    """Calls `lstm` on graph inputs of these shapes."""
+
+    def call() -> None:
+        operands: dict[str, Operand] = {"x": (2, 5, 3), "w_ih": (3, 16), "w_hh": (4, 16), "bias": (16,)}
+        operands |= {"hidden": (2, 4), "cell": (2, 4), **changed}
+        types = [o if isinstance(o, TensorType) else TensorType(F32, list(o), HOST) for o in operands.values()]
+        with Graph("errors", input_types=types) as graph:
+            lstm(*[value.tensor for value in graph.inputs])
+
+    return call
+
+
+def other_spectrum() -> None:
+    """Compiles Silero's network with filters that are no waves, where the graph was built for some that are."""
+    shapes = silero_vad.Config().shapes()
+    weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    graph = silero_vad.build(silero_vad.Config(), weights)
+    max_conv.compile(graph, weights=weights | {"stft_conv.weight": np.ones(shapes["stft_conv.weight"], np.float32)})
 
 
 def layer(kernel_size: Any = 3, in_channels: Any = 12, out_channels: Any = 8, **kwargs: Any) -> Callable:
@@ -360,6 +384,48 @@ ROWS: dict[str, Row] = {
         ValueError,
         "conv1d: dim must be None or an axis of the filter, -3 to 2, but is 3.",
     ),
+    # recurrent.py
+    "lstm-dtype": (
+        memory(x=TensorType(DType.int32, [2, 5, 3], HOST)),
+        TypeError,
+        "lstm: x must be one of float32, float64, float16, bfloat16, but is int32; cast it first.",
+    ),
+    "lstm-dtypes": (
+        memory(w_hh=TensorType(DType.float64, [4, 16], HOST)),
+        TypeError,
+        "lstm: x is float32 but w_hh is float64; cast one to the other.",
+    ),
+    "lstm-devices": (
+        memory(cell=TensorType(F32, [2, 4], GPU)),
+        ValueError,
+        "lstm: x is on cpu:0 but cell is on gpu:0; move one to the other.",
+    ),
+    "lstm-rank": (
+        memory(x=(2, 3)),
+        ValueError,
+        "lstm: x must have shape (batch, time, channels), channels known, but has (2, 3).",
+    ),
+    "lstm-channels": (
+        memory(x=(2, 5, "c")),
+        ValueError,
+        "lstm: x must have shape (batch, time, channels), channels known, but has (2, 5, c).",
+    ),
+    "lstm-units": (
+        memory(w_hh=("h", 16)),
+        ValueError,
+        "lstm: w_hh must have shape (H, 4H), known when the graph is built, but has (h, 16).",
+    ),
+    "lstm-bias": (
+        memory(bias=(4,)),
+        ValueError,
+        "lstm: bias must have shape (16) for x of shape (2, 5, 3) and 4 hidden units, but has (4).",
+    ),
+    # graphs/silero_vad.py
+    "silero-spectrum": (
+        other_spectrum,
+        ValueError,
+        "silero_vad: stft_conv.weight is no windowed transform; build the graph with these weights.",
+    ),
 }
 
 
@@ -370,12 +436,12 @@ def test_sentence(name: str) -> None:
         call()
     assert type(caught.value) is error
     assert str(caught.value) == sentence
-    assert is_one_sentence(sentence.replace("layouts:", "conv1d:"))
+    assert is_one_sentence(re.sub("^(layouts|lstm|silero_vad):", "conv1d:", sentence))
 
 
 def raise_statements() -> set[tuple[str, int]]:
     """Returns the file and line of every `raise` of a sentence in the checked sources."""
-    trees = {name: ast.parse((PACKAGE / name).read_text()) for name in CHECKED}
+    trees = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
     return {
         (name, node.lineno)
         for name, tree in trees.items()
@@ -582,13 +648,66 @@ def test_kernel_sentence(name: str, model: Model) -> None:
         run_with(model, spoiled)
 
 
+# The inputs of the kernels of `lstm` and of Silero's network, of which each row spoils one.
+RECURRENT = {"gates": (2, 6, 16), "w_hh": (4, 16), "hidden": (2, 4), "cell": (2, 4)}
+RECURRENT |= {"chunks": (2, 3, 64), "state": (2, 40), "panels": (3200,)}
+RECURRENT_ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "lstm-batch": ({"gates": (1, 6, 16)}, "lstm: the gates and the weights do not fit an output of 4 units"),
+    "lstm-steps": ({"gates": (2, 4, 16)}, "lstm: the gates and the weights do not fit an output of 4 units"),
+    "lstm-gates": ({"gates": (2, 6, 20)}, "lstm: the gates and the weights do not fit an output of 4 units"),
+    "lstm-units": ({"w_hh": (5, 16)}, "lstm: the gates and the weights do not fit an output of 4 units"),
+    "lstm-weights": ({"w_hh": (4, 20)}, "lstm: the gates and the weights do not fit an output of 4 units"),
+    "lstm-hidden": ({"hidden": (1, 4)}, "lstm: hidden and cell must both have shape (2, 4)"),
+    "lstm-cell": ({"cell": (2, 5)}, "lstm: hidden and cell must both have shape (2, 4)"),
+    "silero-chunks": ({"chunks": (2, 0, 64)}, "silero_vad: chunks must hold at least one chunk of each signal."),
+    "silero-weights": ({"panels": (3199,)}, "silero_vad: the weights do not fit their sizes"),
+}
+
+
+@pytest.fixture(scope="module")
+def recurrent() -> Model:
+    """The kernels of `lstm` and of Silero's network, emitted without a check."""
+    types = [
+        TensorType(F32, [f"{name}{axis}" for axis in range(len(shape))], HOST) for name, shape in RECURRENT.items()
+    ]
+    with Graph("recurrent", input_types=types) as graph:
+        gates, w_hh, hidden, cell, chunks, state, panels = [value.tensor for value in graph.inputs]
+        # Taps, stride, padding and filters of the spectrum and of the gates.
+        sizes = ops.constant(np.array([[64, 32, 0, 33], [1, 1, 0, 32]]), DType.int64, device=HOST)
+        head, memory = (ops.constant(normal(*size), F32, device=HOST) for size in [(9,), (8, 32)])
+        output, last = (TensorType(F32, size, HOST) for size in [(2, 5, 4), (2, 4)])
+        probability = TensorType(F32, chunks.shape[:2], HOST)
+        reflected = ops.constant(16, DType.int64, device=HOST)
+        operands = [chunks, state, sizes, panels, memory, head, reflected]
+        graph.output(
+            *custom_op("max_conv.lstm", HOST, [gates, w_hh, hidden, cell], [output, last, last]),
+            *custom_op("max_conv.silero_vad", HOST, operands, [probability, state.type]),
+        )
+    return compiled(graph)
+
+
+def run_recurrent(model: Model, spoiled: dict[str, Any]) -> list[Any]:
+    return execute(model, [normal(*spoiled.get(name, shape)) for name, shape in RECURRENT.items()])
+
+
+def test_recurrent_kernels_take_what_is_right(recurrent: Model) -> None:
+    shapes = [(2, 5, 4), (2, 4), (2, 4), (2, 3), (2, 40)]
+    assert [y.shape for y in run_recurrent(recurrent, {})] == shapes
+
+
+@pytest.mark.parametrize("name", RECURRENT_ROWS)
+def test_recurrent_kernel_sentence(name: str, recurrent: Model) -> None:
+    spoiled, sentence = RECURRENT_ROWS[name]
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        run_recurrent(recurrent, spoiled)
+
+
 def test_every_kernel_error_has_a_row() -> None:
     sources = "\n".join(path.read_text() for path in sorted((PACKAGE / "kernels").glob("*.mojo")))
-    prefixes = ("conv1d: ", "conv_transpose1d: ")
-    starts = [start for start in re.findall(r'Error\(\s*"([^"]+)"', sources) if start.startswith(prefixes)]
-    assert len(starts) >= 6
-    rows = [sentence for _, sentence in KERNEL_ROWS.values()]
-    assert not (unproved := [s for s in starts if not any(row.startswith(s.rstrip(".")) for row in rows)]), unproved
+    starts = re.findall(r'Error\(\s*(?:op,\s*)?"([^"]+)"', sources)
+    assert len(starts) == len(re.findall(r"\bError\(", sources)) >= 15, "an error that does not begin with its sentence"
+    rows = [sentence for _, sentence in [*KERNEL_ROWS.values(), *RECURRENT_ROWS.values()]]
+    assert not (unproved := [s for s in starts if not any(s.rstrip(".") in row for row in rows)]), unproved
 
 
 def test_an_output_of_negative_length(model: Model) -> None:

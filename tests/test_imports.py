@@ -39,6 +39,7 @@ MODULES: dict[str, tuple[str, str]] = {
     "harmless": ("", ""),
     "state_dicts": ("safetensors_file", ""),
     "torch_file": ("harmless safetensors_file state_dicts tensors", "numpy"),
+    "onnx_file": ("safetensors_file", "numpy"),
     "folding": ("", "numpy"),
     "marker": ("", ""),
     "checkpoint": ("assets file_kind folding marker npz_file safetensors_file tensors torch_file", "numpy"),

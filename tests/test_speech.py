@@ -11,6 +11,7 @@ import soundfile
 from max_conv.audio import read_audio
 from max_conv.picture import draw_speech
 from max_conv.speech import Agreement, Turn, agreement, read_rttm, turns
+from silero_wheel import RATE, in_samples, theirs
 
 HOP = 0.032
 
@@ -20,36 +21,91 @@ def line(*runs):
     return [value for value, count in runs for _ in range(count)]
 
 
-# Probabilities, options, turns in samples at 16 kHz: 512 a hop, 480 of padding, 4000 of shortest speech.
+# Probabilities, options, and how many turns there are: a chunk is 512 samples, a turn lasts more than 4000, is widened by 480.
 RULES = {
-    "nothing": ([], {}, []),
-    "silence": (line((0.1, 50)), {}, []),
-    "one turn": (line((0, 10), (0.9, 20), (0, 10)), {}, [(4640, 15840)]),
-    "threshold is speech": (line((0, 10), (0.5, 20), (0, 10)), {}, [(4640, 15840)]),
-    "padding stays inside": (line((0.9, 40)), {}, [(0, 20480)]),
-    "the signal ends early": (line((0, 10), (0.9, 20)), {"duration": 15000 / 16000}, [(4640, 15000)]),
-    "hysteresis holds a turn": (line((0.9, 10), (0.36, 20), (0.9, 10)), {}, [(0, 20480)]),
-    "hysteresis off": (line((0.9, 10), (0.36, 20), (0.9, 10)), {"neg_threshold": 0.4}, [(0, 5600), (14880, 20480)]),
-    "neg_threshold is at least 0.01": (line((0.9, 20), (0.005, 20)), {"threshold": 0.1}, [(0, 10720)]),
-    "exactly the shortest": (line((0.9, 8), (0, 10)), {"min_speech": 0.256}, []),
-    "just above the shortest": (line((0.9, 8), (0, 10)), {}, [(0, 4576)]),
-    "short silence": (line((0.9, 10), (0, 4), (0.9, 10)), {}, [(0, 12288)]),
-    "long silence": (line((0.9, 10), (0, 5), (0.9, 10)), {}, [(0, 5600), (7200, 12800)]),
-    "silence lasts below the threshold": (line((0.9, 10), (0, 1), (0.4, 4), (0, 1), (0.9, 10)), {}, [(0, 5600), (7712, 13312)]),
-    "close turns share the gap": (line((0.9, 10), (0, 5), (0.9, 10)), {"speech_pad": 0.1}, [(0, 6400), (6400, 12800)]),
-    "cut on the spot": (line((0.9, 100)), {"max_speech": 1.0}, [(0, 15104), (15104, 30464), (30464, 45824), (45824, 51200)]),
+    "nothing": ([], {}, 0),
+    "silence": (line((0.1, 50)), {}, 0),
+    "one turn": (line((0, 10), (0.9, 20), (0, 10)), {}, 1),
+    "threshold is speech": (line((0, 10), (0.5, 20), (0, 10)), {}, 1),
+    "padding stays inside": (line((0.9, 40)), {}, 1),
+    "the signal ends early": (line((0, 10), (0.9, 20)), {"samples": 15000}, 1),
+    "hysteresis holds a turn": (line((0.9, 10), (0.36, 20), (0.9, 10)), {}, 1),
+    "hysteresis off": (line((0.9, 10), (0.36, 20), (0.9, 10)), {"neg_threshold": 0.4}, 2),
+    "neg_threshold above the threshold": (line((0.9, 10), (0.6, 20), (0.9, 10)), {"neg_threshold": 0.7}, 1),
+    "neg_threshold is at least 0.01": (line((0.9, 20), (0.005, 20)), {"threshold": 0.1}, 1),
+    "exactly the shortest": (line((0.9, 8), (0, 10)), {"min_speech": 0.256}, 0),
+    "just above the shortest": (line((0.9, 8), (0, 10)), {}, 1),
+    "short silence": (line((0.9, 10), (0, 4), (0.9, 10)), {}, 1),
+    "long silence": (line((0.9, 10), (0, 5), (0.9, 10)), {}, 2),
+    "silence lasts below the threshold": (line((0.9, 10), (0, 1), (0.4, 4), (0, 1), (0.9, 10)), {}, 2),
+    "close turns share the gap": (line((0.9, 10), (0, 5), (0.9, 10)), {"speech_pad": 0.1}, 2),
+    "milliseconds that no float holds": (line((0.9, 32)), {"samples": 16016, "min_speech": 1.001}, 0),
+    "cut on the spot": (line((0.9, 100)), {"max_speech": 1.0}, 4),
+    "cut at once": (line((0.9, 20)), {"max_speech": 0.05}, 10),
     "cut at the longest pause": (
         line((0.9, 10), (0, 4), (0.9, 5), (0, 6), (0.9, 20)),
         {"max_speech": 1.0, "min_silence": 1.0},
-        [(0, 10208), (12320, 23040)],
+        2,
     ),
-}  # fmt: skip
+    "cut at the first of equal pauses": (
+        line((0.9, 6), (0, 4), (0.9, 6), (0, 4), (0.9, 20)),
+        {"max_speech": 1.0, "min_silence": 1.0},
+        2,
+    ),
+}
 
 
-@pytest.mark.parametrize(("probabilities", "options", "expected"), RULES.values(), ids=RULES)
-def test_rules(probabilities, options, expected):
-    found = turns(probabilities, **options)
-    assert [(turn.start, turn.end) for turn in found] == [(start / 16000, end / 16000) for start, end in expected]
+def ours(probabilities, samples=None, rate=RATE, **options):
+    """Our turns, in samples."""
+    hop = 512 * rate // RATE
+    duration = None if samples is None else samples / rate
+    return in_samples(turns(probabilities, hop=hop / rate, duration=duration, rate=rate, **options), rate)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000])
+@pytest.mark.parametrize(("probabilities", "options", "count"), RULES.values(), ids=RULES)
+def test_rules_are_those_of_silero(probabilities, options, count, rate):
+    if "samples" in options:
+        options = options | {"samples": options["samples"] * rate // RATE}
+    expected = theirs(probabilities, rate=rate, **options)
+    assert ours(probabilities, rate=rate, **options) == expected and len(expected) == count
+
+
+def random_track(random):
+    """Runs of probabilities, some exactly on a threshold, some noisy."""
+    probabilities = []
+    for _ in range(random.integers(0, 30)):
+        level = random.choice([0, 0.1, 0.34, 0.35, 0.36, 0.5, 0.75, 1, random.random()])
+        noise = random.choice([0, 0, 0.1]) * random.standard_normal(random.integers(1, 12))
+        probabilities += np.clip(level + noise, 0, 1).tolist()
+    return probabilities
+
+
+def random_options(random):
+    """Options of `turns`, in whole milliseconds."""
+    options = {
+        "threshold": random.choice([0.05, 0.3, 0.5, 0.9]),
+        "neg_threshold": random.random(),
+        "min_speech": random.integers(0, 1200) / 1000,
+        "min_silence": random.integers(0, 1200) / 1000,
+        "speech_pad": random.integers(0, 400) / 1000,
+        "max_speech": random.choice([0.5, 1, 2.3, round(random.random() * 5, 2)]),
+    }
+    return {name: float(value) for name, value in options.items() if random.random() < 0.6}
+
+
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_random_turns_are_those_of_silero(rate):
+    random = np.random.default_rng(rate)
+    counts = []
+    for _ in range(500):
+        probabilities, options = random_track(random), random_options(random)
+        chunks = len(probabilities) * 512 * rate // RATE
+        options["samples"] = max(0, chunks - int(random.integers(0, 512 * rate // RATE)))
+        expected = theirs(probabilities, rate=rate, **options)
+        assert ours(probabilities, rate=rate, **options) == expected, (probabilities, options)
+        counts.append(len(expected))
+    assert 0 in counts and max(counts) >= 6 and np.mean(counts) > 1
 
 
 @pytest.mark.parametrize(
