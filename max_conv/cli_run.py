@@ -27,8 +27,10 @@ def picture_option(default: str) -> Callable[[Any], Any]:
     return click.option("--picture", type=path, default=default, show_default=True, help="The picture to write.")
 
 
-def network(name: str, config: Any, weights: str | None = None, saved: Path | None = None) -> Any:
-    """Returns a compiled network: loaded from `saved`, or built with the weights behind a reference, or its own."""
+def network(
+    name: str, config: Any, weights: str | None = None, saved: Path | None = None, *, exact: bool = False
+) -> Any:
+    """Returns a compiled network: loaded from `saved`, or built with the weights of a reference, or its own."""
     from . import session
 
     if saved:
@@ -38,7 +40,7 @@ def network(name: str, config: Any, weights: str | None = None, saved: Path | No
     with step("fetching the weights"):
         state = module.load_weights(*([weights] if weights else []), config=config)
     with step("compiling"):
-        return session.compile(module.build(config, state), weights=state)
+        return session.compile(module.build(config, state, exact=exact), weights=state)
 
 
 def sample(audio: Path | None) -> Path:

@@ -204,6 +204,8 @@ class Explanation:
         bytes: Input, weights and output, each moved once.
         bound: "compute" or "memory": what takes longer on a machine with the given peaks.
         seconds: The time that it takes at least, a direct convolution's for "compute".
+        exact: Whether the kernel is a direct one, so that no output depends on a value that it does not see, bit for bit.
+        cost: What `exact=True` costs: a direct kernel's multiplications over this kernel's.
     """
 
     kernel: str
@@ -214,6 +216,8 @@ class Explanation:
     bytes: int
     bound: str
     seconds: float
+    exact: bool
+    cost: float
 
     def __str__(self) -> str:
         return (
@@ -221,7 +225,8 @@ class Explanation:
             f"output      {self.output_shape}\n"
             f"work        {self.flops / 1e6:,.2f} MFLOP, {self.multiplications / 1e6:,.2f} million multiplications\n"
             f"memory      {self.bytes / 1e6:,.2f} MB, {self.flops / self.bytes:.1f} FLOP a byte\n"
-            f"bound       {self.bound}: {self.seconds * 1e3:,.3f} ms at least"
+            f"bound       {self.bound}: {self.seconds * 1e3:,.3f} ms at least\n"
+            f"exact       {'yes' if self.exact else f'no, exact=True takes {self.cost:.2f} times as many multiplications'}"
         )
 
 
@@ -236,6 +241,7 @@ def explain(
     layout: Layout = "NLC",
     dtype: str = "float32",
     packed: bool = True,
+    exact: bool = False,
     gflops: float = 500.0,
     gbytes: float = 50.0,
 ) -> Explanation:
@@ -248,6 +254,7 @@ def explain(
         channels, filters, groups, layout, dtype: Of the layer, where a `Geometry` is given; a layer knows them.
         packed: Whether `max_conv.compile` packs the filter, as it does in float32 and float64; in a plain MAX session
             Winograd's kernel gives way to another on more inputs.
+        exact: Whether only direct kernels are allowed; a layer that was made with `exact=True` knows it.
         gflops: The machine's peak, 10^9 operations a second in float32; doubled for bfloat16, halved for float64.
         gbytes: The machine's memory bandwidth, 10^9 bytes a second.
 
@@ -260,13 +267,14 @@ def explain(
     work        552.96 MFLOP, 138.24 million multiplications
     memory      5.94 MB, 93.1 FLOP a byte
     bound       compute: 1.106 ms at least
+    exact       no, exact=True takes 2.00 times as many multiplications
     """
     on_gpu = False
     geometry = layer
     if not isinstance(layer, Geometry | TransposedGeometry):
         geometry = layer.geometry
         channels, filters, groups = layer.in_channels, layer.out_channels, layer.num_groups
-        layout, dtype = layer.layout, layer.dtype.name
+        layout, dtype, exact = layer.layout, layer.dtype.name, exact or layer.exact
         on_gpu = layer.device is not None and not layer.device.is_cpu()
     elif channels is None or filters is None:
         raise TypeError("explain: a Geometry needs channels=... and filters=... beside it.")
@@ -282,7 +290,7 @@ def explain(
     outputs = geometry.output_length(length)
     choice = Choice("gpu", "one thread for each output")
     if not on_gpu:
-        choice = choose(described, batch, outputs, packed=packed and BYTES[dtype] > 2)
+        choice = choose(described, batch, outputs, packed=packed and BYTES[dtype] > 2, exact=exact)
     positions = length if described.transposed else outputs
     direct_multiplications = batch * positions * filters * geometry.kernel_size * described.group_channels
     multiplications = direct_multiplications
@@ -301,6 +309,8 @@ def explain(
         moved,
         "compute" if compute > memory else "memory",
         max(compute, memory),
+        choice.kernel != "winograd",
+        direct_multiplications / multiplications,
     )
     print(found)
     return found

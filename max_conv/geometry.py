@@ -33,8 +33,17 @@ def _integer(name: str, value: Any, op: str) -> int:
         else:
             if abs(number) < LIMIT:
                 return number
-            raise ValueError(f"{op}: {name} must be less than 2**31, but is {number}.")
+            raise ValueError(f"{op}: {name} must be between -2**31 and 2**31, but is {number}.")
     raise TypeError(f"{op}: {name} must be an int, but is {value!r} ({type(value).__name__}).")
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number and its noun.
+
+    >>> counted(1, "position"), counted(2, "position")
+    ('1 position', '2 positions')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _sides(padding: Any, op: str) -> tuple[int, int]:
@@ -97,16 +106,21 @@ class Geometry:
         if isinstance(padding, str):
             if padding == "valid":
                 return 0, 0
-            if padding == "causal":
-                return overhang, 0
-            if padding != "same":
+            if padding not in ("causal", "same"):
                 raise ValueError(
                     f'conv1d: padding must be an int, (left, right), "same", "valid" or "causal", but is {padding!r}.'
                 )
-            if stride != 1:
+            if padding == "same" and stride != 1:
                 raise ValueError(
                     f'conv1d: padding="same" needs stride 1, but stride is {stride}; pass the padding as numbers.'
                 )
+            if overhang >= LIMIT:
+                raise ValueError(
+                    f"conv1d: padding={padding!r} would add {overhang} positions, but must add fewer than 2**31; lower "
+                    "dilation or kernel_size."
+                )
+            if padding == "causal":
+                return overhang, 0
             return overhang // 2, overhang - overhang // 2
         return _sides(padding, "conv1d")
 
@@ -131,7 +145,7 @@ class Geometry:
         padded = length + self.left + self.right
         if padded < self.reach:
             raise ValueError(
-                f"conv1d: the filter reaches over {self.reach} positions (kernel_size {self.kernel_size}, dilation "
+                f"conv1d: the filter reaches over {counted(self.reach, 'position')} (kernel_size {self.kernel_size}, dilation "
                 f"{self.dilation}), but the padded input has only {padded}; pad more or pass a longer input."
             )
         # A reflection leaves out the edge itself, a circle does not.
@@ -139,7 +153,7 @@ class Geometry:
         if (length == 0 and self.padding_mode != "zeros") or max(self.left, self.right) > room:
             raise ValueError(
                 f"conv1d: padding_mode={self.padding_mode!r} cannot pad ({self.left}, {self.right}) from an input of "
-                f"{length} positions; pad less or pass a longer input."
+                f"{counted(length, 'position')}; pad less or pass a longer input."
             )
 
     def source(self, position: int, length: int) -> int | None:
@@ -214,7 +228,7 @@ class TransposedGeometry:
         if isinstance(padding, str):
             if padding != "causal":
                 raise ValueError(f'{op}: padding must be an int, (left, right) or "causal", but is {padding!r}.')
-            left, right = 0, max(0, dilation * (kernel_size - 1) + 1 - stride)
+            left, right = _sides((0, max(0, dilation * (kernel_size - 1) + 1 - stride)), op)
         else:
             left, right = _sides(padding, op)
         return cls(kernel_size, stride, dilation, left, right, output_padding)
@@ -262,7 +276,7 @@ class TransposedGeometry:
         if not shortest <= output_size < shortest + self.stride:
             raise ValueError(
                 f"conv_transpose1d: output_size must be between {shortest} and {shortest + self.stride - 1} for an input of "
-                f"{length} positions, but is {output_size}."
+                f"{counted(length, 'position')}, but is {output_size}."
             )
         return replace(self, output_padding=output_size - shortest)
 
@@ -273,5 +287,6 @@ class TransposedGeometry:
         if self.output_length(length) < 1:
             raise ValueError(
                 f"conv_transpose1d: padding ({self.left}, {self.right}) takes off all of the "
-                f"{self.output_length(length) + self.left + self.right} outputs of {length} positions; pad less."
+                f"{counted(self.output_length(length) + self.left + self.right, 'output')} of "
+                f"{counted(length, 'position')}; pad less."
             )

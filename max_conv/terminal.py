@@ -106,6 +106,7 @@ def gallery(name: str) -> Any:
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 KEY = click.option("--key", metavar="PATH", help="Where a PyTorch file has the state dict, as in net.decoder.")
+EXACT = click.option("--exact", is_flag=True, help="Direct kernels alone: no output depends on what it does not see.")
 FORCE = click.option("--force", is_flag=True, help="Overwrite the output file.")
 
 

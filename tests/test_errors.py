@@ -267,7 +267,7 @@ ROWS: dict[str, Row] = {
     "limit": (
         op(dilation=2**62),
         ValueError,
-        "conv1d: dilation must be less than 2**31, but is 4611686018427387904.",
+        "conv1d: dilation must be between -2**31 and 2**31, but is 4611686018427387904.",
     ),
     "padding-bytes": (
         op(padding=b"ab"),

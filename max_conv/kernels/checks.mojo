@@ -9,6 +9,10 @@ from .points import Plan
 from .transposed import Transposed
 
 
+def counted(positions: Int) -> String:
+    return String(positions, " position" if positions == 1 else " positions")
+
+
 def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
     """Raises where the run-time sizes do not make a convolution that this package computes."""
     if g.kernel < 1 or g.stride < 1 or g.dilation < 1 or g.filters < 1 or filter_channels < 1:
@@ -25,7 +29,7 @@ def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
     var padded = g.length + g.pad_left + pad_right
     if padded < reach:
         raise Error(
-            "conv1d: the filter reaches over ", reach, " positions, but the padded input has only ", padded,
+            "conv1d: the filter reaches over ", counted(reach), ", but the padded input has only ", padded,
             "; pad more or pass a longer input.",
         )
     if g.out_length != (padded - reach) // g.stride + 1:
@@ -39,8 +43,8 @@ def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
     )
     if wide:
         raise Error(
-            "conv1d: padding of ", pad, " with values of the input needs more than its ", g.length,
-            " positions; pad less or pass a longer input.",
+            "conv1d: padding of ", pad, " with values of the input needs more than its ", counted(g.length),
+            "; pad less or pass a longer input.",
         )
 
 

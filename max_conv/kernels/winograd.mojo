@@ -7,18 +7,17 @@ vectors of filters is summed like a tile of `dense`. The polynomials stand in `p
 from std.math import ceildiv, gcd
 from std.sys.info import simd_width_of, size_of
 from std.sys.intrinsics import PrefetchOptions, prefetch
-from std.utils.numerics import nan
 
-from .careful import Source, calm, calm_filter, direct, gather_taps, limit, restore_taps
+from .careful import Source, calm, calm_filter, direct, gather_taps, restore_taps
 from .dense import tile_rows
 from .geometry import Geometry
-from .lanes import FilterSteps, Memory, Operands, Scratch, Write, accumulator, gathered, load
+from .lanes import FilterSteps, Memory, Operands, Scratch, Write, accumulator
 from .lanes import PACK, Panels, panels_at_a_time, phases, put, spread, workers
-from .points import Plan, POINTS, QUAD, TAPS, data_points, filter_points, first_output, outputs, summed
+from .points import Plan, POINTS, QUAD, first_output, outputs, summed
+from .transforms import VECTORS, transform_block, transform_filter
 from .turn import turn_out
 from .window import Window
 
-comptime VECTORS = 2
 comptime SUM = 32
 """Terms in one running sum. Transforms cost accuracy, shorter sums win it back."""
 comptime NEAR = PrefetchOptions().for_read().high_locality().to_data_cache()
@@ -30,79 +29,6 @@ comptime DATA_BYTES = 320 * 1024
 comptime MOST_BYTES = 720 * 1024
 """The same where the transformed filter exceeds `FAR_BYTES`, and the data is little."""
 comptime FAR_BYTES = 4 * 1024 * 1024
-
-
-@always_inline
-def transform_filter[
-    dtype: DType, acc: DType, //, size: Int
-](
-    g: Geometry,
-    plan: Plan,
-    group: Int,
-    w: Memory[dtype],
-    steps: FilterSteps,
-    lanes: Int,
-    target: Memory[acc],
-):
-    """Writes one group of taps of one panel, whose first filter `w` points at, all channels, to each point's place.
-
-    A value that the transforms do not take turns the first product into NaN, for `calm_filter`.
-    """
-    comptime width = simd_width_of[acc]()
-    comptime panel = VECTORS * width
-    var channels = g.group_channels()
-    var taps = w.unsafe_offset(plan.first[group] * steps.tap)
-    var tap_step = plan.step * steps.tap
-    var to = Array[Memory[acc], size + TAPS](fill=target)
-    comptime for p in range(size + TAPS):
-        to[p] = target.unsafe_offset((plan.bases[p] + group) * channels * panel)
-    var squares = SIMD[acc, width](0)
-    for c in range(channels):
-        comptime for j in range(VECTORS):
-            var values = Array[SIMD[acc, width], size](fill=SIMD[acc, width](0))
-            comptime for k in range(size):
-                values[k] = gathered[acc, width](
-                    taps.unsafe_offset(c * steps.channel + k * tap_step + j * width * steps.filter),
-                    steps.filter,
-                    lanes - j * width,
-                )
-                squares = values[k].fma(values[k], squares)
-            var points = filter_points[size](values)
-            comptime for p in range(size + TAPS):
-                to[p].unsafe_offset(c * panel + j * width).unsafe_store(points[p])
-    if not (squares.reduce_add() < limit[acc]()):
-        to[0].unsafe_store(SIMD[acc, panel](nan[acc]()))
-
-
-@always_inline
-def transform_data[
-    dtype: DType, acc: DType, //, size: Int
-](
-    rows: Array[Memory[dtype], TAPS + QUAD - 1],
-    channels: Int,
-    target: Memory[acc],
-    plane: Int,
-    plan: Plan,
-    group: Int,
-):
-    """Writes one quad's data of one group of taps to each point's plane."""
-    comptime width = simd_width_of[acc]()
-    var to = Array[Memory[acc], size + TAPS](fill=target)
-    comptime for p in range(size + TAPS):
-        to[p] = target.unsafe_offset((plan.bases[p] + group) * plane)
-    var c = 0
-    while c < channels:
-        var d = Array[SIMD[acc, width], size + QUAD - 1](fill=SIMD[acc, width](0))
-        if c + width <= channels:
-            comptime for j in range(size + QUAD - 1):
-                d[j] = load[acc, width, False](rows[j].unsafe_offset(c), width)
-        else:
-            comptime for j in range(size + QUAD - 1):
-                d[j] = load[acc, width, True](rows[j].unsafe_offset(c), channels - c)
-        var points = data_points[size](d)
-        comptime for p in range(size + TAPS):
-            to[p].unsafe_offset(c).unsafe_store(points[p])
-        c += width
 
 
 @always_inline
@@ -147,37 +73,6 @@ def tile[
     if first:
         comptime for i in range(rows * vectors):
             sums.unsafe_offset(i * width).unsafe_store(SIMD[acc, width](0))
-
-
-@no_inline
-def transform_block[
-    dtype: DType, acc: DType, //, nlc: Bool
-](
-    g: Geometry,
-    plan: Plan,
-    source: Source[dtype],
-    first: Int,
-    count: Int,
-    data: Memory[acc],
-    row_size: Int,
-    plane: Int,
-):
-    """Writes the data of quads `first .. first + count - 1` to each point's planes."""
-    var channels = g.group_channels()
-    for i in range(count):
-        var position = first_output(plan, first + i) * g.stride - g.pad_left
-        for part in range(len(plan.sizes)):
-            var row = Array[Memory[dtype], TAPS + QUAD - 1](fill=source.rest)
-            for j in range(plan.sizes[part] + QUAD - 1):
-                var at = position + plan.first[part] * g.dilation + j * plan.spacing * g.stride
-                row[j] = source.row[nlc](g, at)
-            var to = data.unsafe_offset(i * row_size)
-            if plan.sizes[part] == 3:
-                transform_data[3](row, channels, to, plane, plan, part)
-            elif plan.sizes[part] == 2:
-                transform_data[2](row, channels, to, plane, plan, part)
-            else:
-                transform_data[1](row, channels, to, plane, plan, part)
 
 
 @fieldwise_init

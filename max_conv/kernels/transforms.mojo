@@ -1,0 +1,116 @@
+"""Winograd's ways to the points: of filters that are not packed, and of data."""
+
+from std.sys.info import simd_width_of
+from std.utils.numerics import nan
+
+from .careful import Source, limit
+from .geometry import Geometry
+from .lanes import FilterSteps, Memory, gathered, load
+from .points import Plan, QUAD, TAPS, data_points, filter_points, first_output
+
+comptime VECTORS = 2
+"""Vectors of filters in a panel."""
+
+
+@always_inline
+def transform_filter[
+    dtype: DType, acc: DType, //, size: Int
+](
+    g: Geometry,
+    plan: Plan,
+    group: Int,
+    w: Memory[dtype],
+    steps: FilterSteps,
+    lanes: Int,
+    target: Memory[acc],
+):
+    """Writes one group of taps of one panel, whose first filter `w` points at, all channels, to each point's place.
+
+    A value that the transforms do not take turns the first product into NaN, for `calm_filter`.
+    """
+    comptime width = simd_width_of[acc]()
+    comptime panel = VECTORS * width
+    var channels = g.group_channels()
+    var taps = w.unsafe_offset(plan.first[group] * steps.tap)
+    var tap_step = plan.step * steps.tap
+    var to = Array[Memory[acc], size + TAPS](fill=target)
+    comptime for p in range(size + TAPS):
+        to[p] = target.unsafe_offset((plan.bases[p] + group) * channels * panel)
+    var squares = SIMD[acc, width](0)
+    for c in range(channels):
+        comptime for j in range(VECTORS):
+            var values = Array[SIMD[acc, width], size](fill=SIMD[acc, width](0))
+            comptime for k in range(size):
+                values[k] = gathered[acc, width](
+                    taps.unsafe_offset(c * steps.channel + k * tap_step + j * width * steps.filter),
+                    steps.filter,
+                    lanes - j * width,
+                )
+                squares = values[k].fma(values[k], squares)
+            var points = filter_points[size](values)
+            comptime for p in range(size + TAPS):
+                to[p].unsafe_offset(c * panel + j * width).unsafe_store(points[p])
+    if not (squares.reduce_add() < limit[acc]()):
+        to[0].unsafe_store(SIMD[acc, panel](nan[acc]()))
+
+
+@always_inline
+def transform_data[
+    dtype: DType, acc: DType, //, size: Int
+](
+    rows: Array[Memory[dtype], TAPS + QUAD - 1],
+    channels: Int,
+    target: Memory[acc],
+    plane: Int,
+    plan: Plan,
+    group: Int,
+):
+    """Writes one quad's data of one group of taps to each point's plane."""
+    comptime width = simd_width_of[acc]()
+    var to = Array[Memory[acc], size + TAPS](fill=target)
+    comptime for p in range(size + TAPS):
+        to[p] = target.unsafe_offset((plan.bases[p] + group) * plane)
+    var c = 0
+    while c < channels:
+        var d = Array[SIMD[acc, width], size + QUAD - 1](fill=SIMD[acc, width](0))
+        if c + width <= channels:
+            comptime for j in range(size + QUAD - 1):
+                d[j] = load[acc, width, False](rows[j].unsafe_offset(c), width)
+        else:
+            comptime for j in range(size + QUAD - 1):
+                d[j] = load[acc, width, True](rows[j].unsafe_offset(c), channels - c)
+        var points = data_points[size](d)
+        comptime for p in range(size + TAPS):
+            to[p].unsafe_offset(c).unsafe_store(points[p])
+        c += width
+
+
+@no_inline
+def transform_block[
+    dtype: DType, acc: DType, //, nlc: Bool
+](
+    g: Geometry,
+    plan: Plan,
+    source: Source[dtype],
+    first: Int,
+    count: Int,
+    data: Memory[acc],
+    row_size: Int,
+    plane: Int,
+):
+    """Writes the data of quads `first .. first + count - 1` to each point's planes."""
+    var channels = g.group_channels()
+    for i in range(count):
+        var position = first_output(plan, first + i) * g.stride - g.pad_left
+        for part in range(len(plan.sizes)):
+            var row = Array[Memory[dtype], TAPS + QUAD - 1](fill=source.rest)
+            for j in range(plan.sizes[part] + QUAD - 1):
+                var at = position + plan.first[part] * g.dilation + j * plan.spacing * g.stride
+                row[j] = source.row[nlc](g, at)
+            var to = data.unsafe_offset(i * row_size)
+            if plan.sizes[part] == 3:
+                transform_data[3](row, channels, to, plane, plan, part)
+            elif plan.sizes[part] == 2:
+                transform_data[2](row, channels, to, plane, plan, part)
+            else:
+                transform_data[1](row, channels, to, plane, plan, part)
