@@ -28,7 +28,7 @@ MODULES: dict[str, tuple[str, str]] = {
     "ops": ("checks dispatch geometry kernel_library layouts packing", "max"),
     "describe": ("dispatch packing", "max"),
     "recurrent": ("checks ops packing", "max"),
-    "nn": ("checks geometry layouts ops", "max"),
+    "nn": ("checks geometry layouts ops packing", "max"),
     "weight_norm": ("arrays checkpoint layouts nn ops packing", "max"),
     "idle": ("", ""),
     "session": ("checkpoint idle packing", "max numpy"),
@@ -74,10 +74,28 @@ BY_NAME = {"__init__", "frontends", "cli", "terminal"}
 
 PUBLIC = {
     "max_conv",
+    "max_conv.arrays",
+    "max_conv.assets",
+    "max_conv.audio",
+    "max_conv.checkpoint",
+    "max_conv.convert",
+    "max_conv.geometry",
     "max_conv.graphs",
-    *(f"max_conv.{name}" for name in MODULES if name not in ("__init__", "cli", "frontends.eager")),
+    "max_conv.layouts",
+    "max_conv.pitch",
+    "max_conv.recurrent",
+    "max_conv.reference",
+    "max_conv.tensors",
 }
-"""What graphs and scripts may import from."""
+"""What every graph and script may import from."""
+
+INSIDE = {
+    "graphs/parts.py": {"max_conv.packing"},
+    "graphs/silero_vad.py": {"max_conv.dispatch", "max_conv.onnx_file", "max_conv.ops", "max_conv.packing"},
+    "scripts/convert_checkpoint.py": {"max_conv.cli_convert", "max_conv.terminal"},
+    "scripts/report.py": {"max_conv.dispatch"},
+}
+"""What single files import besides, each for a kernel or command that no other file has."""
 
 HEAVY = {"max", "mojo", "torch", "mlx", "onnx", "onnxruntime", "safetensors", "soundfile", "soxr", "matplotlib"}
 OUTERMOST = {"tests", "scripts", "graphs", "harness"}
@@ -165,21 +183,46 @@ def test_imports_at_load(name: str) -> None:
 OUTSIDE = sorted([*(ROOT / "graphs").glob("*.py"), *(ROOT / "scripts").glob("*.py")])
 
 
-@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_graphs_and_scripts_use_public_names(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    ours = set()
+def inner_names(tree: ast.Module, path: str) -> set[str]:
+    """Checks the imports of a graph or script, and returns the modules that it takes from beyond PUBLIC."""
+    ours, inner = set(), set()
     for module, imported in imports_in(tree, package="graphs"):
         top = module.partition(".")[0]
-        assert top not in {"tests", "harness"} and (path.parent.name == "scripts" or top != "scripts")
+        assert top not in {"tests", "harness"} and (path.startswith("scripts/") or top != "scripts"), module
         if top == "max_conv":
-            target = f"{module}.{imported}" if f"{module}.{imported}" in PUBLIC else module
-            assert target in PUBLIC, f"{module} is not documented"
+            below = f"{module}.{imported}"
+            target = below if below.removeprefix("max_conv.") in MODULES else module
+            if target not in PUBLIC:
+                assert target in INSIDE.get(path, ()), f"{path} imports {target}, which is not public"
+                inner.add(target)
             assert not (imported or "").startswith("_"), f"{module}.{imported}"
             ours.add(imported or module)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
             assert ast.unparse(node.value).partition(".")[0] not in ours, ast.unparse(node)
+    return inner
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_graphs_and_scripts_use_public_names(path: Path) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    assert inner_names(ast.parse(path.read_text()), name) == INSIDE.get(name, set())
+
+
+@pytest.mark.parametrize("module", ["checks", "planned", "dispatch", "onnx_file", "cli", "frontends.eager"])
+def test_other_names_fall(module: str) -> None:
+    parent, _, last = f"max_conv.{module}".rpartition(".")
+    for source in [f"from max_conv.{module} import a", f"import max_conv.{module}", f"from {parent} import {last}"]:
+        with pytest.raises(AssertionError, match="not public"):
+            inner_names(ast.parse(source), "graphs/tcn.py")
+
+
+@pytest.mark.parametrize(
+    "source", ["from max_conv.convert import _a", "import max_conv\nmax_conv._a", "import tests.a"]
+)
+def test_hidden_names_fall(source: str) -> None:
+    with pytest.raises(AssertionError):
+        inner_names(ast.parse(source), "graphs/tcn.py")
 
 
 def test_the_tool_for_developers_needs_nothing() -> None:
