@@ -143,17 +143,6 @@ def outputs[
 
 
 @always_inline
-def summed[
-    acc: DType, width: Int, //
-](sums: Memory[acc], output_size: Int, bias: SIMD[acc, width]) -> Array[SIMD[acc, width], QUAD]:
-    """Returns one quad whose sums are of the outputs themselves, `output_size` apart."""
-    var y = Array[SIMD[acc, width], QUAD](fill=bias)
-    comptime for k in range(QUAD):
-        y[k] += sums.unsafe_offset(k * output_size).unsafe_load[width=width]()
-    return y^
-
-
-@always_inline
 def first_output(plan: Plan, quad: Int) -> Int:
     """Returns the first output of a quad. `spacing` quads together are a run of outputs without gaps."""
     return quad // plan.spacing * plan.spacing * QUAD + quad % plan.spacing

@@ -300,8 +300,12 @@ def conv_transpose1d[
         t.scf[depthwise](o.w, steps, group_step, lanes, filter)
     var phased = Operands[dtype](o.x, filter, biases, o.has_bias)
 
+    # Outputs between these have all their rows; where a phase lacks a tap there are none.
+    var first_inside = g.pad_left
+    var end_inside = g.length - (g.kernel - 1) * g.dilation + g.pad_left if t.kernel % t.step() == 0 else 0
+
     @__parameter
-    @always_inline
+    @no_inline
     def seen[width: Int](n: Int, position: Int, column: Int, values: SIMD[dtype, width]) -> SIMD[dtype, width]:
         """Returns outputs of which one is not finite, each from what it sees alone.
 
@@ -339,8 +343,10 @@ def conv_transpose1d[
     def place[width: Int](n: Int, position: Int, column: Int, made: SIMD[dtype, width]):
         """Writes outputs of neighbouring columns in NLC data, and of neighbouring positions in NCL data."""
         var value = made
-        if not isfinite(made).reduce_and():
-            value = seen(n, position, column, made)
+        comptime span = 1 if nlc else width
+        if position < first_inside or position + span > end_inside:
+            if not isfinite(made).reduce_and():
+                value = seen(n, position, column, made)
         var unit = places.unsafe_offset(column // lanes * 3)
         var output = position * t.stride + unit[unsafe_offset=0]
         var filter = unit[unsafe_offset=1] + column % lanes
@@ -364,6 +370,8 @@ def conv_transpose1d[
     _ = copy^
     _ = g
     _ = room
+    _ = first_inside
+    _ = end_inside
     _ = phased
     _ = places
     _ = table^

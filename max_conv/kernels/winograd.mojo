@@ -13,7 +13,7 @@ from .dense import tile_rows
 from .geometry import Geometry
 from .lanes import FilterSteps, Memory, Operands, Scratch, Write, accumulator
 from .lanes import PACK, Panels, panels_at_a_time, phases, put, spread, workers
-from .points import Plan, POINTS, QUAD, first_output, outputs, summed
+from .points import Plan, POINTS, QUAD, first_output, outputs
 from .transforms import VECTORS, transform_block, transform_filter
 from .turn import turn_out
 from .window import Window
@@ -225,7 +225,7 @@ def products[
     return False
 
 
-@always_inline
+@no_inline
 def multiply[
     acc: DType, //, vectors: Int
 ](
@@ -270,14 +270,22 @@ def quads[
     comptime width = simd_width_of[acc]()
     comptime panel = vectors * width
     var point_size = b.point_size(panel)
+    if not at_points:
+        for i in range(b.count * QUAD):
+            var position = first_output(plan, b.first + i // QUAD) + i % QUAD * plan.spacing
+            if position < g.out_length:
+                var sums = b.sums.unsafe_offset(i % QUAD * point_size + i // QUAD * panel)
+                for c in range(min(lanes, panel)):
+                    var bias = o.bias_at[acc, 1](f + c, 1)
+                    write[1](b.n, position, f + c, (bias + sums[unsafe_offset=c]).cast[dtype]())
+        return
     for q in range(b.count):
         var position = first_output(plan, b.first + q)
         var inside = position + (QUAD - 1) * plan.spacing < g.out_length and lanes >= panel
         for j in range(vectors):
             var filters = lanes - j * width
             var bias = o.bias_at[acc, width](f + j * width, filters)
-            var sums = b.sums.unsafe_offset(q * panel + j * width)
-            var y = outputs(sums, point_size, bias) if at_points else summed(sums, point_size, bias)
+            var y = outputs(b.sums.unsafe_offset(q * panel + j * width), point_size, bias)
             if inside:
                 comptime for k in range(QUAD):
                     write[width](b.n, position + k * plan.spacing, f + j * width, y[k].cast[dtype]())
