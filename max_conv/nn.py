@@ -1,12 +1,13 @@
 """`Conv1D` and `ConvTranspose1D`, the layers: they hold weights, `conv1d` and `conv_transpose1d` do the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from max import nn
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType, TensorValue, Weight
 
+from .arrays import buffer_of
 from .checks import check_dtype
 from .geometry import Geometry, Padding, TransposedGeometry, positive
 from .layouts import FilterLayout, Layout, TransposedFilterLayout
@@ -59,6 +60,11 @@ class ConvolutionLayer(nn.Module):
     def _filter(self) -> TensorValue:
         """Returns what the layer convolves with."""
         return getattr(self, self.filter_attribute)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], **options: Any) -> None:
+        """Sets the weights: arrays by name, of any producer that `max_conv.compile` takes inputs of."""
+        buffers = {name: buffer_of(value, f"{self.op}: weight", name) for name, value in state_dict.items()}
+        super().load_state_dict(buffers, **options)
 
     @property
     def layout(self) -> Layout:

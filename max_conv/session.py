@@ -22,6 +22,7 @@ from max.dtype import DType
 from max.engine import InferenceSession, read
 from max.graph import DeviceRef, Graph, StaticDim, SymbolicDim, TensorType, Weight
 
+from .arrays import ARRAYS, buffer_of
 from .checkpoint import weight_norm_names
 from .idle import first_run
 from .packing import PackedGraph, aligned, cpu_features
@@ -30,7 +31,6 @@ FORMAT = 1
 PIECE = 1 << 20
 """Bytes of a saved model that are read at a time."""
 NOT_IN_NUMPY = (DType.bfloat16,)
-ARRAYS = (np.ndarray, np.generic)
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class Model:
         """Runs the model.
 
         Args:
-            args, kwargs: The inputs, by position or by name: NumPy arrays, or anything with DLPack (torch and JAX
-                tensors, `max.driver.Buffer`). Arrays that are contiguous and writeable are read where they are, others
-                are copied first.
+            args, kwargs: The inputs, by position or by name: NumPy arrays, or anything with DLPack (tensors of torch, JAX
+                and MLX, `max.driver.Buffer`). NumPy's, torch's and MAX's that are contiguous and writeable are read where
+                they are, others are copied first.
 
         Returns:
             One array, or a tuple where the model has several outputs: NumPy arrays for NumPy inputs, otherwise
@@ -83,7 +83,7 @@ class Model:
             TypeError, ValueError: Before anything runs: wrong count, names, dtypes or shapes of the inputs.
         """
         values = list(args) if len(args) == len(self.inputs) and not kwargs else self._bind(args, kwargs)
-        buffers = [_buffer(value, "input", port.name) for value, port in zip(values, self.inputs, strict=True)]
+        buffers = [buffer_of(value, "model: input", port.name) for value, port in zip(values, self.inputs, strict=True)]
         kinds = [(buffer.dtype, buffer.shape) for buffer in buffers]
         if kinds != self._checked:
             self._check(buffers)
@@ -246,7 +246,7 @@ def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:
 
 def _fitting(wanted: Mapping[str, Weight], weights: Mapping[str, Any]) -> dict[str, Buffer]:
     """Returns the weights' memory, or raises where it does not fit: MAX would take it as it is."""
-    buffers = {name: _buffer(value, "weight", name) for name, value in weights.items()}
+    buffers = {name: buffer_of(value, "compile: weight", name) for name, value in weights.items()}
     for name, weight in wanted.items():
         if name not in buffers:
             raise ValueError(f"compile: the weight {name!r} has no value; pass it in weights=.")
@@ -324,7 +324,11 @@ def _trace(model: Any, inputs: Any, weights: Any) -> tuple[Graph, list[str], Map
     types = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
     names = list(inputs) if isinstance(inputs, Mapping) else _argument_names(model, len(types))
     if isinstance(model, nn.Module):
-        model.load_state_dict(weights if weights is not None else _own_weights(name, model))
+        if weights is None:
+            weights = _own_weights(name, model)
+        else:  # MAX's own layers keep what they get
+            weights = {name: buffer_of(value, "compile: weight", name) for name, value in weights.items()}
+        model.load_state_dict(weights)
         weights = model.state_dict(auto_initialize=False)
     return PackedGraph(name, model, input_types=types), names, weights or {}
 
@@ -375,19 +379,6 @@ def _device(name: str) -> Device:
 @functools.cache
 def _session(devices: tuple[str, ...]) -> InferenceSession:
     return InferenceSession(devices=[*(_device(name) for name in devices), CPU()])
-
-
-def _buffer(value: Any, kind: str, name: str) -> Buffer:
-    """Returns a view of an array, or of a contiguous copy of it in the machine's byte order."""
-    if isinstance(value, Buffer):
-        return value if value.is_contiguous else value.contiguous()
-    if isinstance(value, ARRAYS):
-        if type(value) is not np.ndarray or not value.flags.c_contiguous or not value.dtype.isnative:
-            value = np.ascontiguousarray(value, value.dtype.newbyteorder("=")).reshape(np.shape(value))
-        return Buffer.from_dlpack(value)
-    if hasattr(value, "__dlpack__"):
-        return Buffer.from_dlpack(value.detach().contiguous() if hasattr(value, "detach") else value)
-    raise TypeError(f"model: {kind} {name!r} must be an array (NumPy or DLPack), but is a {type(value).__name__}.")
 
 
 def _bytes_of(buffer: Buffer) -> np.ndarray:

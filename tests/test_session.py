@@ -77,10 +77,10 @@ def test_strided_and_read_only_arrays(model: max_conv.Model) -> None:
 
 
 def test_inputs_are_not_copied(model: max_conv.Model) -> None:
-    from max_conv.session import _buffer
+    from max_conv.arrays import buffer_of
 
     view = np.full(X.size + 32, np.nan, np.float32)[7 : 7 + X.size].reshape(X.shape)
-    buffer = _buffer(view, "input", "x")
+    buffer = buffer_of(view, "model: input", "x")
     view[...] = X
     close(model(buffer).to_numpy())
 
