@@ -45,9 +45,10 @@ MODULES: dict[str, tuple[str, str]] = {
     "verify": ("checkpoint making plan reference tensors", "numpy"),
     "convert": ("checkpoint layer_map making marker plan safetensors_file tensors verify", "numpy"),
     "frontends": ("frontends.mlx frontends.torch", ""),
-    "frontends.eager": ("arrays geometry nn session", "max numpy"),
+    "frontends.eager": ("arrays geometry nn packing session", "max numpy"),
     "frontends.mlx": ("frontends.eager layouts", "max numpy"),
-    "frontends.torch": ("arrays checkpoint frontends.eager", "max numpy"),
+    "frontends.torch_module": ("arrays folding frontends.eager", "max numpy"),
+    "frontends.torch": ("frontends.eager frontends.torch_module", "max numpy"),
     "assets": ("cache", ""),
     "audio": ("", "numpy"),
     "speech": ("", "numpy"),
@@ -67,7 +68,11 @@ BY_NAME = {"__init__", "frontends", "cli", "terminal"}
 PUBLIC = {
     "max_conv",
     "max_conv.graphs",
-    *(f"max_conv.{name}" for name in MODULES if name not in ("__init__", "cli", "frontends.eager")),
+    *(
+        f"max_conv.{name}"
+        for name in MODULES
+        if name not in ("__init__", "cli", "frontends.eager", "frontends.torch_module")
+    ),
 }
 """What graphs and scripts may import from."""
 

@@ -11,6 +11,7 @@ from max.graph import DeviceRef, TensorValue
 from ..arrays import ARRAYS, as_buffer, buffer_of
 from ..geometry import Padding
 from ..nn import Conv1D, ConvolutionLayer, ConvTranspose1D
+from ..packing import PackedGraph
 from ..session import Model, compile
 
 
@@ -23,8 +24,9 @@ class _Eager(ConvolutionLayer):
         bounds = {"weight": fan**-0.5, "bias": fan**-0.5 * bias}
         self.load_state_dict(
             {
-                name: as_buffer(random.uniform(-bounds[name], bounds[name], [int(n) for n in weight.shape]), self.dtype)
+                name: as_buffer(random.uniform(-bound, bound, [int(n) for n in weight.shape]), self.dtype)
                 for name, weight in self.raw_state_dict().items()
+                for bound in [bounds[name.removeprefix(self._prefix)]]
             }
         )
 
@@ -46,7 +48,8 @@ class _Eager(ConvolutionLayer):
                 )
         buffer = self._memory(x)
         if key not in self._models:
-            self._models[key] = compile(emit, self.input_types(), weights=self.state_dict())
+            graph = PackedGraph(type(self).__name__, emit, input_types=self.input_types())
+            self._models[key] = compile(graph, ["x"], weights=self.state_dict())
         unbatched = buffer.rank == 2
         y = self._models[key](buffer.view(buffer.dtype, [1, *buffer.shape]) if unbatched else buffer)
         if unbatched:
@@ -121,6 +124,7 @@ class EagerConvTranspose1D(_Eager, ConvTranspose1D):
         dtype: Any,
         device: DeviceRef | None,
         permute: bool = False,
+        name: str | None = None,
     ) -> None:
         """Takes the arguments of the front ends."""
         super().__init__(
@@ -136,6 +140,7 @@ class EagerConvTranspose1D(_Eager, ConvTranspose1D):
             device=device,
             has_bias=bias,
             permute=permute,
+            name=name,
         )
 
     def __call__(self, x: Any, output_size: int | Sequence[int] | None = None) -> Any:
@@ -149,7 +154,7 @@ class EagerConvTranspose1D(_Eager, ConvTranspose1D):
         Returns:
             A graph value, a NumPy array for a NumPy array, or a `max.driver.Buffer`, which speaks DLPack.
         """
-        shape = (x if isinstance(x, TensorValue) else self._memory(x)).shape
+        shape: Any = (x if isinstance(x, TensorValue) else self._memory(x)).shape
         along = self.layout[-len(shape) :].find("L")
         size: Any = output_size
         if isinstance(size, tuple | list):
