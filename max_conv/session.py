@@ -10,7 +10,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -24,26 +24,16 @@ from max.graph import DeviceRef, Graph, StaticDim, SymbolicDim, TensorType, Weig
 
 from .arrays import ARRAYS, buffer_of
 from .checkpoint import weight_norm_names
+from .fork import check_fork
 from .idle import first_run
+from .notice import slow_compile
 from .packing import PackedGraph, aligned, cpu_features
+from .ports import Port, check_inputs
 
 FORMAT = 1
 PIECE = 1 << 20
 """Bytes of a saved model that are read at a time."""
 NOT_IN_NUMPY = (DType.bfloat16,)
-
-
-@dataclass(frozen=True)
-class Port:
-    """One input or output: its name, dtype, and shape, where a string is a symbolic dimension."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-    device: str = "cpu"
-
-    def __str__(self) -> str:
-        return f"({', '.join(str(size) for size in self.shape)})"
 
 
 class Model:
@@ -80,13 +70,16 @@ class Model:
             `max.driver.Buffer`, which speaks DLPack. bfloat16 always comes as a Buffer, since NumPy lacks it.
 
         Raises:
-            TypeError, ValueError: Before anything runs: wrong count, names, dtypes or shapes of the inputs.
+            TypeError, ValueError: Before anything runs: wrong count, names, dtypes or shapes of the inputs, or an input that
+                is too short for the network.
+            RuntimeError: In a forked child, where MAX would hang; so do `compile` and `load`.
         """
+        check_fork("model")
         values = list(args) if len(args) == len(self.inputs) and not kwargs else self._bind(args, kwargs)
         buffers = [buffer_of(value, "model: input", port.name) for value, port in zip(values, self.inputs, strict=True)]
         kinds = [(buffer.dtype, buffer.shape) for buffer in buffers]
         if kinds != self._checked:
-            self._check(buffers)
+            check_inputs(self.inputs, self.outputs, kinds)
             self._checked = kinds
         if accelerator_count():
             buffers = [buffer.to(self._devices[port.device]) for buffer, port in zip(buffers, self.inputs, strict=True)]
@@ -155,27 +148,6 @@ class Model:
             raise TypeError(f"model: input {missing[0]!r} is missing; the inputs are {', '.join(names)}.")
         return [values[name] for name in names]
 
-    def _check(self, buffers: Sequence[Buffer]) -> None:
-        """Raises where the dtype or shape of an input does not fit, or two inputs do not fit each other."""
-        sizes: dict[str, tuple[int, str]] = {}
-        for port, buffer in zip(self.inputs, buffers, strict=True):
-            if buffer.dtype.name != port.dtype:
-                raise TypeError(
-                    f"model: input {port.name!r} must be {port.dtype}, but is {buffer.dtype.name}; cast it first."
-                )
-            shape = tuple(buffer.shape)
-            if len(shape) != len(port.shape) or any(
-                isinstance(want, int) and want != size for want, size in zip(port.shape, shape, strict=True)
-            ):
-                raise ValueError(f"model: input {port.name!r} must have shape {port}, but has {shape}.")
-            for want, size in zip(port.shape, shape, strict=True):
-                known, where = sizes.setdefault(str(want), (size, port.name))
-                if known != size:
-                    raise ValueError(
-                        f"model: dimension {want!r} is {known} in input {where!r} but {size} in input "
-                        f"{port.name!r}; pass the same."
-                    )
-
 
 def compile(
     model: nn.Module | Callable[..., Any] | Graph,
@@ -209,11 +181,14 @@ def compile(
     >>> compile(layer)(np.ones((1, 4, 1), np.float32)).ravel().tolist()
     [2.0, 3.0, 3.0, 2.0]
     """
+    check_fork("compile")
     graph, names, weights = _trace(model, inputs, weights)
     ports = [_port(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
     outputs = [_port(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
     buffers = registry(graph, weights)
-    return Model(_session(_accelerators(*ports, *outputs)).compile(graph), buffers, ports, outputs)
+    with slow_compile(graph.name):
+        compiled = _session(_accelerators(*ports, *outputs)).compile(graph)
+    return Model(compiled, buffers, ports, outputs)
 
 
 def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:
@@ -264,6 +239,7 @@ def load(path: str | os.PathLike) -> Model:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is not a saved model, or was made for another MAX version, CPU or device.
     """
+    check_fork("load")
     try:
         with zipfile.ZipFile(path) as file:
             meta = json.loads(file.read("meta.json"))
