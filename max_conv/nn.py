@@ -61,11 +61,6 @@ class ConvolutionLayer(nn.Module):
         """Returns what the layer convolves with."""
         return getattr(self, self.filter_attribute)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], **options: Any) -> None:
-        """Sets the weights: arrays by name, of any producer that `max_conv.compile` takes inputs of."""
-        buffers = {name: buffer_of(value, f"{self.op}: weight", name) for name, value in state_dict.items()}
-        super().load_state_dict(buffers, **options)
-
     @property
     def layout(self) -> Layout:
         """The data's axis order."""
@@ -75,6 +70,11 @@ class ConvolutionLayer(nn.Module):
         """Returns the type of the input, with symbolic batch and length."""
         sizes: dict[str, int | str] = {"N": "batch", "L": "length", "C": self.in_channels}
         return (TensorType(self.dtype, [sizes[axis] for axis in self.layout], self.device or DeviceRef.CPU()),)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], **options: Any) -> None:
+        """Sets the weights: arrays by name, of any producer that `max_conv.compile` takes inputs of."""
+        buffers = {name: buffer_of(value, f"{self.op}: weight", name) for name, value in state_dict.items()}
+        super().load_state_dict(buffers, **options)
 
 
 class Conv1D(ConvolutionLayer):

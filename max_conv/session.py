@@ -30,6 +30,10 @@ from .notice import slow_compile
 from .packing import PackedGraph, aligned, cpu_features
 from .ports import Port, check_inputs
 
+# MAX exports this as it is imported, unseen by `os.environ`: it leads new processes out of their virtual environment.
+if "PYTHONEXECUTABLE" not in os.environ:
+    os.unsetenv("PYTHONEXECUTABLE")
+
 FORMAT = 1
 PIECE = 1 << 20
 """Bytes of a saved model that are read at a time."""

@@ -172,6 +172,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
 @pytest.mark.parametrize("case", list(OTHERS))
 def test_other_arrays(case: str) -> None:
     make, want = OTHERS[case]
