@@ -189,7 +189,6 @@ def compile(
     ports = [_port(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
     outputs = [_port(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
     buffers = registry(graph, weights)
-    check_fork("compile")
     with slow_compile(graph.name):
         compiled = _session(_accelerators(*ports, *outputs)).compile(graph)
     return Model(compiled, buffers, ports, outputs)
@@ -213,6 +212,7 @@ def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:
     >>> graph = conv1d.build(conv1d.Config(padding=1), weights)
     >>> model = InferenceSession().load(graph, weights_registry=registry(graph, weights))
     """
+    check_fork("compile")
     made = graph.derived if isinstance(graph, PackedGraph) else {}
     read = {name: entry.weight for name, entry in getattr(graph, "_weights", {}).items()}
     sources = {source.name: source for entry in made.values() for source in entry.sources}
