@@ -185,6 +185,7 @@ def compile(
     >>> compile(layer)(np.ones((1, 4, 1), np.float32)).ravel().tolist()
     [2.0, 3.0, 3.0, 2.0]
     """
+    check_fork("compile")
     graph, names, weights = _trace(model, inputs, weights)
     ports = [_port(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
     outputs = [_port(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
