@@ -176,7 +176,9 @@ OTHERS: dict[str, tuple[Callable[[], Any], Any]] = {
 @pytest.mark.parametrize("case", list(OTHERS))
 def test_other_arrays(case: str) -> None:
     make, want = OTHERS[case]
-    got = as_float64(buffer_of(make(), "test", "x"))
+    buffer = buffer_of(make(), "test", "x")
+    assert buffer._aligned(buffer.dtype.align)
+    got = as_float64(buffer)
     np.testing.assert_array_equal(got, want)
     assert got.shape == np.shape(want)
 
@@ -249,7 +251,7 @@ def test_layers_take_weights_of_any_producer() -> None:
     ]
     for layer in layers:
         layer.load_state_dict({"weight": turned})
-        np.testing.assert_array_equal(as_float64(layer.state_dict()["weight"]), weight)
+        np.testing.assert_array_equal(layer.state_dict()["weight"].to_numpy(), weight)
         with pytest.raises(TypeError, match=rf"^{layer.op}: weight 'weight' must be an array .*, but is a list\.$"):
             layer.load_state_dict({"weight": [1.0]})
     normed = max_conv.WeightNormConv1D(3, 4, 9, DType.float32, permute=True)

@@ -139,6 +139,12 @@ def pruned(module: Any) -> Any:
     return prune.random_unstructured(module, "bias", 0.5)
 
 
+def reordered(module: Any) -> Any:
+    """Lets the hook that came first run last."""
+    module._forward_pre_hooks.move_to_end(next(iter(module._forward_pre_hooks)))
+    return module
+
+
 class Odd(prune.BasePruningMethod):
     """A user's own choice of a mask: it is stored, so the hook is PyTorch's."""
 
@@ -160,6 +166,7 @@ HOOKS: dict[str, Callable[[Any], Any]] = {
     "weight norm of the bias, parametrized": lambda m: utils.parametrizations.weight_norm(m, "bias"),
     "weight norm and pruning": lambda m: prune.l1_unstructured(utils.weight_norm(m), "bias", 0.5),
     "pruning under weight norm": lambda m: prune.l1_unstructured(utils.weight_norm(m), "weight_v", 0.5),
+    "pruning, then weight norm": lambda m: reordered(prune.l1_unstructured(utils.weight_norm(m), "weight_v", 0.5)),
     "spectral norm and weight norm": lambda m: utils.weight_norm(spectral(m), "bias"),
     "two parametrizations": lambda m: spectral(utils.parametrizations.weight_norm(m)),
 }
