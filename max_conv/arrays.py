@@ -1,10 +1,83 @@
-"""Arrays of values as MAX buffers, and back; also of bfloat16, which NumPy lacks."""
+"""Values as memory for MAX, whoever made them, and back; also of bfloat16, which NumPy lacks."""
 
+import sys
 from typing import Any
 
 import numpy as np
 from max.driver import CPU, Buffer
 from max.dtype import DType
+
+from .dlpack import dense
+
+ARRAYS = (np.ndarray, np.generic)
+
+
+def buffer_of(value: Any, kind: str, name: str) -> Buffer:
+    """Returns an array's values as memory for MAX: every input and every weight comes through here.
+
+    Args:
+        value: A NumPy array, a torch tensor, a `max.driver.Buffer`, or any object with `__dlpack__` (JAX, MLX, CuPy). The
+            first three are read where they are if they are contiguous and writeable. What has strides, and what any other
+            producer has on the CPU, is copied.
+        kind: What the value is, for errors: the operation and a noun, such as "model: input".
+        name: The name of the value.
+
+    Raises:
+        TypeError: If it is no array, or one that MAX cannot read.
+
+    >>> buffer_of(np.arange(6, dtype=np.float32)[::-2], "model: input", "x").to_numpy().tolist()
+    [5.0, 3.0, 1.0]
+    """
+    if type(value) is np.ndarray and value.dtype in _PLAIN and value.flags.carray:
+        return Buffer.from_dlpack(value)
+    if isinstance(value, Buffer):
+        return value if value.is_contiguous else value.contiguous()
+    try:
+        if isinstance(value, ARRAYS):
+            return _of_numpy(value)
+        torch = sys.modules.get("torch")  # who holds a tensor has imported it
+        if torch is not None and isinstance(value, torch.Tensor):
+            return _of_tensor(value, torch)
+        if hasattr(value, "__dlpack__"):
+            found = dense(value)
+            if found is None:  # not on the CPU, and contiguous
+                return Buffer.from_dlpack(value)
+            bits, dtype = found
+            return Buffer.from_numpy(bits).view(DType[dtype], list(bits.shape))
+    except MemoryError:
+        raise
+    except Exception as error:  # what a foreign producer raises may be anything
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise TypeError(
+            f"{kind} {name!r} cannot be read: {reason}; pass a dense array of a real dtype that MAX has."
+        ) from None
+    raise TypeError(f"{kind} {name!r} must be an array (NumPy or DLPack), but is a {type(value).__name__}.")
+
+
+_PLAIN = frozenset(np.dtype(code) for code in ("f4", "f8", "f2", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?"))
+"""NumPy's dtypes in the machine's byte order that MAX has, too."""
+
+
+def _of_numpy(value: Any) -> Buffer:
+    """Reads what is not plain: strided, read-only, byte-swapped, a scalar, of a subclass, or of a dtype of ml_dtypes."""
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise TypeError("it has masked values")
+    dtype = value.dtype.newbyteorder("=")
+    shape = np.shape(value)
+    if dtype in _PLAIN:
+        return Buffer.from_numpy(np.array(value, dtype, order="C", subok=False).reshape(shape))
+    if dtype.kind not in "Vf" or dtype.fields or dtype.name not in DType.__members__:
+        raise TypeError(f"it holds {dtype}")
+    bits = np.array(value, order="C", subok=False).reshape(-1).view(f"u{dtype.itemsize}")
+    return Buffer.from_numpy(bits).view(DType[dtype.name], list(shape))
+
+
+def _of_tensor(value: Any, torch: Any) -> Buffer:
+    """Reads a tensor of PyTorch's, whose sign may be a bit that nobody has applied yet."""
+    if value.is_meta or value.layout != torch.strided or value.is_quantized or value.is_complex():
+        kind = "meta" if value.is_meta else str(value.layout if value.layout != torch.strided else value.dtype)
+        raise TypeError(f"it is a {kind.removeprefix('torch.')} tensor")
+    return Buffer.from_dlpack(value.detach().resolve_neg().contiguous())
 
 
 def as_buffer(values: np.ndarray, dtype: DType) -> Buffer:
@@ -17,11 +90,9 @@ def as_buffer(values: np.ndarray, dtype: DType) -> Buffer:
     return Buffer.from_numpy(rounded.astype(np.uint16)).view(DType.bfloat16, list(values.shape))
 
 
-def as_float64(value: Any) -> np.ndarray:
-    """Returns the values of an array or of anything with DLPack."""
-    if isinstance(value, np.ndarray):
-        return value.astype(np.float64)
-    buffer = (value if isinstance(value, Buffer) else Buffer.from_dlpack(value)).to(CPU())
+def as_float64(value: Any, kind: str = "weight", name: str = "weight") -> np.ndarray:
+    """Returns the values of anything that `buffer_of` takes."""
+    buffer = buffer_of(value, kind, name).to(CPU())
     if buffer.dtype != DType.bfloat16:
         return buffer.to_numpy().astype(np.float64)
     bits = buffer.view(DType.uint16, buffer.shape).to_numpy()

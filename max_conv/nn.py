@@ -1,12 +1,13 @@
 """`Conv1D` and `ConvTranspose1D`, the layers: they hold weights, `conv1d` and `conv_transpose1d` do the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from max import nn
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType, TensorValue, Weight
 
+from .arrays import buffer_of
 from .checks import check_dtype
 from .geometry import Geometry, Padding, TransposedGeometry, positive
 from .layouts import FilterLayout, Layout, TransposedFilterLayout
@@ -80,6 +81,11 @@ class ConvolutionLayer(nn.Module):
         """Returns the type of the input, with symbolic batch and length."""
         sizes: dict[str, int | str] = {"N": "batch", "L": "length", "C": self.in_channels}
         return (TensorType(self.dtype, [sizes[axis] for axis in self.layout], self.device or DeviceRef.CPU()),)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], **options: Any) -> None:
+        """Sets the weights: arrays by name, of any producer that `max_conv.compile` takes inputs of."""
+        buffers = {name: buffer_of(value, f"{self.op}: weight", name) for name, value in state_dict.items()}
+        super().load_state_dict(buffers, **options)
 
 
 class Conv1D(ConvolutionLayer):

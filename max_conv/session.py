@@ -10,7 +10,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -22,28 +22,22 @@ from max.dtype import DType
 from max.engine import InferenceSession, read
 from max.graph import DeviceRef, Graph, StaticDim, SymbolicDim, TensorType, Weight
 
+from .arrays import ARRAYS, buffer_of
 from .checkpoint import weight_norm_names
+from .fork import check_fork
 from .idle import first_run
+from .notice import slow_compile
 from .packing import PackedGraph, aligned, cpu_features
+from .ports import Port, check_inputs
+
+# MAX exports this as it is imported, unseen by `os.environ`: it leads new processes out of their virtual environment.
+if "PYTHONEXECUTABLE" not in os.environ:
+    os.unsetenv("PYTHONEXECUTABLE")
 
 FORMAT = 1
 PIECE = 1 << 20
 """Bytes of a saved model that are read at a time."""
 NOT_IN_NUMPY = (DType.bfloat16,)
-ARRAYS = (np.ndarray, np.generic)
-
-
-@dataclass(frozen=True)
-class Port:
-    """One input or output: its name, dtype, and shape, where a string is a symbolic dimension."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-    device: str = "cpu"
-
-    def __str__(self) -> str:
-        return f"({', '.join(str(size) for size in self.shape)})"
 
 
 class Model:
@@ -71,22 +65,25 @@ class Model:
         """Runs the model.
 
         Args:
-            args, kwargs: The inputs, by position or by name: NumPy arrays, or anything with DLPack (torch and JAX
-                tensors, `max.driver.Buffer`). Arrays that are contiguous and writeable are read where they are, others
-                are copied first.
+            args, kwargs: The inputs, by position or by name: NumPy arrays, or anything with DLPack (tensors of torch, JAX
+                and MLX, `max.driver.Buffer`). NumPy's, torch's and MAX's that are contiguous and writeable are read where
+                they are, others are copied first.
 
         Returns:
             One array, or a tuple where the model has several outputs: NumPy arrays for NumPy inputs, otherwise
             `max.driver.Buffer`, which speaks DLPack. bfloat16 always comes as a Buffer, since NumPy lacks it.
 
         Raises:
-            TypeError, ValueError: Before anything runs: wrong count, names, dtypes or shapes of the inputs.
+            TypeError, ValueError: Before anything runs: wrong count, names, dtypes or shapes of the inputs, or an input that
+                is too short for the network.
+            RuntimeError: In a forked child, where MAX would hang; so do `compile` and `load`.
         """
+        check_fork("model")
         values = list(args) if len(args) == len(self.inputs) and not kwargs else self._bind(args, kwargs)
-        buffers = [_buffer(value, "input", port.name) for value, port in zip(values, self.inputs, strict=True)]
+        buffers = [buffer_of(value, "model: input", port.name) for value, port in zip(values, self.inputs, strict=True)]
         kinds = [(buffer.dtype, buffer.shape) for buffer in buffers]
         if kinds != self._checked:
-            self._check(buffers)
+            check_inputs(self.inputs, self.outputs, kinds)
             self._checked = kinds
         if accelerator_count():
             buffers = [buffer.to(self._devices[port.device]) for buffer, port in zip(buffers, self.inputs, strict=True)]
@@ -155,27 +152,6 @@ class Model:
             raise TypeError(f"model: input {missing[0]!r} is missing; the inputs are {', '.join(names)}.")
         return [values[name] for name in names]
 
-    def _check(self, buffers: Sequence[Buffer]) -> None:
-        """Raises where the dtype or shape of an input does not fit, or two inputs do not fit each other."""
-        sizes: dict[str, tuple[int, str]] = {}
-        for port, buffer in zip(self.inputs, buffers, strict=True):
-            if buffer.dtype.name != port.dtype:
-                raise TypeError(
-                    f"model: input {port.name!r} must be {port.dtype}, but is {buffer.dtype.name}; cast it first."
-                )
-            shape = tuple(buffer.shape)
-            if len(shape) != len(port.shape) or any(
-                isinstance(want, int) and want != size for want, size in zip(port.shape, shape, strict=True)
-            ):
-                raise ValueError(f"model: input {port.name!r} must have shape {port}, but has {shape}.")
-            for want, size in zip(port.shape, shape, strict=True):
-                known, where = sizes.setdefault(str(want), (size, port.name))
-                if known != size:
-                    raise ValueError(
-                        f"model: dimension {want!r} is {known} in input {where!r} but {size} in input "
-                        f"{port.name!r}; pass the same."
-                    )
-
 
 def compile(
     model: nn.Module | Callable[..., Any] | Graph,
@@ -212,11 +188,14 @@ def compile(
     >>> compile(layer)(np.ones((1, 4, 1), np.float32)).ravel().tolist()
     [2.0, 3.0, 3.0, 2.0]
     """
+    check_fork("compile")
     graph, names, weights = _trace(model, inputs, weights, exact)
     ports = [_port(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
     outputs = [_port(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
     buffers = registry(graph, weights)
-    return Model(_session(_accelerators(*ports, *outputs)).compile(graph), buffers, ports, outputs)
+    with slow_compile(graph.name):
+        compiled = _session(_accelerators(*ports, *outputs)).compile(graph)
+    return Model(compiled, buffers, ports, outputs)
 
 
 def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:
@@ -237,6 +216,7 @@ def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:
     >>> graph = conv1d.build(conv1d.Config(padding=1), weights)
     >>> model = InferenceSession().load(graph, weights_registry=registry(graph, weights))
     """
+    check_fork("compile")
     made = graph.derived if isinstance(graph, PackedGraph) else {}
     read = {name: entry.weight for name, entry in getattr(graph, "_weights", {}).items()}
     sources = {source.name: source for entry in made.values() for source in entry.sources}
@@ -249,7 +229,7 @@ def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:
 
 def _fitting(wanted: Mapping[str, Weight], weights: Mapping[str, Any]) -> dict[str, Buffer]:
     """Returns the weights' memory, or raises where it does not fit: MAX would take it as it is."""
-    buffers = {name: _buffer(value, "weight", name) for name, value in weights.items()}
+    buffers = {name: buffer_of(value, "compile: weight", name) for name, value in weights.items()}
     for name, weight in wanted.items():
         if name not in buffers:
             raise ValueError(f"compile: the weight {name!r} has no value; pass it in weights=.")
@@ -267,6 +247,7 @@ def load(path: str | os.PathLike) -> Model:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is not a saved model, or was made for another MAX version, CPU or device.
     """
+    check_fork("load")
     try:
         with zipfile.ZipFile(path) as file:
             meta = json.loads(file.read("meta.json"))
@@ -332,7 +313,11 @@ def _trace(model: Any, inputs: Any, weights: Any, exact: bool) -> tuple[Graph, l
     types = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
     names = list(inputs) if isinstance(inputs, Mapping) else _argument_names(model, len(types))
     if isinstance(model, nn.Module):
-        model.load_state_dict(weights if weights is not None else _own_weights(name, model))
+        if weights is None:
+            weights = _own_weights(name, model)
+        else:  # MAX's own layers keep what they get
+            weights = {name: buffer_of(value, "compile: weight", name) for name, value in weights.items()}
+        model.load_state_dict(weights)
         weights = model.state_dict(auto_initialize=False)
     graph = PackedGraph(name, model, input_types=types, exact=exact)
     return graph, names, graph.loaded() | dict(weights or {})
@@ -384,19 +369,6 @@ def _device(name: str) -> Device:
 @functools.cache
 def _session(devices: tuple[str, ...]) -> InferenceSession:
     return InferenceSession(devices=[*(_device(name) for name in devices), CPU()])
-
-
-def _buffer(value: Any, kind: str, name: str) -> Buffer:
-    """Returns a view of an array, or of a contiguous copy of it in the machine's byte order."""
-    if isinstance(value, Buffer):
-        return value if value.is_contiguous else value.contiguous()
-    if isinstance(value, ARRAYS):
-        if type(value) is not np.ndarray or not value.flags.c_contiguous or not value.dtype.isnative:
-            value = np.ascontiguousarray(value, value.dtype.newbyteorder("=")).reshape(np.shape(value))
-        return Buffer.from_dlpack(value)
-    if hasattr(value, "__dlpack__"):
-        return Buffer.from_dlpack(value.detach().contiguous() if hasattr(value, "detach") else value)
-    raise TypeError(f"model: {kind} {name!r} must be an array (NumPy or DLPack), but is a {type(value).__name__}.")
 
 
 def _bytes_of(buffer: Buffer) -> np.ndarray:

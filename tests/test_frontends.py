@@ -10,6 +10,7 @@ from max.driver import Buffer
 from max.dtype import DType
 from max.graph import Graph, TensorValue
 from max.nn import Module
+from torch.nn.utils import prune
 
 import max_conv
 from max_conv.frontends import mlx as ours_mlx
@@ -128,17 +129,227 @@ def test_from_torch_keeps_bfloat16_and_copies() -> None:
     assert torch.equal(torch.from_dlpack(conv.state_dict()["weight"]), before)
 
 
-def test_other_parametrizations_are_evaluated() -> None:
-    module = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv1d(4, 8, 3)).eval()
-    got = torch.from_dlpack(ours_torch.from_torch(module).state_dict()["weight"])
-    torch.testing.assert_close(got, module.weight.detach())
+utils, spectral = torch.nn.utils, torch.nn.utils.parametrizations.spectral_norm
 
 
-def test_from_torch_refuses_other_modules() -> None:
-    with pytest.raises(
-        TypeError, match=r"from_torch: takes a torch\.nn\.Conv1d or ConvTranspose1d, but got a Conv2d\."
-    ):
-        ours_torch.from_torch(torch.nn.Conv2d(1, 1, 1))
+def pruned(module: Any) -> Any:
+    """Prunes twice, and the bias, too."""
+    prune.l1_unstructured(module, "weight", 0.3)
+    prune.random_unstructured(module, "weight", 0.3)
+    return prune.random_unstructured(module, "bias", 0.5)
+
+
+def reordered(module: Any) -> Any:
+    """Lets the hook that came first run last."""
+    module._forward_pre_hooks.move_to_end(next(iter(module._forward_pre_hooks)))
+    return module
+
+
+class Odd(prune.BasePruningMethod):
+    """A user's own choice of a mask: it is stored, so the hook is PyTorch's."""
+
+    PRUNING_TYPE = "unstructured"
+
+    def compute_mask(self, t: torch.Tensor, default_mask: torch.Tensor) -> torch.Tensor:
+        return (torch.arange(t.numel()) % 2).reshape(t.shape)
+
+
+HOOKS: dict[str, Callable[[Any], Any]] = {
+    "spectral norm": utils.spectral_norm,
+    "spectral norm of the other axis": lambda m: utils.spectral_norm(m, dim=1),
+    "spectral norm, parametrized": spectral,
+    "spectral norm of the bias": lambda m: utils.spectral_norm(m, "bias", dim=0),
+    "spectral norm of the bias, parametrized": lambda m: spectral(m, "bias", dim=0),
+    "pruning": pruned,
+    "pruning by a mask": lambda m: Odd.apply(m, "weight") and m,
+    "weight norm of the bias": lambda m: utils.weight_norm(m, "bias"),
+    "weight norm of the bias, parametrized": lambda m: utils.parametrizations.weight_norm(m, "bias"),
+    "weight norm and pruning": lambda m: prune.l1_unstructured(utils.weight_norm(m), "bias", 0.5),
+    "pruning under weight norm": lambda m: prune.l1_unstructured(utils.weight_norm(m), "weight_v", 0.5),
+    "pruning, then weight norm": lambda m: reordered(prune.l1_unstructured(utils.weight_norm(m), "weight_v", 0.5)),
+    "spectral norm and weight norm": lambda m: utils.weight_norm(spectral(m), "bias"),
+    "two parametrizations": lambda m: spectral(utils.parametrizations.weight_norm(m)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("hook", list(HOOKS))
+@pytest.mark.parametrize("kind", [torch.nn.Conv1d, torch.nn.ConvTranspose1d])
+def test_hooks_of_pytorch_are_computed(kind: Any, hook: str) -> None:
+    """As a state dict loads them: the weight that the module holds is stale until it is called."""
+    torch.manual_seed(0)
+    other, module = (HOOKS[hook](kind(4, 6, 3)) for _ in range(2))
+    if hook != "pruning under weight norm":  # PyTorch itself uses a stale direction in one call
+        module.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        for value in module.parameters():
+            value.mul_(torch.rand_like(value) + 0.5)
+    for train in (True, False):
+        module.train(train)
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        got = ours_torch.from_torch(module).state_dict()
+        assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    module(torch.zeros(1, 4, 5))
+    for name in ("weight", "bias"):
+        want = getattr(module, name).detach()
+        torch.testing.assert_close(torch.from_dlpack(got[name]), want, rtol=1e-6, atol=1e-7)
+
+
+class Causal(torch.nn.Conv1d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.nn.functional.pad(x, (2, 0)))
+
+
+class Standardised(torch.nn.Conv1d):
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class Called(torch.nn.Conv1d):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().__call__(x)
+
+
+class Masked(torch.nn.Conv1d):
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        return self.kept.tril()
+
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        self.register_buffer("kept", value.detach())
+
+
+class Named(torch.nn.ConvTranspose1d):
+    """Computes what PyTorch's layer does."""
+
+    def extra_repr(self) -> str:
+        return "named"
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+class Louder(prune.L1Unstructured):
+    def apply_mask(self, module: torch.nn.Module) -> torch.Tensor:
+        return 2 * super().apply_mask(module)
+
+
+def changed(change: Callable[[Any], Any], module: Any = None) -> Any:
+    module = module or torch.nn.Conv1d(4, 4, 3)
+    change(module)
+    return module
+
+
+def hooked_and_parametrized() -> Any:
+    (hook,) = utils.spectral_norm(torch.nn.Conv1d(4, 4, 3))._forward_pre_hooks.values()
+    return changed(lambda m: m.register_forward_pre_hook(hook), spectral(torch.nn.Conv1d(4, 4, 3)))
+
+
+def _plus_one(*values: Any) -> Any:
+    return values[-1] + 1
+
+
+REFUSED_MODULES: dict[str, tuple[Callable[[], Any], str]] = {
+    "forward": (lambda: Causal(4, 4, 3), r"the Causal has a forward of its own"),
+    "_conv_forward": (lambda: Standardised(4, 4, 3), r"the Standardised has a _conv_forward of its own"),
+    "__call__": (lambda: Called(4, 4, 3), r"the Called has a __call__ of its own"),
+    "property": (lambda: Masked(4, 4, 3), r"the Masked has a weight of its own"),
+    "forward of the object": (
+        lambda: changed(lambda m: setattr(m, "forward", abs)),
+        r"the Conv1d has a forward of its own, which may compute something else; pass a torch\.nn\.Conv1d\.",
+    ),
+    "hook": (
+        lambda: changed(lambda m: m.register_forward_hook(_plus_one)),
+        r"the module has the forward hook _plus_one, which may compute something else; remove it\.",
+    ),
+    "pre-hook": (lambda: changed(lambda m: m.register_forward_pre_hook(_plus_one)), r"the forward hook _plus_one"),
+    "hook of a parametrization": (
+        lambda: changed(lambda m: spectral(m).parametrizations.weight[0].register_forward_hook(_plus_one)),
+        r"the forward hook _plus_one",
+    ),
+    "parametrization": (
+        lambda: changed(lambda m: utils.parametrize.register_parametrization(m, "weight", Doubled())),
+        r"the module's weight has the parametrization Doubled, but only weight norm and spectral norm are known; remove",
+    ),
+    "orthogonal": (lambda: utils.parametrizations.orthogonal(torch.nn.Conv1d(4, 4, 3)), r"parametrization _Orthogonal"),
+    "pruning of its own": (lambda: changed(lambda m: Louder.apply(m, "weight", 0.3)), r"the forward hook Louder"),
+    "both": (hooked_and_parametrized, r"the module's weight has both a hook and a parametrization; remove one"),
+    "lazy": (lambda: torch.nn.LazyConv1d(4, 3), r"the module is lazy and has no weights yet; call it once first\."),
+    "quantised": (
+        lambda: torch.ao.nn.quantized.Conv1d(4, 4, 3),
+        r"takes a torch\.nn\.Conv1d or ConvTranspose1d, but got a torch\.ao\.nn\.quantized\.modules\.conv\.Conv1d\.",
+    ),
+    "quantised later": (
+        lambda: torch.ao.nn.qat.Conv1d(4, 4, 3, qconfig=torch.ao.quantization.default_qconfig),
+        r"the Conv1d has a forward of its own",
+    ),
+    "subclass of tensors": (
+        lambda: changed(lambda m: setattr(m, "weight", torch.nn.Parameter(m.weight.detach().as_subclass(Strange)))),
+        r"weight 'weight' must be a torch\.Tensor, but is a Strange\.",
+    ),
+    "meta": (
+        lambda: torch.nn.Conv1d(4, 4, 3, device="meta"),
+        r"weight 'weight' cannot be read: it is a meta tensor; pass a dense array",
+    ),
+    "another module": (
+        lambda: torch.nn.Conv2d(1, 1, 1),
+        r"takes a torch\.nn\.Conv1d or ConvTranspose1d, but got a torch\.nn\.modules\.conv\.Conv2d\.",
+    ),
+}
+
+
+class Strange(torch.Tensor):
+    """As torchao's quantised weights are: what it holds is not what it says."""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("case", list(REFUSED_MODULES))
+def test_from_torch_refuses_what_may_compute_something_else(case: str) -> None:
+    make, sentence = REFUSED_MODULES[case]
+    module = make()
+    with pytest.raises(TypeError, match=rf"^from_torch: .*{sentence}") as caught:
+        ours_torch.from_torch(module)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_from_torch_refuses_hooks_of_all_modules() -> None:
+    handle = torch.nn.modules.module.register_module_forward_hook(_plus_one)
+    try:
+        with pytest.raises(TypeError, match=r"from_torch: the module has the forward hook _plus_one"):
+            ours_torch.from_torch(torch.nn.Conv1d(4, 4, 3))
+    finally:
+        handle.remove()
+
+
+def test_from_torch_takes_what_computes_the_same() -> None:
+    lazy = torch.nn.LazyConv1d(4, 3)
+    lazy(torch.zeros(1, 4, 5))
+    for module in (lazy, Named(4, 4, 3), torch.nn.Conv1d(4, 4, 3).requires_grad_(False).eval()):
+        got = ours_torch.from_torch(module).state_dict()
+        assert torch.equal(torch.from_dlpack(got["weight"]), module.weight.detach())
+
+
+def test_padding_that_was_changed_later() -> None:
+    """PyTorch pads by a copy from its constructor, unless it pads zeros."""
+    for mode in ("zeros", "reflect"):
+        module = torch.nn.Conv1d(4, 4, 3, padding=1, padding_mode=mode)
+        module.padding = (2,)
+        length = module(torch.zeros(1, 4, 9)).shape[-1]
+        assert 9 + sum(ours_torch.from_torch(module).padding) - 2 == length
+
+
+def test_from_torch_names_a_layer() -> None:
+    for kind in (torch.nn.Conv1d, torch.nn.ConvTranspose1d):
+        module = kind(4, 6, 3)
+        conv = ours_torch.from_torch(module, name="up.0")
+        assert list(conv.state_dict()) == [f"up.0.{name}" for name in module.state_dict()]
+        assert torch.equal(torch.from_dlpack(conv.state_dict()["up.0.weight"]), module.weight.detach())
+    assert list(ours_torch.Conv1d(4, 6, 3, name="up").raw_state_dict()) == ["up.weight", "up.bias"]
+    x = torch.randn(2, 4, 9)
+    np.testing.assert_allclose(conv(x.numpy()), module(x).detach().numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """compile, save, load: arrays in, arrays out."""
 
+import contextlib
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -19,6 +22,8 @@ from max.graph import DeviceRef, Graph, TensorType, TensorValue
 from max.nn import Module
 
 import max_conv
+from max_conv import notice, session
+from max_conv.ports import Port, check_inputs, too_short
 from max_conv.reference import conv1d_ref
 
 CPU_REF = DeviceRef.CPU()
@@ -77,10 +82,10 @@ def test_strided_and_read_only_arrays(model: max_conv.Model) -> None:
 
 
 def test_inputs_are_not_copied(model: max_conv.Model) -> None:
-    from max_conv.session import _buffer
+    from max_conv.arrays import buffer_of
 
     view = np.full(X.size + 32, np.nan, np.float32)[7 : 7 + X.size].reshape(X.shape)
-    buffer = _buffer(view, "input", "x")
+    buffer = buffer_of(view, "model: input", "x")
     view[...] = X
     close(model(buffer).to_numpy())
 
@@ -125,6 +130,109 @@ def test_errors_of_the_kernels_are_one_sentence(model: max_conv.Model) -> None:
     assert str(caught.value) == (
         "conv1d: the filter reaches over 3 positions, but the padded input has only 2; pad more or pass a longer input."
     )
+
+
+SHORT = r"model: input 'x' is too short: its dimension 'length' must be at least 11, but is {}\."
+
+
+def test_an_input_that_is_too_short_for_the_network(tmp_path: Path) -> None:
+    """MAX would print a page about memory: each layer's length is known, and what the first one lacks comes out negative."""
+    first = max_conv.Conv1D(3, 4, 4, DType.float32, stride=2, name="first")
+    second = max_conv.Conv1D(5, 4, 4, DType.float32, name="second")
+    weights = {"first.weight": np.zeros((3, 4, 4), np.float32), "second.weight": np.zeros((5, 4, 4), np.float32)}
+    model = max_conv.compile(lambda x: second(first(x)), {"x": layer().input_types()[0]}, weights=weights)
+    model.save(tmp_path / "m")
+    for net in (model, max_conv.load(tmp_path / "m")):
+        assert net(np.zeros((1, 11, 4), np.float32)).shape == (1, 1, 4)
+        for length in (1, 8):
+            with pytest.raises(ValueError, match=rf"^{SHORT.format(length)}$"):
+                net(np.zeros((1, length, 4), np.float32))
+        with pytest.raises(ValueError, match=r"^conv1d: the filter reaches over 5 positions"):
+            net(np.zeros((1, 9, 4), np.float32))  # no output, which a kernel says
+
+
+PORTS: list[tuple[str, dict[str, int], tuple[str, int | None] | None]] = [
+    ("length + -2", {"length": 1}, ("length", 3)),
+    ("length + -2", {"length": 2}, None),
+    ("(((length + 1) // 2) + -4) * 8", {"batch": 0, "length": 3}, ("length", 9)),
+    ("length * -1", {"length": 3}, ("length", None)),
+    ("a + b + -9", {"a": 3, "b": 4}, ("a", 6)),
+    ("length + unknown", {"length": 3}, None),
+    ("max(length, 3) + -9", {"length": 3}, None),
+    ("__import__('os')", {"length": 3}, None),
+    ("9 //", {"length": 3}, None),
+    ("length // 0", {"length": 3}, None),
+    ("long", {"lo": 3, "long": -1}, ("long", 1)),
+]
+
+
+@pytest.mark.parametrize(("text", "sizes", "want"), PORTS)
+def test_sizes_of_outputs(text: str, sizes: dict[str, int], want: Any) -> None:
+    assert too_short([("batch", text, 4)], sizes) == want
+
+
+def test_a_network_without_any_length_that_works() -> None:
+    inputs, outputs = [Port("x", "float32", ("n",))], [Port("y", "float32", ("n * -1",))]
+    with pytest.raises(
+        ValueError, match=r"^model: input 'x' is too short: its dimension 'n' gives an output of negative "
+    ):
+        check_inputs(inputs, outputs, [(DType.float32, [3])])
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+SLOW = "compiling the net takes over 0.01 s; the next time it comes from MAX's cache."
+
+
+@pytest.mark.parametrize("shown", [False, True])
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
+def test_a_slow_compile_says_so_once(kind: type[io.StringIO], shown: bool, monkeypatch: Any, caplog: Any) -> None:
+    """To logging always, and to a terminal that logging does not write to."""
+    stderr, handler = kind(), None
+    monkeypatch.setattr(notice, "SECONDS", 0.01)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    caplog.set_level(logging.INFO if shown else logging.WARNING, "max_conv")
+    said = threading.Event()
+    seen = notice._say
+    monkeypatch.setattr(notice, "_say", lambda name: (seen(name), said.set()))
+    if shown:
+        handler = logging.StreamHandler(stderr)
+        notice.LOG.addHandler(handler)
+    try:
+        with notice.slow_compile("the net"):
+            assert said.wait(10)
+    finally:
+        if handler:
+            notice.LOG.removeHandler(handler)
+    assert [record.getMessage() for record in caplog.records] == ([SLOW] if shown else [])
+    want = [SLOW] if shown else [f"max_conv: {SLOW}"] if kind is Terminal else []
+    assert stderr.getvalue().splitlines() == want
+
+
+def test_a_fast_compile_says_nothing(monkeypatch: Any) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(notice, "SECONDS", 0.05)
+    monkeypatch.setattr(notice, "_say", said.append)
+    with notice.slow_compile("the net"):
+        pass
+    threading.Event().wait(0.2)
+    assert not said
+
+
+def test_compile_tells_what_it_compiles(monkeypatch: Any) -> None:
+    names: list[str] = []
+
+    @contextlib.contextmanager
+    def told(name: str) -> Any:
+        names.append(name)
+        yield
+
+    monkeypatch.setattr(session, "slow_compile", told)
+    max_conv.compile(layer())
+    assert names == ["Conv1D"]
 
 
 def test_compile_refuses() -> None:

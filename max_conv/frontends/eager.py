@@ -8,9 +8,10 @@ from max.driver import Buffer
 from max.dtype import DType
 from max.graph import DeviceRef, TensorValue
 
-from ..arrays import as_buffer
+from ..arrays import ARRAYS, as_buffer, buffer_of
 from ..geometry import Padding
 from ..nn import Conv1D, ConvolutionLayer, ConvTranspose1D
+from ..packing import PackedGraph
 from ..session import Model, compile
 
 
@@ -23,8 +24,9 @@ class _Eager(ConvolutionLayer):
         bounds = {"weight": fan**-0.5, "bias": fan**-0.5 * bias}
         self.load_state_dict(
             {
-                name: as_buffer(random.uniform(-bounds[name], bounds[name], [int(n) for n in weight.shape]), self.dtype)
+                name: as_buffer(random.uniform(-bound, bound, [int(n) for n in weight.shape]), self.dtype)
                 for name, weight in self.raw_state_dict().items()
+                for bound in [bounds[name.removeprefix(self._prefix)]]
             }
         )
 
@@ -44,13 +46,18 @@ class _Eager(ConvolutionLayer):
                 raise ValueError(
                     f"{self.op}: this layer's weights belong to a model, as {weight.name!r}; call the compiled model."
                 )
+        buffer = self._memory(x)
         if key not in self._models:
-            self._models[key] = compile(emit, self.input_types(), weights=self.state_dict())
-        model = self._models[key]
-        if len(x.shape) != 2:
-            return model(x)
-        y = model(x.view(x.dtype, [1, *x.shape]) if isinstance(x, Buffer) else x[None])
-        return y.view(y.dtype, y.shape[1:]) if isinstance(y, Buffer) else y[0]
+            graph = PackedGraph(type(self).__name__, emit, input_types=self.input_types())
+            self._models[key] = compile(graph, ["x"], weights=self.state_dict())
+        unbatched = buffer.rank == 2
+        y = self._models[key](buffer.view(buffer.dtype, [1, *buffer.shape]) if unbatched else buffer)
+        if unbatched:
+            y = y.view(y.dtype, y.shape[1:])
+        return y.to_numpy() if isinstance(x, ARRAYS) and y.dtype != DType.bfloat16 else y
+
+    def _memory(self, x: Any) -> Buffer:
+        return buffer_of(x, f"{self.op}: input", "x")
 
 
 class EagerConv1D(_Eager, Conv1D):
@@ -117,6 +124,7 @@ class EagerConvTranspose1D(_Eager, ConvTranspose1D):
         dtype: Any,
         device: DeviceRef | None,
         permute: bool = False,
+        name: str | None = None,
     ) -> None:
         """Takes the arguments of the front ends."""
         super().__init__(
@@ -132,6 +140,7 @@ class EagerConvTranspose1D(_Eager, ConvTranspose1D):
             device=device,
             has_bias=bias,
             permute=permute,
+            name=name,
         )
 
     def __call__(self, x: Any, output_size: int | Sequence[int] | None = None) -> Any:
@@ -145,15 +154,16 @@ class EagerConvTranspose1D(_Eager, ConvTranspose1D):
         Returns:
             A graph value, a NumPy array for a NumPy array, or a `max.driver.Buffer`, which speaks DLPack.
         """
-        along = self.layout[-len(x.shape) :].index("L")
+        shape: Any = (x if isinstance(x, TensorValue) else self._memory(x)).shape
+        along = self.layout[-len(shape) :].find("L")
         size: Any = output_size
         if isinstance(size, tuple | list):
-            size = one("output_size", [size[along]] if len(size) == len(x.shape) else size, self.op)
+            size = one("output_size", [size[along]] if len(size) == len(shape) else size, self.op)
         if isinstance(x, TensorValue):
             return super().__call__(x, size)
         added = self.output_padding
-        if size is not None:
-            added = self.geometry.with_output(x.shape[along], size).output_padding
+        if size is not None and len(shape) in (2, 3):
+            added = self.geometry.with_output(shape[along], size).output_padding
         return self._run(x, lambda value: self._emit(value, output_padding=added), added)
 
 

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from max.driver import Buffer
 from max.graph import DeviceRef
 
-from ..arrays import as_buffer
-from ..checkpoint import fold_weight_norm
-from .eager import EagerConv1D, EagerConvTranspose1D, as_dtype, one
+from .eager import EagerConv1D, EagerConvTranspose1D, one
+from .torch_module import check_plain, dtype_of, padding_of, values_of
 
 
 class Conv1d(EagerConv1D):
@@ -27,6 +25,7 @@ class Conv1d(EagerConv1D):
         device: Where the layer runs; None is the CPU.
         dtype: MAX's, PyTorch's or NumPy's dtype, or its name; None is float32.
         generator: Seeds the start values, which are U(-sqrt(k), sqrt(k)), k = groups / (C * kernel_size).
+        name: The weights are named `{name}.weight` and `{name}.bias`, without a name `weight` and `bias`.
 
     Call:
         x (N, C, L) or (C, L), an array or a graph value; returns (N, F, L_out) or (F, L_out).
@@ -55,6 +54,7 @@ class Conv1d(EagerConv1D):
         dtype: Any = None,
         *,
         generator: np.random.Generator | int | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(
             in_channels,
@@ -70,6 +70,7 @@ class Conv1d(EagerConv1D):
             generator,
             permute=True,
             padding_mode=padding_mode,
+            name=name,
         )
         self._spelled_padding = padding
 
@@ -92,6 +93,7 @@ class ConvTranspose1d(EagerConvTranspose1D):
         device: Where the layer runs; None is the CPU.
         dtype: MAX's, PyTorch's or NumPy's dtype, or its name; None is float32.
         generator: Seeds the start values: U(-sqrt(k), sqrt(k)), k = groups / (F * kernel_size).
+        name: The weights are named `{name}.weight` and `{name}.bias`, without a name `weight` and `bias`.
 
     Call:
         x (N, C, L) or (C, L), an array or a graph value; `output_size=` names L_out, alone or behind N and F. Returns
@@ -124,6 +126,7 @@ class ConvTranspose1d(EagerConvTranspose1D):
         dtype: Any = None,
         *,
         generator: np.random.Generator | int | None = None,
+        name: str | None = None,
     ) -> None:
         if padding_mode != "zeros":
             raise ValueError(f"{self.op}: padding_mode must be zeros, but is {padding_mode!r}.")
@@ -140,6 +143,7 @@ class ConvTranspose1d(EagerConvTranspose1D):
             dtype,
             device,
             permute=True,
+            name=name,
         )
         self._spelled_padding = padding
         self._start(self.out_channels // self.num_groups * self.kernel_size, True, generator)
@@ -174,59 +178,45 @@ def _repr(layer: Conv1d | ConvTranspose1d) -> str:
     return f"{type(layer).__name__}({text})"
 
 
-def from_torch(module: Any, device: DeviceRef | None = None) -> Conv1d | ConvTranspose1d:
-    """Makes a layer of a `torch.nn.Conv1d` or a `torch.nn.ConvTranspose1d`; weight norm in either spelling is folded.
+def from_torch(module: Any, device: DeviceRef | None = None, *, name: str | None = None) -> Conv1d | ConvTranspose1d:
+    """Makes a layer of a `torch.nn.Conv1d` or a `torch.nn.ConvTranspose1d`: it computes what `module.eval()` does.
+
+    PyTorch's weight norm, spectral norm and pruning are computed, as hooks and as parametrizations, on the weight and on
+    the bias. In train mode PyTorch's spectral norm improves its estimate in each call; here the present one counts.
 
     Args:
         module: The PyTorch layer.
         device: Where the layer runs; None is the CPU.
+        name: The weights are named `{name}.weight` and `{name}.bias`, without a name `weight` and `bias`.
 
     Returns:
         A `Conv1d` or `ConvTranspose1d` with copies of the weights. The module is left as it was.
 
     Raises:
-        TypeError: If the module is something else.
+        TypeError: If the module is something else, or may compute something else: a subclass with a `forward` of its own,
+            other hooks and parametrizations, a quantised or a lazy module. No code but PyTorch's is run.
 
     >>> import torch
     >>> module = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(4, 8, 3))
-    >>> from_torch(module)
+    >>> from_torch(module, name="encoder.first")
     Conv1d(4, 8, kernel_size=(3,), stride=(1,))
     """
     import torch
 
     kinds = {torch.nn.Conv1d: Conv1d, torch.nn.ConvTranspose1d: ConvTranspose1d}
-    kind = next((ours for theirs, ours in kinds.items() if isinstance(module, theirs)), None)
-    if kind is None:
-        raise TypeError(f"from_torch: takes a torch.nn.Conv1d or ConvTranspose1d, but got a {type(module).__name__}.")
-    names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
-    options = {name: getattr(module, name) for name in names}
-    if kind is ConvTranspose1d:
+    theirs = next((kind for kind in kinds if isinstance(module, kind)), None)
+    if theirs is None:
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise TypeError(f"from_torch: takes a torch.nn.Conv1d or ConvTranspose1d, but got a {kind}.")
+    check_plain(module, theirs)
+    state = values_of(module)
+    options = {
+        option: getattr(module, option)
+        for option in ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups", "padding_mode")
+    }
+    if theirs is torch.nn.ConvTranspose1d:
         options["output_padding"] = module.output_padding
-    conv = kind(**options, bias=module.bias is not None, device=device, dtype=module.weight.dtype)
-    state = {"weight": _weight(module)}
-    if module.bias is not None:
-        state["bias"] = Buffer.from_dlpack(module.bias.detach().cpu().clone())
-    conv.load_state_dict(state)
+    options |= {"padding": padding_of(module), "bias": "bias" in state, "dtype": dtype_of(module)}
+    conv = kinds[theirs](**options, device=device, name=name)
+    conv.load_state_dict({conv._prefix + part: value for part, value in state.items()})
     return conv
-
-
-def _weight(module: Any) -> Any:
-    """Returns the module's filter, with weight norm folded in float64."""
-    import torch
-
-    magnitude: Any = None
-    direction: Any = None
-    dim = 0
-    if hasattr(module, "weight_g"):
-        # The old spelling recomputes `weight` before each call only: it may be stale here.
-        magnitude, direction = module.weight_g, module.weight_v
-        hooks = module._forward_pre_hooks.values()
-        dim = next((hook.dim for hook in hooks if type(hook).__name__ == "WeightNorm"), 0)
-    elif torch.nn.utils.parametrize.is_parametrized(module, "weight"):
-        steps = module.parametrizations.weight
-        if len(steps) == 1 and type(steps[0]).__name__ == "_WeightNorm":
-            magnitude, direction, dim = steps.original0, steps.original1, steps[0].dim
-    if magnitude is None:
-        return Buffer.from_dlpack(module.weight.detach().cpu().contiguous().clone())
-    g, v = (part.detach().cpu().double().numpy() for part in (magnitude, direction))
-    return as_buffer(fold_weight_norm(g, v, dim), as_dtype(module.weight.dtype))
