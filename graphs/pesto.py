@@ -183,13 +183,13 @@ def build(
         ValueError: If the weights do not fit the config.
     """
     graph, w = begin("pesto", ["batch", "samples"], config.shapes(), weights, device, dtype, exact=exact)
-    exact = Weights(weights, w.device, DType.float32)
+    full = Weights(weights, w.device, DType.float32)
     with graph:
         sound = ops.unsqueeze(graph.inputs[0].tensor, 2)
-        taps = exact.shape("transform.weight")[0]
+        taps = full.shape("transform.weight")[0]
         x = conv1d(
             sound,
-            exact["transform.weight"],
+            full["transform.weight"],
             stride=config.hop,
             padding=((taps + 1) // 2, taps // 2),
             padding_mode="reflect",
@@ -199,7 +199,7 @@ def build(
         real, imaginary = x[:, :, : config.bands], x[:, :, config.bands :]
         power = ops.max(real * real + imaginary * imaginary, _LEAST)
         levels = ops.log(power)
-        confidence = _confidence(exact / "confidence", power, levels)
+        confidence = _confidence(full / "confidence", power, levels)
         activations = ops.softmax(_encoded(config, w, levels))
         volume = ops.squeeze(ops.sum(power, axis=2), 2)
         graph.output(_pitch(config, activations), confidence, volume, activations)

@@ -125,6 +125,7 @@ class EagerConvTranspose1D(_Eager, ConvTranspose1D):
         device: DeviceRef | None,
         permute: bool = False,
         name: str | None = None,
+        exact: bool = False,
     ) -> None:
         """Takes the arguments of the front ends."""
         super().__init__(
@@ -140,6 +141,7 @@ class EagerConvTranspose1D(_Eager, ConvTranspose1D):
             device=device,
             has_bias=bias,
             permute=permute,
+            exact=exact,
             name=name,
         )
 

@@ -25,6 +25,7 @@ class Conv1d(EagerConv1D):
         dtype: MAX's or NumPy's dtype, or its name; None is float32.
         device: Where the layer runs; None is the CPU.
         generator: Seeds the start values: the filter is U(-sqrt(k), sqrt(k)), k = groups / (C * kernel_size), the bias is 0.
+        exact: As in `max_conv.conv1d`.
 
     Call:
         x (N, L, C) or (L, C), an array or a graph value; returns (N, L_out, F) or (L_out, F).
@@ -52,6 +53,7 @@ class Conv1d(EagerConv1D):
         dtype: Any = None,
         device: DeviceRef | None = None,
         generator: np.random.Generator | int | None = None,
+        exact: bool = False,
     ) -> None:
         super().__init__(
             in_channels,
@@ -66,6 +68,7 @@ class Conv1d(EagerConv1D):
             device,
             generator,
             random_bias=False,
+            exact=exact,
         )
 
     @property
@@ -99,6 +102,7 @@ class ConvTranspose1d(EagerConvTranspose1D):
         dtype: MAX's or NumPy's dtype, or its name; None is float32.
         device: Where the layer runs; None is the CPU.
         generator: Seeds the start values: the filter is U(-sqrt(k), sqrt(k)), k = groups / (C * kernel_size), the bias is 0.
+        exact: As in `max_conv.conv1d`.
 
     Call:
         x (N, L, C) or (L, C), an array or a graph value; returns (N, L_out, F) or (L_out, F).
@@ -125,6 +129,7 @@ class ConvTranspose1d(EagerConvTranspose1D):
         dtype: Any = None,
         device: DeviceRef | None = None,
         generator: np.random.Generator | int | None = None,
+        exact: bool = False,
     ) -> None:
         super().__init__(
             in_channels,
@@ -138,6 +143,7 @@ class ConvTranspose1d(EagerConvTranspose1D):
             bias,
             dtype,
             device,
+            exact=exact,
         )
         self._start(self.in_channels // self.num_groups * self.kernel_size, False, generator)
 

@@ -25,6 +25,7 @@ class Conv1d(EagerConv1D):
         device: Where the layer runs; None is the CPU.
         dtype: MAX's, PyTorch's or NumPy's dtype, or its name; None is float32.
         generator: Seeds the start values, which are U(-sqrt(k), sqrt(k)), k = groups / (C * kernel_size).
+        exact: As in `max_conv.conv1d`.
         name: The weights are named `{name}.weight` and `{name}.bias`, without a name `weight` and `bias`.
 
     Call:
@@ -55,6 +56,7 @@ class Conv1d(EagerConv1D):
         *,
         generator: np.random.Generator | int | None = None,
         name: str | None = None,
+        exact: bool = False,
     ) -> None:
         super().__init__(
             in_channels,
@@ -70,6 +72,7 @@ class Conv1d(EagerConv1D):
             generator,
             permute=True,
             padding_mode=padding_mode,
+            exact=exact,
             name=name,
         )
         self._spelled_padding = padding
@@ -93,6 +96,7 @@ class ConvTranspose1d(EagerConvTranspose1D):
         device: Where the layer runs; None is the CPU.
         dtype: MAX's, PyTorch's or NumPy's dtype, or its name; None is float32.
         generator: Seeds the start values: U(-sqrt(k), sqrt(k)), k = groups / (F * kernel_size).
+        exact: As in `max_conv.conv1d`.
         name: The weights are named `{name}.weight` and `{name}.bias`, without a name `weight` and `bias`.
 
     Call:
@@ -127,6 +131,7 @@ class ConvTranspose1d(EagerConvTranspose1D):
         *,
         generator: np.random.Generator | int | None = None,
         name: str | None = None,
+        exact: bool = False,
     ) -> None:
         if padding_mode != "zeros":
             raise ValueError(f"{self.op}: padding_mode must be zeros, but is {padding_mode!r}.")
@@ -143,6 +148,7 @@ class ConvTranspose1d(EagerConvTranspose1D):
             dtype,
             device,
             permute=True,
+            exact=exact,
             name=name,
         )
         self._spelled_padding = padding
@@ -178,7 +184,9 @@ def _repr(layer: Conv1d | ConvTranspose1d) -> str:
     return f"{type(layer).__name__}({text})"
 
 
-def from_torch(module: Any, device: DeviceRef | None = None, *, name: str | None = None) -> Conv1d | ConvTranspose1d:
+def from_torch(
+    module: Any, device: DeviceRef | None = None, *, name: str | None = None, exact: bool = False
+) -> Conv1d | ConvTranspose1d:
     """Makes a layer of a `torch.nn.Conv1d` or a `torch.nn.ConvTranspose1d`: it computes what `module.eval()` does.
 
     PyTorch's weight norm, spectral norm and pruning are computed, as hooks and as parametrizations, on the weight and on
@@ -188,6 +196,7 @@ def from_torch(module: Any, device: DeviceRef | None = None, *, name: str | None
         module: The PyTorch layer.
         device: Where the layer runs; None is the CPU.
         name: The weights are named `{name}.weight` and `{name}.bias`, without a name `weight` and `bias`.
+        exact: As in `max_conv.conv1d`.
 
     Returns:
         A `Conv1d` or `ConvTranspose1d` with copies of the weights. The module is left as it was.
@@ -217,6 +226,6 @@ def from_torch(module: Any, device: DeviceRef | None = None, *, name: str | None
     if theirs is torch.nn.ConvTranspose1d:
         options["output_padding"] = module.output_padding
     options |= {"padding": padding_of(module), "bias": "bias" in state, "dtype": dtype_of(module)}
-    conv = kinds[theirs](**options, device=device, name=name)
+    conv = kinds[theirs](**options, device=device, name=name, exact=exact)
     conv.load_state_dict({conv._prefix + part: value for part, value in state.items()})
     return conv
