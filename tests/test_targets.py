@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from max_conv.packing import cpu_features
+
 ROOT = Path(__file__).parent.parent
 
 # Triple, processor, the kind of vectors.
@@ -34,8 +36,30 @@ def test_kernels_compile(target: str, tmp_path: Path) -> None:
     assert vectors in output.read_text()
 
 
+KERNELS = {
+    *(f"{name} NLC" for name in ("dense", "short", "packed dense")),
+    *(
+        f"{name} {layout}"
+        for name in ("depthwise", "lengthwise", "winograd", "packed winograd")
+        for layout in ("NLC", "NCL")
+    ),
+    *(f"{name} transposed" for name in ("dense", "depthwise", "lengthwise", "winograd")),
+    *("spiked NLC", "spiked NCL", "frames"),
+}
+"""What is compared on every processor."""
+PAIRED = {"paired NLC", "paired NCL"}
+"""What AVX512_BF16 adds."""
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason=f"AVX2 code does not run on {platform.machine()}")
-def test_avx2_is_right(tmp_path: Path) -> None:
-    build(tmp_path / "avx2", "--target-cpu", "haswell")
-    done = subprocess.run([tmp_path / "avx2"], capture_output=True, text=True, env=dict(os.environ))
-    assert done.returncode == 0 and done.stdout.startswith("right"), done.stdout + done.stderr
+@pytest.mark.parametrize("processor", ["haswell", None], ids=["avx2", "here"])
+def test_kernels_are_right(processor: str | None, tmp_path: Path) -> None:
+    """Of each kernel, the program tells how many layers it has compared."""
+    build(tmp_path / "kernels", *(["--target-cpu", processor] if processor else []))
+    done = subprocess.run([tmp_path / "kernels"], capture_output=True, text=True, env=dict(os.environ))
+    verdict, *lines = done.stdout.splitlines()
+    assert done.returncode == 0 and verdict == "right", done.stdout + done.stderr
+    counts = {name: int(count) for name, count in (line.split(" = ") for line in lines)}
+    has_pairs = processor is None and "avx512_bf16" in cpu_features()
+    assert counts.keys() == KERNELS | (PAIRED if has_pairs else set())
+    assert min(counts.values()) > 0
