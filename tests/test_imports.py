@@ -71,11 +71,7 @@ BY_NAME = {"__init__", "frontends", "cli", "terminal"}
 PUBLIC = {
     "max_conv",
     "max_conv.graphs",
-    *(
-        f"max_conv.{name}"
-        for name in MODULES
-        if name not in ("__init__", "cli", "frontends.eager", "frontends.torch_module")
-    ),
+    *(f"max_conv.{name}" for name in MODULES if name not in ("__init__", "cli", "frontends.eager")),
 }
 """What graphs and scripts may import from."""
 
