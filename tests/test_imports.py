@@ -71,7 +71,11 @@ BY_NAME = {"__init__", "frontends", "cli", "terminal"}
 PUBLIC = {
     "max_conv",
     "max_conv.graphs",
-    *(f"max_conv.{name}" for name in MODULES if name not in ("__init__", "cli", "frontends.eager")),
+    *(
+        f"max_conv.{name}"
+        for name in MODULES
+        if name not in ("__init__", "cli", "frontends.eager", "frontends.torch_module")
+    ),
 }
 """What graphs and scripts may import from."""
 
