@@ -150,7 +150,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], Any]] = {
     "byte-swapped scalar": (lambda: np.array(2, ">f8"), 2),
     "Fortran's order": (lambda: np.asfortranarray(X), X),
     "zero strides": (lambda: np.broadcast_to(np.float32(3), (2, 2)), np.full((2, 2), 3)),
-    "unaligned": (lambda: np.frombuffer(b"." + X.tobytes(), np.float32, 6, 1).reshape(2, 3), X),
+    "unaligned": (lambda: np.frombuffer(bytearray(b"." + X.tobytes()), np.float32, 6, 1).reshape(2, 3), X),
     "scalar": (lambda: np.float32(5), 5),
     "0-d of MLX": (lambda: mx.array(5.0), 5),
     "scalar bfloat16": (lambda: ml_dtypes.bfloat16(5), 5),
@@ -177,7 +177,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], Any]] = {
 def test_other_arrays(case: str) -> None:
     make, want = OTHERS[case]
     buffer = buffer_of(make(), "test", "x")
-    assert buffer._aligned(buffer.dtype.align)
+    assert buffer._aligned(buffer.dtype.align) or not np.size(want)
     got = as_float64(buffer)
     np.testing.assert_array_equal(got, want)
     assert got.shape == np.shape(want)
