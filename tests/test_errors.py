@@ -77,6 +77,11 @@ def other_spectrum() -> None:
     max_conv.compile(graph, weights=weights | {"stft_conv.weight": np.ones(shapes["stft_conv.weight"], np.float32)})
 
 
+def two_layers() -> None:
+    first, second = (Conv1D(3, 8, 8, F32) for _ in range(2))
+    Graph("errors", lambda x: second(first(x)), input_types=[TensorType(F32, (1, 9, 8), HOST)])
+
+
 def layer(kernel_size: Any = 3, in_channels: Any = 12, out_channels: Any = 8, **kwargs: Any) -> Callable:
     return lambda: Conv1D(kernel_size, in_channels, out_channels, F32, **kwargs)
 
@@ -263,6 +268,16 @@ ROWS: dict[str, Row] = {
         op(x=("l", 10), w=(3, 4, 8), groups=4),
         ValueError,
         "conv1d: groups=4 must divide the 10 channels of x (shape (l, 10), layout LC).",
+    ),
+    "causal padding beyond the limit": (
+        op(padding="causal", dilation=2**30),
+        ValueError,
+        "conv1d: padding='causal' would add 2147483648 positions, but must add fewer than 2**31; lower dilation or kernel_size.",
+    ),
+    "two layers without a name": (
+        two_layers,
+        ValueError,
+        "conv1d: the graph has another weight named 'weight'; give each layer a name of its own with name=.",
     ),
     "limit": (
         op(dilation=2**62),
