@@ -1,15 +1,15 @@
 """Direct sums in Winograd's place, where a value is not finite or too large for its transforms.
 
 A transform mixes six inputs into four outputs, so that a NaN or an infinity would reach outputs that do not see it, and a value
-of 1e17 would move them by its rounding error. `calm` finds such values while they pass through the cache anyway; what a
-block cannot multiply at the points, it sums here, tap by tap.
+of 1e17 would move them by its rounding error. The transforms tell of such values, which they have in registers anyway; what a block
+cannot multiply at the points, it sums here, tap by tap.
 """
 
 from std.utils.numerics import isnan
 from std.sys.info import simd_width_of
 
-from .geometry import Geometry, ZEROS
-from .lanes import BLOCK, FilterSteps, Memory, gathered, load
+from .geometry import Geometry
+from .lanes import BLOCK, FilterSteps, Memory, gathered
 from .points import Plan, QUAD, first_output
 
 
@@ -41,44 +41,6 @@ struct Source[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
             return self.x.unsafe_offset(source * g.channels) if source >= 0 else self.rest
         else:
             return self.rest.unsafe_offset((position - self.start) * g.group_channels())
-
-
-@always_inline
-def squared[
-    dtype: DType, //, acc: DType, width: Int
-](data: Memory[dtype], count: Int, mut squares: SIMD[acc, 4 * width]):
-    """Adds the squares of `count` values. One running sum alone would wait for itself: that took 5 % of a thin layer."""
-    var i = 0
-    while i + 4 * width <= count:
-        var values = load[acc, 4 * width, False](data.unsafe_offset(i), 4 * width)
-        squares = values.fma(values, squares)
-        i += 4 * width
-    if i < count:
-        var values = load[acc, 4 * width, True](data.unsafe_offset(i), count - i)
-        squares = values.fma(values, squares)
-
-
-@no_inline
-def calm[dtype: DType, //, acc: DType, nlc: Bool](g: Geometry, source: Source[dtype], first: Int, rows: Int) -> Bool:
-    """Tells whether all values of some rows are finite and small enough for the transforms."""
-    comptime width = simd_width_of[acc]()
-    var channels = g.group_channels()
-    var squares = SIMD[acc, 4 * width](0)
-    comptime if nlc:
-        var inner = max(0, first)
-        var outer = max(inner, min(g.length, first + rows))
-        if g.groups == 1:
-            squared[acc, width](source.x.unsafe_offset(inner * channels), (outer - inner) * channels, squares)
-        else:
-            for r in range(inner, outer):
-                squared[acc, width](source.x.unsafe_offset(r * g.channels), channels, squares)
-        if g.mode != ZEROS:
-            for r in range(first, first + rows):
-                if r < inner or r >= outer:
-                    squared[acc, width](source.row[nlc](g, r), channels, squares)
-    else:
-        squared[acc, width](source.rest, rows * channels, squares)
-    return squares.reduce_add() < limit[acc]()
 
 
 @always_inline

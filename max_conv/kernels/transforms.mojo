@@ -64,8 +64,9 @@ def transform_data[
     plane: Int,
     plan: Plan,
     group: Int,
+    mut squares: SIMD[acc, simd_width_of[acc]()],
 ):
-    """Writes one quad's data of one group of taps to each point's plane."""
+    """Writes one quad's data of one group of taps to each point's plane, and adds up the squares of the data."""
     comptime width = simd_width_of[acc]()
     var to = Array[Memory[acc], size + TAPS](fill=target)
     comptime for p in range(size + TAPS):
@@ -79,6 +80,10 @@ def transform_data[
         else:
             comptime for j in range(size + QUAD - 1):
                 d[j] = load[acc, width, True](rows[j].unsafe_offset(c), channels - c)
+        var sum = d[0] * d[0]
+        comptime for j in range(1, size + QUAD - 1):
+            sum = d[j].fma(d[j], sum)
+        squares += sum
         var points = data_points[size](d)
         comptime for p in range(size + TAPS):
             to[p].unsafe_offset(c).unsafe_store(points[p])
@@ -97,9 +102,12 @@ def transform_block[
     data: Memory[acc],
     row_size: Int,
     plane: Int,
-):
-    """Writes the data of quads `first .. first + count - 1` to each point's planes."""
+) -> Bool:
+    """Writes the data of quads `first .. first + count - 1` to each point's planes, and tells whether all of it is finite and
+    small enough for that.
+    """
     var channels = g.group_channels()
+    var squares = SIMD[acc, simd_width_of[acc]()](0)
     for i in range(count):
         var position = first_output(plan, first + i) * g.stride - g.pad_left
         for part in range(len(plan.sizes)):
@@ -109,8 +117,9 @@ def transform_block[
                 row[j] = source.row[nlc](g, at)
             var to = data.unsafe_offset(i * row_size)
             if plan.sizes[part] == 3:
-                transform_data[3](row, channels, to, plane, plan, part)
+                transform_data[3](row, channels, to, plane, plan, part, squares)
             elif plan.sizes[part] == 2:
-                transform_data[2](row, channels, to, plane, plan, part)
+                transform_data[2](row, channels, to, plane, plan, part, squares)
             else:
-                transform_data[1](row, channels, to, plane, plan, part)
+                transform_data[1](row, channels, to, plane, plan, part, squares)
+    return squares.reduce_add() < limit[acc]()

@@ -8,7 +8,7 @@ from std.math import ceildiv, gcd
 from std.sys.info import simd_width_of, size_of
 from std.sys.intrinsics import PrefetchOptions, prefetch
 
-from .careful import Source, calm, calm_filter, direct, gather_taps, restore_taps
+from .careful import Source, calm_filter, direct, gather_taps, restore_taps
 from .dense import tile_rows
 from .geometry import Geometry
 from .lanes import FilterSteps, Memory, Operands, Scratch, Write, accumulator
@@ -81,7 +81,7 @@ struct Block[dtype: DType, acc: DType](ImplicitlyCopyable, TrivialRegisterPassab
 
     var source: Source[Self.dtype]
     var calm: Bool
-    """Whether the data has been transformed."""
+    """Whether the data could be transformed."""
     var n: Int
     var group: Int
     var first: Int
@@ -134,12 +134,8 @@ def block[
     else:
         span.turn(g, x, channels, copy, channels)
     var source = Source[dtype](x, copy, span.first)
-    var last = first_output(plan, first + count - 1) + (QUAD - 1) * plan.spacing
-    var span_rows = (last - first_output(plan, first)) * g.stride + (g.kernel - 1) * g.dilation + 1
-    var is_calm = calm[acc, nlc](g, source, span.first, span_rows)
-    if is_calm:
-        transform_block[nlc](g, plan, source, first, count, data, row_size, plane)
-    var b = Block[dtype, acc](source, is_calm, n, group, first, count, data, row_size, plane, sums)
+    var calm = transform_block[nlc](g, plan, source, first, count, data, row_size, plane)
+    var b = Block[dtype, acc](source, calm, n, group, first, count, data, row_size, plane, sums)
 
     var f = first_filter
     while f < end_filter:
