@@ -1,6 +1,5 @@
 """`max-conv convert` and its layers: biases, other libraries' layouts, pruning, batch norms by number, and how it ends."""
 
-import json
 import os
 import re
 import signal
@@ -17,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
@@ -27,16 +26,7 @@ from max_conv.convert import LayerMap, Options, convert
 from max_conv.marker import MARK, Marker
 from max_conv.reference import conv1d_ref, conv_transpose1d_ref
 from max_conv.staging import LOCK
-
-
-def call(*arguments: Any) -> Result:
-    return CliRunner().invoke(main, ["convert", *map(str, arguments)])
-
-
-def good(*arguments: Any) -> dict[str, Any]:
-    result = call(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
+from test_convert import call, good
 
 
 def refused(sentence: str, *arguments: Any) -> None:
