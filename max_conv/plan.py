@@ -116,13 +116,15 @@ def plan_marked(checkpoint: Checkpoint, target: Side) -> Plan:
 
 def _check_biases(plan: Plan, checkpoint: Checkpoint, what: str) -> None:
     """Raises ValueError where a bias has not one value for each filter: then the filter is declared as what it is not."""
+    # A network declares its layers itself: there the file is wrong.
+    advice = "declare the filter's true kind and layout" if what == "convert" else "pass a file of this network"
     by_name = {item.name: item for item in plan.tensors}
     for item in plan.tensors:
         bias = by_name.get(bias_name(item.name)) if item.kind != "copy" else None
         if bias is not None and (len(bias.shape) != 1 or not plan.groups(item, bias.shape[0])):
             raise ValueError(
                 f"{what}: {bias.name} of shape {bias.shape} does not fit the {plan.filters(item)} filters of {item.name}, "
-                f"of shape {item.shape}, in {checkpoint.source}; declare the filter's true kind and layout."
+                f"of shape {item.shape}, in {checkpoint.source}; {advice}."
             )
 
 
