@@ -19,7 +19,7 @@ from max.graph import DeviceRef, Graph, Module, TensorType
 
 from conftest import DEFAULT
 from max_conv.conv.library import kernel_library
-from max_conv.conv.ops import emit
+from max_conv.conv.ops import Form, emit
 from max_conv.conv.packing import cpu_features
 
 GUARD = 1024
@@ -86,7 +86,7 @@ def compile_ways(ways: Mapping[Way, bool]) -> dict[tuple[DType, Way], Model]:
                 x, w, bias, out, *scalars = (value.tensor for value in graph.inputs)
                 sizes = {"N": x.shape[0], "L": out.shape[0], "C": out.shape[1]}
                 shape = [sizes[axis] for axis in layout]
-                y = emit(x, w, bias, scalars, shape, kernel, layout, filter_layout, least=0, transposed=transposed)
+                y = emit(x, w, bias, scalars, shape, Form(kernel, layout, filter_layout, transposed, least=0))
                 graph.output(y)
     loaded = InferenceSession(devices=[CPU()]).load_all(module, custom_extensions=[kernel_library()])
     return {key: loaded[name] for key, name in names.items()}

@@ -1,9 +1,13 @@
 """What is wrong with the operands of a convolution, in one sentence, before anything is emitted."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from max.dtype import DType
-from max.graph import StaticDim, TensorValue, Weight
+from max.graph import Dim, StaticDim, TensorValue, Weight
+
+from .geometry import positive
+from .layouts import Layout, check_filter_layout, check_layout
 
 DTYPES = (DType.float32, DType.float64, DType.float16, DType.bfloat16)
 
@@ -59,36 +63,93 @@ def check_types(op: str, x: TensorValue, filter: TensorValue, bias: TensorValue 
             raise ValueError(f"{op}: x is on {x.device} but the {name} is on {value.device}; move one to the other.")
 
 
-def check_channels(
-    op: str, x: TensorValue, filter: TensorValue, groups: int, axes: str, filter_layout: str, transposed: bool = False
-) -> tuple[int, int, int]:
-    """Checks groups against channels and filters.
+@dataclass(frozen=True)
+class Operands:
+    """What a layer computes with, checked: the values, what their axes mean, and the sizes that follow.
 
-    Returns:
-        Taps, channels of a group, filters of a group.
+    Attributes:
+        op: "conv1d" or "conv_transpose1d"; begins every error.
+        x: (N, L, C) or (N, C, L), as `layout` says; without the batch axis, too.
+        filter: Three axes in the order of `filter_layout`, all known.
+        bias: (F,) or None.
+        layout, filter_layout: What the axes are.
+        groups: Of channels and filters.
+        taps: K.
+        group_channels, group_filters: Channels and filters of a group.
     """
-    taps, channels, filters = (int(filter.shape[filter_layout.index(axis)]) for axis in "SCF")
-    all_channels = transposed and filter_layout != "FSC"
-    kind, count = ("channels", channels) if all_channels else ("filters", filters)
-    if count % groups:
-        raise ValueError(
-            f"{op}: groups={groups} must divide the {count} {kind} "
-            f"(filter shape {_shape(filter)}, layout {filter_layout})."
-        )
-    group_channels, group_filters = (channels // groups, filters) if all_channels else (channels, filters // groups)
-    given = x.shape[axes.index("C")]
-    if not isinstance(given, StaticDim):
-        return taps, group_channels, group_filters  # the kernel checks it
-    if int(given) % groups:
-        raise ValueError(
-            f"{op}: groups={groups} must divide the {given} channels of x (shape {_shape(x)}, layout {axes})."
-        )
-    if int(given) != group_channels * groups:
-        raise ValueError(
-            f"{op}: the filter takes {int(given) // groups} channels per group (x has {given} channels, "
-            f"groups={groups}) but has {group_channels} (filter shape {_shape(filter)}, layout {filter_layout})."
-        )
-    return taps, group_channels, group_filters
+
+    op: str
+    x: TensorValue
+    filter: TensorValue
+    bias: TensorValue | None
+    layout: Layout
+    filter_layout: str
+    groups: int
+    taps: int
+    group_channels: int
+    group_filters: int
+
+    @classmethod
+    def of(cls, op: str, x: Any, filter: Any, bias: Any, groups: int, layout: Layout, filter_layout: str) -> "Operands":
+        """Checks the arguments of `conv1d` or `conv_transpose1d`, as far as they need no geometry."""
+        check_layout(layout, op)
+        check_filter_layout(filter_layout, op)
+        x = graph_value(op, "x", x)
+        filter = graph_value(op, "filter", filter)
+        bias = None if bias is None else graph_value(op, "bias", bias)
+        axes = check_axes(op, x, filter, layout, filter_layout)
+        check_types(op, x, filter, bias)
+        groups = positive("groups", groups, op)
+        taps, channels, filters = (int(filter.shape[filter_layout.index(axis)]) for axis in "SCF")
+        # Filters of a transposed convolution hold all channels, except MLX's; others hold all filters.
+        all_channels = op == "conv_transpose1d" and filter_layout != "FSC"
+        kind, count = ("channels", channels) if all_channels else ("filters", filters)
+        if count % groups:
+            raise ValueError(
+                f"{op}: groups={groups} must divide the {count} {kind} "
+                f"(filter shape {_shape(filter)}, layout {filter_layout})."
+            )
+        sizes = (channels // groups, filters) if all_channels else (channels, filters // groups)
+        operands = cls(op, x, filter, bias, layout, filter_layout, groups, taps, *sizes)
+        operands._check_channels(axes)
+        check_bias(op, bias, groups * operands.group_filters)
+        return operands
+
+    def _check_channels(self, axes: str) -> None:
+        given = self.x.shape[axes.index("C")]
+        if not isinstance(given, StaticDim):
+            return  # the kernel checks it
+        if int(given) % self.groups:
+            raise ValueError(
+                f"{self.op}: groups={self.groups} must divide the {given} channels of x "
+                f"(shape {_shape(self.x)}, layout {axes})."
+            )
+        if int(given) != self.group_channels * self.groups:
+            raise ValueError(
+                f"{self.op}: the filter takes {int(given) // self.groups} channels per group (x has {given} channels, "
+                f"groups={self.groups}) but has {self.group_channels} (filter shape {_shape(self.filter)}, "
+                f"layout {self.filter_layout})."
+            )
+
+    @property
+    def batched(self) -> bool:
+        """Whether x has a batch axis."""
+        return len(self.x.shape) == 3
+
+    @property
+    def length(self) -> Dim:
+        """L of x."""
+        return self.x.shape[(self.layout if self.batched else self.layout.replace("N", "")).index("L")]
+
+    @property
+    def batch(self) -> Dim:
+        """N of x, 1 where it has no batch axis."""
+        return self.x.shape[0] if self.batched else Dim(1)
+
+    @property
+    def filters(self) -> int:
+        """F."""
+        return self.groups * self.group_filters
 
 
 def _shape(value: TensorValue) -> str:

@@ -1,17 +1,18 @@
 """`conv1d` and `conv_transpose1d`: check their arguments, work out the geometry, emit the operation into the graph."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from max.dtype import DType
-from max.graph import DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, Weight, ops
+from max.graph import DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, ops
 
-from .checks import check_axes, check_bias, check_channels, check_types, graph_value
-from .dispatch import LANES, LEAST_OUTPUTS, PANELS, Layer, choose
+from .checks import Operands
+from .dispatch import LANES, LEAST_OUTPUTS, Layer, choose
 from .geometry import PADDING_MODES, Geometry, Padding, TransposedGeometry, positive
-from .layouts import FilterLayout, Layout, TransposedFilterLayout, check_filter_layout, check_layout, permute
+from .layouts import FilterLayout, Layout, TransposedFilterLayout
 from .library import kernel_library
-from .packing import Emitted, another, packable, packed, packed_graph, record, weight_name
+from .packing import Emitted, filter_operand, held, in_graph, packable, packed_graph, record, weight_name
 
 
 def conv1d(
@@ -64,25 +65,12 @@ def conv1d(
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv1d.html
     """
-    check_layout(layout)
-    check_filter_layout(filter_layout)
-    x = graph_value("conv1d", "x", x)
-    filter = graph_value("conv1d", "filter", filter)
-    bias = None if bias is None else graph_value("conv1d", "bias", bias)
-    axes = check_axes("conv1d", x, filter, layout, filter_layout)
-    check_bias("conv1d", bias, int(filter.shape[filter_layout.index("F")]))
-    check_types("conv1d", x, filter, bias)
-    groups = positive("groups", groups)
-    geometry = Geometry.of(int(filter.shape[filter_layout.index("S")]), stride, padding, dilation, padding_mode)
-    _, group_channels, group_filters = check_channels("conv1d", x, filter, groups, axes, filter_layout)
-    length = x.shape[axes.index("L")]
+    given = Operands.of("conv1d", x, filter, bias, groups, layout, filter_layout)
+    geometry = Geometry.of(given.taps, stride, padding, dilation, padding_mode)
+    length = given.length
     if isinstance(length, StaticDim):
         geometry.check_length(int(length))
-
-    layer = Layer(geometry, layout, group_channels, group_filters, groups, x.dtype.name)
-    mode = PADDING_MODES.index(padding_mode)
-    numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, mode, groups, geometry.kernel_size)
-    return _emit_layer(x, filter, bias, layer, numbers, Dim(geometry.output_length(length)), filter_layout, exact)
+    return _convolve(given, geometry, Dim(geometry.output_length(length)), exact)
 
 
 def conv_transpose1d(
@@ -135,73 +123,78 @@ def conv_transpose1d(
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose1d.html
     """
-    op = "conv_transpose1d"
-    check_layout(layout, op)
-    check_filter_layout(filter_layout, op)
-    x = graph_value(op, "x", x)
-    filter = graph_value(op, "filter", filter)
-    bias = None if bias is None else graph_value(op, "bias", bias)
-    axes = check_axes(op, x, filter, layout, filter_layout)
-    check_types(op, x, filter, bias)
-    groups = positive("groups", groups, op)
-    taps, group_channels, group_filters = check_channels(op, x, filter, groups, axes, filter_layout, transposed=True)
-    check_bias(op, bias, groups * group_filters)
-    geometry = TransposedGeometry.of(taps, stride, padding, output_padding, dilation)  # type: ignore[arg-type]
-    length = x.shape[axes.index("L")]
+    given = Operands.of("conv_transpose1d", x, filter, bias, groups, layout, filter_layout)
+    geometry = TransposedGeometry.of(given.taps, stride, padding, output_padding, dilation)  # type: ignore[arg-type]
+    length = given.length
     if output_size is not None:
-        output_size = positive("output_size", output_size, op)
+        output_size = positive("output_size", output_size, "conv_transpose1d")
     if isinstance(length, StaticDim):
         if output_size is not None:
             geometry = geometry.with_output(int(length), output_size)
         geometry.check_length(int(length))
-
-    layer = Layer.of(geometry, layout, group_channels, group_filters, groups, x.dtype.name)
-    numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, groups, geometry.kernel_size)
     outputs = Dim(geometry.output_length(length) if output_size is None else output_size)
-    return _emit_layer(x, filter, bias, layer, numbers, outputs, filter_layout, exact)
+    return _convolve(given, geometry, outputs, exact)
 
 
-def _emit_layer(
-    x: TensorValue,
-    filter: TensorValue,
-    bias: TensorValue | None,
-    layer: Layer,
-    numbers: Sequence[int],
-    outputs: Dim,
-    filter_layout: str,
-    exact: bool,
-) -> TensorValue:
+def _convolve(given: Operands, geometry: Geometry | TransposedGeometry, outputs: Dim, exact: bool) -> TensorValue:
     """Chooses the kernel of a layer that has been checked, and emits it."""
-    x = in_graph(x)
-    if batched := x.rank == 3:
-        batch = x.shape[0]
-    else:
-        x, batch = ops.unsqueeze(x, 0), Dim(1)
-    known = [int(size) if isinstance(size, StaticDim) else None for size in (batch, outputs)]
+    sizes = (given.group_channels, given.group_filters, given.groups, given.x.dtype.name)
+    layer = Layer.of(geometry, given.layout, *sizes)
     graph = packed_graph()
-    exact = exact or (graph is not None and graph.exact)
-    kernel = choose(layer, *known, packed=packable(filter), exact=exact).kernel
-    operand, order = _operand(filter, kernel, layer, filter_layout)
-    bias = ops.constant([], x.dtype, device=x.device) if bias is None else in_graph(bias)
-    scalars = [ops.constant(number, DType.int64, device=DeviceRef.CPU()) for number in numbers]
-    sizes = {"N": batch, "L": outputs, "C": Dim(layer.group_filters * layer.groups)}
-    shape = [sizes[axis] for axis in layer.layout]
-    transposed = layer.transposed is not None
-    kinds = {"whole": layer.whole(kernel), "full": layer.group_filters % LANES == 0, "transposed": transposed}
-    record(Emitted(weight_name(filter), layer, kernel, known[1]))
-    y = emit(x, operand, bias, scalars, shape, kernel, layer.layout, order, **kinds)
-    return y if batched else ops.squeeze(y, 0)
+    choice = choose(
+        layer,
+        *(int(size) if isinstance(size, StaticDim) else None for size in (given.batch, outputs)),
+        packed=held(given.filter) and packable(given.filter.dtype),
+        exact=exact or (graph is not None and graph.exact),
+    )
+    x = in_graph(given.x)
+    x = x if given.batched else ops.unsqueeze(x, 0)
+    filter, order = filter_operand(given.filter, given.filter_layout, layer, choice.kernel)
+    bias = ops.constant([], x.dtype, device=x.device) if given.bias is None else in_graph(given.bias)
+    length = int(outputs) if isinstance(outputs, StaticDim) else None
+    record(Emitted(weight_name(given.filter), layer, choice.kernel, length))
+    scalars = [ops.constant(number, DType.int64, device=DeviceRef.CPU()) for number in _numbers(geometry, given.groups)]
+    axes = {"N": given.batch, "L": outputs, "C": Dim(given.filters)}
+    y = emit(x, filter, bias, scalars, [axes[axis] for axis in layer.layout], Form.of(layer, choice.kernel, order))
+    return y if given.batched else ops.squeeze(y, 0)
 
 
-def _operand(filter: TensorValue, kernel: str, layer: Layer, filter_layout: str) -> tuple[TensorValue, str]:
-    """Returns the filter as the kernel reads it, and its layout."""
-    depthwise = kernel == "depthwise" and filter.device.is_cpu()  # a GPU's kernel takes any layout
-    needs_scf = depthwise or (layer.layout == "NLC" and kernel != "lengthwise")
-    permuted = needs_scf and filter_layout != "SCF" and not layer.transposed
-    if packable(filter, kernel) and (kernel in PANELS or permuted or layer.transposed):
-        return packed(filter, kernel, layer, filter_layout)
-    filter = in_graph(filter)
-    return (permute(filter, filter_layout, "SCF"), "SCF") if permuted else (filter, filter_layout)
+def _numbers(geometry: Geometry | TransposedGeometry, groups: int) -> list[int]:
+    """Returns the geometry as the operation takes it, see `emit`."""
+    numbers = [geometry.stride, geometry.dilation, geometry.left, geometry.right]
+    if isinstance(geometry, Geometry):
+        numbers.append(PADDING_MODES.index(geometry.padding_mode))
+    return [*numbers, groups, geometry.kernel_size]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What of an operation is compiled into it.
+
+    Attributes:
+        kernel: Its name.
+        layout: Of the data.
+        filter_layout: Of the filter, or "packed" or "phased" for what `Packing` made of it.
+        transposed: Whether it is `conv_transpose1d`.
+        whole: Whether the filters of a group are a multiple of 32: less has to be compiled.
+        full: Whether the filters of a phase are a multiple of 16: less has to be compiled.
+        least: Outputs below which "winograd" falls back to another kernel; 0 always uses it.
+    """
+
+    kernel: str
+    layout: str
+    filter_layout: str
+    transposed: bool = False
+    whole: bool = False
+    full: bool = False
+    least: int = LEAST_OUTPUTS
+
+    @classmethod
+    def of(cls, layer: Layer, kernel: str, filter_layout: str) -> "Form":
+        """Returns the form of a layer's operation."""
+        transposed = layer.transposed is not None
+        full = layer.group_filters % LANES == 0
+        return cls(kernel, layer.layout, filter_layout, transposed, layer.whole(kernel), full)
 
 
 def emit(
@@ -210,14 +203,7 @@ def emit(
     bias: TensorValue,
     scalars: Sequence[TensorValue],
     shape: Sequence[Any],
-    kernel: str,
-    layout: str,
-    filter_layout: str,
-    *,
-    least: int = LEAST_OUTPUTS,
-    whole: bool = False,
-    transposed: bool = False,
-    full: bool = False,
+    form: Form,
 ) -> TensorValue:
     """Emits the operation, unchecked.
 
@@ -226,20 +212,16 @@ def emit(
         scalars: stride, dilation, left, right, the number of the padding mode, groups and kernel_size, int64, on the CPU;
             the padding mode only of `conv1d`.
         shape: The output's.
-        filter_layout: Of the filter, or "packed" or "phased" for what `Packing` made of it.
-        least: Outputs below which "winograd" gives way to another kernel; 0 takes it always.
-        whole: Whether the filters of a group are a multiple of 32: less has to be compiled.
-        transposed: Whether it is `conv_transpose1d`.
-        full: Whether the filters of a phase are a multiple of 16: less has to be compiled.
+        form: What is compiled into the operation.
     """
-    parameters: dict[str, str | int | bool] = {"kernel": kernel, "least": least, "whole": whole}
-    parameters |= {"layout": layout, "filter_layout": filter_layout}
+    parameters: dict[str, str | int | bool] = {"kernel": form.kernel, "least": form.least, "whole": form.whole}
+    parameters |= {"layout": form.layout, "filter_layout": form.filter_layout}
     (y,) = custom_op(
-        "max_conv.conv_transpose1d" if transposed else "max_conv.conv1d",
+        "max_conv.conv_transpose1d" if form.transposed else "max_conv.conv1d",
         x.device,
         [x, filter, bias, *scalars],
         [TensorType(x.dtype, shape, x.device)],
-        parameters | {"full": full} if transposed else parameters,
+        parameters | {"full": form.full} if form.transposed else parameters,
     )
     return y
 
@@ -257,14 +239,3 @@ def custom_op(
     if library not in graph.kernel_libraries_paths:
         graph._import_kernels([library])
     return [value.tensor for value in ops.custom(name, device, operands, results, parameters)]
-
-
-def in_graph(value: TensorValue) -> TensorValue:
-    """Returns a weight as a value of the current graph, and any other value as it is."""
-    if isinstance(value, Weight) and value.shard_idx is None:
-        # A weight remembers the first graph it was used in; asking the graph lets a layer be traced again.
-        known = Graph.current._weights.get(value.name)
-        if known is not None and known.weight is not value:
-            raise another(value)
-        return Graph.current.add_weight(value, force_initial_weight_on_host=not value._has_alias)
-    return value

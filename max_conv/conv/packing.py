@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from max import nn
@@ -278,19 +278,43 @@ def another(weight: Weight) -> ValueError:
     )
 
 
-def packable(filter: Any, kernel: str | None = None) -> TypeGuard[Weight]:
-    """Tells whether a filter can be packed, for a kernel: a weight on the CPU that `compile` holds."""
-    if packed_graph() is None or not isinstance(filter, Weight) or filter.shard_idx is not None:
-        return False
+def in_graph(value: TensorValue) -> TensorValue:
+    """Returns a weight as a value of the current graph, and any other value as it is."""
+    if isinstance(value, Weight) and value.shard_idx is None:
+        # A weight remembers the first graph it was used in; asking the graph lets a layer be traced again.
+        known = Graph.current._weights.get(value.name)
+        if known is not None and known.weight is not value:
+            raise another(value)
+        return Graph.current.add_weight(value, force_initial_weight_on_host=not value._has_alias)
+    return value
+
+
+def held(filter: TensorValue) -> bool:
+    """Returns whether `compile` holds the values of a filter, and can pack them: a weight on the CPU, in a PackedGraph."""
+    packs = packed_graph() is not None and isinstance(filter, Weight) and filter.shard_idx is None
+    return packs and filter.device.is_cpu()
+
+
+def packable(dtype: DType, kernel: str = "") -> bool:
+    """Returns whether filters of a dtype can be packed for a kernel: those of the dtype of its sums, and pairs."""
     if kernel == "paired":
-        fits = filter.dtype == DType.bfloat16 and "avx512_bf16" in cpu_features()
-    else:
-        fits = filter.dtype in (DType.float32, DType.float64)  # those of their sums
-    return filter.device.is_cpu() and fits
+        return dtype == DType.bfloat16 and "avx512_bf16" in cpu_features()
+    return dtype in (DType.float32, DType.float64)
 
 
-def packed(filter: Weight, kernel: str, layer: Layer, filter_layout: str) -> tuple[TensorValue, str]:
-    """Returns the packed filter of a layer in the current graph, and the name of its layout."""
+def filter_operand(filter: TensorValue, filter_layout: str, layer: Layer, kernel: str) -> tuple[TensorValue, str]:
+    """Returns the filter as the kernel reads it, and the name of its layout: packed where `compile` can do that."""
+    depthwise = kernel == "depthwise" and filter.device.is_cpu()  # a GPU's kernel takes any layout
+    needs_scf = depthwise or (layer.layout == "NLC" and kernel != "lengthwise")
+    permuted = needs_scf and filter_layout != "SCF" and not layer.transposed
+    if held(filter) and packable(filter.dtype, kernel) and (kernel in PANELS or permuted or layer.transposed):
+        assert isinstance(filter, Weight)
+        return _packed(filter, filter_layout, layer, kernel)
+    filter = in_graph(filter)
+    return (permute(filter, filter_layout, "SCF"), "SCF") if permuted else (filter, filter_layout)
+
+
+def _packed(filter: Weight, filter_layout: str, layer: Layer, kernel: str) -> tuple[TensorValue, str]:
     packing = Packing(filter.name, kernel, layer, filter_layout)
 
     def make(buffer: Buffer) -> Buffer:
@@ -300,7 +324,7 @@ def packed(filter: Weight, kernel: str, layer: Layer, filter_layout: str) -> tup
         return Buffer.from_numpy(packing(bits.to_numpy())).view(buffer.dtype, packing.shape)
 
     weight = derived(Weight(packing.name, filter.dtype, packing.shape, DeviceRef.CPU()), (filter,), make)
-    assert weight is not None, "asked for by packable"
+    assert weight is not None, "the graph is a PackedGraph"
     layout = "packed" if kernel in PANELS else "phased" if layer.transposed else "SCF"
     return Graph.current.add_weight(weight), layout
 

@@ -17,8 +17,7 @@ from .folding import fold_weight_norm, weight_norm_names
 from .layouts import permutation, permute
 from .nn import Conv1D, ConvolutionLayer, ConvTranspose1D
 from .nn import ConvTranspose1d as PlainConvTranspose1d
-from .ops import in_graph
-from .packing import derived
+from .packing import derived, in_graph
 
 TORCH = {"SCF": "FCS", "SFC": "CFS"}
 """PyTorch's axis order of native filters, in which `dim` counts."""

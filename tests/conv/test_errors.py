@@ -18,7 +18,7 @@ import max_conv
 from harness import HOST, compiled, execute, is_one_sentence, normal
 from max_conv import Conv1D, ConvTranspose1D, ConvTranspose1d, WeightNormConv1D, conv1d, conv_transpose1d
 from max_conv.conv.layouts import permutation
-from max_conv.conv.ops import custom_op, emit
+from max_conv.conv.ops import Form, custom_op, emit
 from max_conv.conv.recurrent import lstm
 
 PACKAGE = Path(max_conv.__file__).parent / "conv"
@@ -610,16 +610,14 @@ def model() -> Model:
             conv1d(reflect_x, w, padding=3, padding_mode="reflect"),
             conv1d(circular_x, w, padding=(5, 0), padding_mode="circular"),
             conv1d(replicate_x, w, padding=2, padding_mode="replicate"),
-            emit(dense_x, dense_w, none, scalars, dense.shape, "dense", "NLC", "SCF", whole=True),
+            emit(dense_x, dense_w, none, scalars, dense.shape, Form("dense", "NLC", "SCF", whole=True)),
             emit(
                 depthwise_x,
                 one_a_group,
                 none,
                 [*scalars[:5], depthwise_groups, scalars[6]],
                 depthwise.shape,
-                "depthwise",
-                "NLC",
-                "SCF",
+                Form("depthwise", "NLC", "SCF"),
             ),
             emit(
                 lines_x,
@@ -627,14 +625,12 @@ def model() -> Model:
                 none,
                 [lines_stride, *scalars[1:5], depthwise_groups, scalars[6]],
                 lines.shape,
-                "depthwise",
-                "NCL",
-                "SCF",
+                Form("depthwise", "NCL", "SCF"),
             ),
-            emit(dense_x, packed_w, none, scalars, dense.shape, "winograd", "NLC", "packed"),
+            emit(dense_x, packed_w, none, scalars, dense.shape, Form("winograd", "NLC", "packed")),
             conv_transpose1d(any_up_x, ops.constant(normal(4, 8, 4), F32, device=HOST), stride=2),
             *(
-                emit(up_x, w, none, up_scalars, up.shape, kernel, "NLC", layout, transposed=True)
+                emit(up_x, w, none, up_scalars, up.shape, Form(kernel, "NLC", layout, transposed=True))
                 for w, kernel, layout in ((phased_w, "lengthwise", "phased"), (up_packed_w, "dense", "packed"))
             ),
         )
