@@ -8,7 +8,7 @@ from max.dtype import DType
 from max.graph import DeviceRef
 
 from max_conv import Conv1D, PackedGraph
-from max_conv.geometry import Padding
+from max_conv.conv import Padding
 
 
 @dataclass(frozen=True)

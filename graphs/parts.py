@@ -14,10 +14,8 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorType, TensorValue, Weight, ops
 
 from max_conv import PackedGraph, conv1d, conv_transpose1d
-from max_conv.arrays import as_buffer
-from max_conv.convert import LayerMap, read_native
-from max_conv.packing import derived
-from max_conv.recurrent import lstm
+from max_conv.conv import as_buffer, derived, lstm
+from max_conv.weights import LayerMap, read_native
 
 
 class Weights:

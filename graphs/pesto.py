@@ -18,10 +18,8 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
-from max_conv.assets import resolve
-from max_conv.audio import as_signals
-from max_conv.convert import LayerMap, read_native, to_native
-from max_conv.pitch import Track
+from max_conv.sound import Track, as_signals
+from max_conv.weights import LayerMap, read_native, resolve, to_native
 
 from .parts import Weights, begin, check_weights, leaky_relu
 
@@ -276,7 +274,7 @@ def listen(model: Callable[..., Any], audio: Any, config: Config = Config()) -> 
 
     Raises:
         TypeError: If the audio holds integers.
-        ValueError: As `max_conv.audio.as_signals` does, and if there are fewer samples than half a filter.
+        ValueError: As `max_conv.sound.audio.as_signals` does, and if there are fewer samples than half a filter.
     """
     signals = as_signals("pesto", audio)
     least = (int(config.bank()[1].max()) + 1) // 2 + 1

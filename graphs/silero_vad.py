@@ -17,14 +17,9 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorType, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
-from max_conv.assets import resolve
-from max_conv.audio import as_signals
-from max_conv.convert import LayerMap, to_native
-from max_conv.dispatch import PANEL, Layer
-from max_conv.geometry import Geometry
-from max_conv.onnx_file import read_onnx
-from max_conv.ops import custom_op
-from max_conv.packing import Emitted, record
+from max_conv.conv import PANEL, Emitted, Geometry, Layer, custom_op, record
+from max_conv.sound import as_signals
+from max_conv.weights import LayerMap, read_onnx, resolve, to_native
 
 from .parts import Weights, begin, check_weights, load
 
@@ -110,7 +105,7 @@ def load_weights(reference: str | Path = WEIGHTS, config: Config = Config()) -> 
     """Reads the network's weights into native ones; by default those that the package silero-vad runs.
 
     Args:
-        reference: An ONNX file of Silero's, a checkpoint, or what `max_conv.assets.resolve` downloads, such as
+        reference: An ONNX file of Silero's, a checkpoint, or what `max_conv.weights.resolve` downloads, such as
             `SAFETENSORS`, whose probabilities differ from the package's by up to 0.37.
         config: The sizes.
 

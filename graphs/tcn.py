@@ -16,7 +16,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph
-from max_conv.convert import LayerMap
+from max_conv.weights import LayerMap
 
 from .parts import Weights, begin, load
 

@@ -5,21 +5,23 @@ makes a callable on arrays of them, and `frontends.torch` and `frontends.mlx` sp
 """
 
 import importlib
+import sys
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import frontends
-    from .dispatch import explain
-    from .nn import Conv1D, ConvTranspose1D, ConvTranspose1d
-    from .ops import conv1d, conv_transpose1d
-    from .packing import PackedGraph
-    from .session import Model, compile, load, registry
-    from .weight_norm import (
+    from .conv.dispatch import explain
+    from .conv.nn import Conv1D, ConvTranspose1D, ConvTranspose1d
+    from .conv.ops import conv1d, conv_transpose1d
+    from .conv.packing import PackedGraph
+    from .conv.weight_norm import (
         WeightNormConv1D,
         WeightNormConvTranspose1D,
         WeightNormConvTranspose1d,
         remove_weight_norm,
     )
+    from .runtime.session import Model, compile, load, registry
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,33 +43,47 @@ __all__ = [
     "remove_weight_norm",
 ]
 
-# MAX takes a second to import: each name is loaded when it is first used.
-_HOMES = {
-    "Conv1D": "nn",
-    "ConvTranspose1D": "nn",
-    "ConvTranspose1d": "nn",
-    "Model": "session",
-    "PackedGraph": "packing",
-    "compile": "session",
-    "conv1d": "ops",
-    "conv_transpose1d": "ops",
-    "explain": "dispatch",
-    "load": "session",
-    "registry": "session",
-    "WeightNormConv1D": "weight_norm",
-    "WeightNormConvTranspose1D": "weight_norm",
-    "WeightNormConvTranspose1d": "weight_norm",
-    "remove_weight_norm": "weight_norm",
-}
 
+def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """Returns a package's `__getattr__`, which loads a name when it is first used: MAX takes a second to import.
 
-def __getattr__(name: str) -> Any:
-    if name == "frontends":
-        return importlib.import_module(f"{__name__}.{name}")
-    if home := _HOMES.get(name):
-        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    Args:
+        package: The package's `__name__`.
+        homes: The module of each name, relative to the package; the name itself for a module.
+    """
+
+    def getattribute(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module = importlib.import_module(f"{package}.{homes[name]}")
+        value = module if homes[name] == name else getattr(module, name)
+        setattr(sys.modules[package], name, value)
         return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    return getattribute
+
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Conv1D": "conv.nn",
+        "ConvTranspose1D": "conv.nn",
+        "ConvTranspose1d": "conv.nn",
+        "Model": "runtime.session",
+        "PackedGraph": "conv.packing",
+        "WeightNormConv1D": "conv.weight_norm",
+        "WeightNormConvTranspose1D": "conv.weight_norm",
+        "WeightNormConvTranspose1d": "conv.weight_norm",
+        "compile": "runtime.session",
+        "conv1d": "conv.ops",
+        "conv_transpose1d": "conv.ops",
+        "explain": "conv.dispatch",
+        "frontends": "frontends",
+        "load": "runtime.session",
+        "registry": "runtime.session",
+        "remove_weight_norm": "conv.weight_norm",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -201,7 +201,7 @@ def start(
 
 def write_reference(layer: Layer, dtype: str, file: Path) -> None:
     """Writes the float64 answer, (N, F, L): computed once for all contenders."""
-    from max_conv.reference import conv1d_ref, conv_transpose1d_ref
+    from max_conv.conv import conv1d_ref, conv_transpose1d_ref
 
     stride, padding, dilation, groups = layer.options
     options: dict[str, Any] = {"groups": groups, "layout": "NCL", "stride": stride, "padding": padding}

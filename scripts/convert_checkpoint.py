@@ -3,8 +3,7 @@
 
 import sys
 
-from max_conv.cli_convert import convert
-from max_conv.terminal import Commands
+from max_conv.cli import main
 
 if __name__ == "__main__":
-    Commands("max-conv", commands={"convert": convert})(["convert", *sys.argv[1:]])
+    main.main(["convert", *sys.argv[1:]], prog_name="max-conv")

@@ -98,12 +98,12 @@ class Contender(NamedTuple):
 
 OURS, TORCH = ("max-conv", "max"), ("torch", "transformers")
 CONTENDERS = {
-    "max_conv": Contender(OURS, ours, "max_conv.session"),
+    "max_conv": Contender(OURS, ours, "max_conv.runtime.session"),
     "PyTorch": Contender(TORCH, pytorch, "transformers.modeling_utils"),
     "torch.compile": Contender(TORCH, functools.partial(pytorch, compiled=True), "transformers.modeling_utils"),
     "ONNX Runtime": Contender(("onnxruntime", "onnx"), onnxruntime, "onnxruntime"),
     "OpenVINO": Contender(("openvino", "onnx"), openvino, "openvino"),
-    "max_conv bf16": Contender(OURS, functools.partial(ours, dtype="bfloat16"), "max_conv.session"),
+    "max_conv bf16": Contender(OURS, functools.partial(ours, dtype="bfloat16"), "max_conv.runtime.session"),
     "OpenVINO bf16": Contender(("openvino", "onnx"), functools.partial(openvino, precision="bf16"), "openvino"),
 }
 

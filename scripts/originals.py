@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from max_conv.assets import resolve
+from max_conv.weights import resolve
 
 
 def from_wheel(

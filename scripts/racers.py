@@ -34,7 +34,7 @@ def ours(layer: Layer, data: Data, _: int, permute: bool = False, dtype: str = "
     from max.dtype import DType
 
     import max_conv
-    from max_conv.layouts import permute as permuted
+    from max_conv.conv import permute as permuted
 
     def buffer(values: np.ndarray) -> Buffer:
         if dtype == "float32":
@@ -66,7 +66,7 @@ def own(layer: Layer, data: Data, _: int) -> Call:
     from max.nn import Conv1D, ConvTranspose1d
 
     import max_conv
-    from max_conv.layouts import permute
+    from max_conv.conv import permute
 
     sizes = (layer.kernel_size, layer.channels, layer.filters)
     if layer.transposed:
@@ -234,7 +234,7 @@ def followed(layer: Layer, data: Data, _: int, epilogue: str) -> Call:
     from max.graph import DeviceRef, Graph, TensorType, ops
 
     import max_conv
-    from max_conv.layouts import permute
+    from max_conv.conv import permute
 
     emit, expect = EPILOGUES[epilogue]
     arrays = [permute(data.x, "NCL", "NLC")]

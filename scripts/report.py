@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from layers import Layer
-from max_conv.dispatch import BYTES
+from max_conv.conv import BYTES
 from racers import Race
 
 LEAST = 0.95

@@ -16,8 +16,8 @@ from max.engine import InferenceSession, Model
 from max.graph import DeviceRef, Graph, TensorType
 
 from max_conv import conv1d, conv_transpose1d
-from max_conv.geometry import TransposedGeometry
-from max_conv.reference import conv1d_ref, conv_transpose1d_ref
+from max_conv.conv.geometry import TransposedGeometry
+from max_conv.conv.reference import conv1d_ref, conv_transpose1d_ref
 
 Array = np.ndarray | torch.Tensor
 """NumPy has no bfloat16: such cases hold torch tensors."""

@@ -18,9 +18,9 @@ from max.engine import InferenceSession, Model
 from max.graph import DeviceRef, Graph, Module, TensorType
 
 from conftest import DEFAULT
-from max_conv.kernel_library import kernel_library
-from max_conv.ops import emit
-from max_conv.packing import cpu_features
+from max_conv.conv.library import kernel_library
+from max_conv.conv.ops import emit
+from max_conv.conv.packing import cpu_features
 
 GUARD = 1024
 """NaN values before and after each input."""

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from max_conv.graphs import silero_vad
 
-from max_conv.assets import resolve
-from max_conv.speech import Turn
+from max_conv.sound.speech import Turn
+from max_conv.weights.assets import resolve
 
 RATE = 16000
 
@@ -49,7 +49,7 @@ def timestamps(audio: Any, model: Any, **options: Any) -> list[tuple[int, int]]:
 
 
 def theirs(probabilities: Any, samples: int | None = None, rate: int = RATE, **options: Any) -> list[tuple[int, int]]:
-    """Returns Silero's turns for a line of probabilities; `options` are as for `max_conv.speech.turns`."""
+    """Returns Silero's turns for a line of probabilities; `options` are as for `max_conv.sound.speech.turns`."""
     hop = 512 * rate // RATE
     names = {
         "min_speech": "min_speech_duration_ms",

@@ -61,7 +61,7 @@ def test_readme_commands(words):
         script, command = ROOT / words[1], words[2]
         assert script == Path(dev.__file__) and command in dev.COMMANDS
     elif words[0] == "max-conv":
-        from max_conv.cli import main
+        from max_conv.cli.main import main
 
         rest = iter(words[1:])
         command = main

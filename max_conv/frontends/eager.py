@@ -8,11 +8,11 @@ from max.driver import Buffer
 from max.dtype import DType
 from max.graph import DeviceRef, TensorValue
 
-from ..arrays import ARRAYS, as_buffer, buffer_of
-from ..geometry import Padding
-from ..nn import Conv1D, ConvolutionLayer, ConvTranspose1D
-from ..packing import PackedGraph
-from ..session import Model, compile
+from ..conv.arrays import ARRAYS, as_buffer, buffer_of
+from ..conv.geometry import Padding
+from ..conv.nn import Conv1D, ConvolutionLayer, ConvTranspose1D
+from ..conv.packing import PackedGraph
+from ..runtime.session import Model, compile
 
 
 class _Eager(ConvolutionLayer):

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from max.graph import DeviceRef
 
-from ..layouts import FilterLayout, TransposedFilterLayout
+from ..conv.layouts import FilterLayout, TransposedFilterLayout
 from .eager import EagerConv1D, EagerConvTranspose1D
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from max.driver import CPU, Buffer
 
-from ..arrays import as_buffer, as_float64, buffer_of
-from ..folding import fold_spectral_norm, fold_weight_norm
+from ..conv.arrays import as_buffer, as_float64, buffer_of
+from ..conv.folding import fold_spectral_norm, fold_weight_norm
 from .eager import as_dtype
 
 USED = [

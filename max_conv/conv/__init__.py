@@ -1,0 +1,62 @@
+"""How a convolution is computed: geometry, layouts, the choice of a kernel, and the operations and layers of a graph.
+
+`max_conv` itself has what every user needs. Graphs of networks find the rest here.
+"""
+
+from typing import TYPE_CHECKING
+
+from .. import lazily
+
+if TYPE_CHECKING:
+    from .arrays import as_buffer
+    from .dispatch import BYTES, PANEL, Layer
+    from .geometry import Geometry, Padding, TransposedGeometry
+    from .layouts import FilterLayout, Layout, TransposedFilterLayout, permute
+    from .ops import custom_op
+    from .packing import Emitted, derived, record
+    from .recurrent import lstm
+    from .reference import conv1d_ref, conv_transpose1d_ref
+
+__all__ = [
+    "BYTES",
+    "PANEL",
+    "Emitted",
+    "FilterLayout",
+    "Geometry",
+    "Layer",
+    "Layout",
+    "Padding",
+    "TransposedFilterLayout",
+    "TransposedGeometry",
+    "as_buffer",
+    "conv1d_ref",
+    "conv_transpose1d_ref",
+    "custom_op",
+    "derived",
+    "lstm",
+    "permute",
+    "record",
+]
+__getattr__ = lazily(
+    __name__,
+    {
+        "BYTES": "dispatch",
+        "PANEL": "dispatch",
+        "Emitted": "packing",
+        "FilterLayout": "layouts",
+        "Geometry": "geometry",
+        "Layer": "dispatch",
+        "Layout": "layouts",
+        "Padding": "geometry",
+        "TransposedFilterLayout": "layouts",
+        "TransposedGeometry": "geometry",
+        "as_buffer": "arrays",
+        "conv1d_ref": "reference",
+        "conv_transpose1d_ref": "reference",
+        "custom_op": "ops",
+        "derived": "packing",
+        "lstm": "recurrent",
+        "permute": "layouts",
+        "record": "packing",
+    },
+)

@@ -1,0 +1,119 @@
+"""Compiled models in one file: a zip of what MAX exports, the weights and what machine it was made for."""
+
+import io
+import json
+import os
+import platform
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from max.driver import CPU, Buffer, accelerator_architecture_name, accelerator_count
+from max.dtype import DType
+from max.engine import read as read_mef
+
+from ..conv.packing import aligned, cpu_features
+from .ports import Port
+
+FORMAT = 1
+PIECE = 1 << 20
+"""Bytes of a saved model that are read at a time."""
+
+
+def write(
+    path: str | os.PathLike,
+    compiled: Any,
+    weights: Mapping[str, Buffer],
+    inputs: Sequence[Port],
+    outputs: Sequence[Port],
+) -> None:
+    """Writes a compiled model with its weights to one file; it is written beside `path` and renamed."""
+    path = Path(path)
+    on_gpu = any(port.device != "cpu" for port in (*inputs, *outputs))
+    meta = {
+        "format": FORMAT,
+        "max": version("max"),
+        "machine": platform.machine(),
+        "cpu": sorted(cpu_features()),
+        "accelerator": accelerator_architecture_name() if on_gpu else None,
+        "inputs": [asdict(port) for port in inputs],
+        "outputs": [asdict(port) for port in outputs],
+        "weights": [{"name": n, "dtype": w.dtype.name, "shape": list(w.shape)} for n, w in weights.items()],
+    }
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        mef, whole = Path(folder) / "model.mef", Path(folder) / "whole"
+        compiled.export_mef(mef)
+        with zipfile.ZipFile(whole, "w") as file:
+            file.writestr("meta.json", json.dumps(meta, indent=1))
+            file.write(mef, "model.mef")
+            for number, weight in enumerate(weights.values()):
+                file.writestr(f"weights/{number}", _bytes_of(weight).tobytes())
+        whole.replace(path)
+
+
+def read(path: str | os.PathLike) -> tuple[Any, dict[str, Buffer], list[Port], list[Port]]:
+    """Returns what `write` wrote: the compiled model, its weights, inputs and outputs.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a saved model, or was made for another MAX version, CPU or device.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            meta = json.loads(file.read("meta.json"))
+            if meta["format"] != FORMAT:
+                raise ValueError(
+                    f"load: {path} has format {meta['format']}, but this max_conv reads {FORMAT}; save it again."
+                )
+            _check_machine(path, meta)
+            weights = {}
+            for number, entry in enumerate(meta["weights"]):
+                info = file.getinfo(f"weights/{number}")
+                with file.open(info) as values:
+                    weights[entry["name"]] = _values(values, info.file_size, entry)
+            inputs, outputs = [
+                [Port(**(entry | {"shape": tuple(entry["shape"])})) for entry in meta[key]]
+                for key in ("inputs", "outputs")
+            ]
+            compiled = read_mef(io.BytesIO(file.read("model.mef")))
+    except (zipfile.BadZipFile, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
+        raise ValueError(f"load: {path} is not a model that max_conv saved, or is damaged ({error}).") from None
+    return compiled, weights, inputs, outputs
+
+
+def _check_machine(path: Any, meta: Mapping[str, Any]) -> None:
+    if meta["max"] != version("max"):
+        raise ValueError(
+            f"load: {path} was compiled by MAX {meta['max']}, but this is {version('max')}; compile it again."
+        )
+    if meta["machine"] != platform.machine():
+        raise ValueError(
+            f"load: {path} was compiled for {meta['machine']}, but this is {platform.machine()}; compile it again."
+        )
+    if meta["accelerator"] not in (None, accelerator_architecture_name() if accelerator_count() else None):
+        raise ValueError(
+            f"load: {path} was compiled for the accelerator {meta['accelerator']}, which is not here; compile it again."
+        )
+    if missing := sorted(set(meta["cpu"]) - cpu_features()):
+        raise ValueError(
+            f"load: {path} was compiled for a CPU with {', '.join(missing)}, which this one lacks; compile it again."
+        )
+
+
+def _bytes_of(buffer: Buffer) -> np.ndarray:
+    host = buffer.to(CPU())
+    return host.view(DType.uint8, [host.num_elements * host.dtype.size_in_bytes]).to_numpy()
+
+
+def _values(file: IO[bytes], size: int, entry: Mapping[str, Any]) -> Buffer:
+    """Returns the values in a file, which are never in memory twice."""
+    room = aligned((size,), np.uint8)
+    for start in range(0, size, PIECE):
+        piece = file.read(min(PIECE, size - start))
+        room[start : start + len(piece)] = np.frombuffer(piece, np.uint8)
+    return Buffer.from_numpy(room).view(DType[entry["dtype"]], entry["shape"])

@@ -1,0 +1,300 @@
+"""Arrays in, arrays out: compiled models, saved and loaded."""
+
+import functools
+import inspect
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from max import nn
+from max.driver import CPU, Accelerator, Buffer, Device, accelerator_count
+from max.dtype import DType
+from max.engine import InferenceSession
+from max.graph import DeviceRef, Graph, StaticDim, SymbolicDim, TensorType, Weight
+
+from ..conv.arrays import ARRAYS, buffer_of
+from ..conv.folding import weight_norm_names
+from ..conv.packing import PackedGraph
+from . import saved
+from .fork import check_fork
+from .idle import first_run
+from .notice import slow_compile
+from .ports import Port, check_inputs
+
+# MAX exports this as it is imported, unseen by `os.environ`: it leads new processes out of their virtual environment.
+if "PYTHONEXECUTABLE" not in os.environ:
+    os.unsetenv("PYTHONEXECUTABLE")
+
+NOT_IN_NUMPY = (DType.bfloat16,)
+
+
+class Model:
+    """A compiled graph, called on arrays. Made by `compile` and `load`; safe to call from several threads.
+
+    Attributes:
+        inputs: Name, dtype and shape of every input.
+        outputs: The same of every output.
+    """
+
+    def __init__(self, compiled: Any, weights: Mapping[str, Buffer], inputs: Sequence[Port], outputs: Sequence[Port]):
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self._compiled = compiled
+        # MAX borrows the memory of weights: they have to live as long as the model.
+        self._weights = dict(weights)
+        self._checked: Any = None  # dtypes and shapes of the last inputs, which most often come again
+        devices = _accelerators(*inputs, *outputs)
+        self._devices = {"cpu": CPU(), **{name: _device(name) for name in devices}}
+        model = _session(devices).init(compiled, weights_registry=self._weights)
+        # Behind `execute`, which looks once more at what a call of microseconds has looked at already.
+        self._execute = model._execute_device_tensors
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model.
+
+        Args:
+            args, kwargs: The inputs, by position or by name: NumPy arrays, or anything with DLPack (tensors of torch, JAX
+                and MLX, `max.driver.Buffer`). NumPy's, torch's and MAX's that are contiguous and writeable are read where
+                they are, others are copied first.
+
+        Returns:
+            One array, or a tuple where the model has several outputs: NumPy arrays for NumPy inputs, otherwise
+            `max.driver.Buffer`, which speaks DLPack. bfloat16 always comes as a Buffer, since NumPy lacks it.
+
+        Raises:
+            TypeError, ValueError: Before anything runs: wrong count, names, dtypes or shapes of the inputs, or an input that
+                is too short for the network.
+            RuntimeError: In a forked child, where MAX would hang; so do `compile` and `load`.
+        """
+        check_fork("model")
+        values = list(args) if len(args) == len(self.inputs) and not kwargs else self._bind(args, kwargs)
+        buffers = [buffer_of(value, "model: input", port.name) for value, port in zip(values, self.inputs, strict=True)]
+        kinds = [(buffer.dtype, buffer.shape) for buffer in buffers]
+        if kinds != self._checked:
+            check_inputs(self.inputs, self.outputs, kinds)
+            self._checked = kinds
+        if accelerator_count():
+            buffers = [buffer.to(self._devices[port.device]) for buffer, port in zip(buffers, self.inputs, strict=True)]
+        try:
+            results = first_run(self._execute, buffers)
+        except (ValueError, RuntimeError) as error:
+            # The kernels' own sentences come wrapped in a page about the graph.
+            if sentence := re.search(r"^(conv1d|conv_transpose1d|lstm|silero_vad): .*$", str(error), re.MULTILINE):
+                raise ValueError(sentence.group()) from None
+            # MAX asks for the memory of an output before its kernel can check sizes.
+            if "Memory allocation failed" in str(error):
+                raise ValueError(
+                    "model: an output does not fit into memory, or would have a negative length because the input is "
+                    "shorter than a filter reaches; pass a smaller batch or a longer input."
+                ) from None
+            raise
+        if all([isinstance(value, ARRAYS) for value in values]):
+            results = [r if r.dtype in NOT_IN_NUMPY else r.to_numpy() for r in results]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the compiled model with its weights to one file, which `load` reads without compiling.
+
+        The file is written beside `path` and renamed, so `path` is never half a model.
+        """
+        saved.write(path, self._compiled, self._weights, self.inputs, self.outputs)
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{port.name}: {port.dtype}{port}" for port in self.inputs)
+        outputs = ", ".join(f"{port.dtype}{port}" for port in self.outputs)
+        return f"Model({inputs}) -> {outputs}"
+
+    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        names = [port.name for port in self.inputs]
+        if len(args) > len(names):
+            raise TypeError(f"model: takes {len(names)} inputs ({', '.join(names)}), but got {len(args)}.")
+        values = dict(zip(names, args, strict=False))
+        for name, value in kwargs.items():
+            if name not in names:
+                raise TypeError(f"model: has no input {name!r}; its inputs are {', '.join(names)}.")
+            if name in values:
+                raise TypeError(f"model: input {name!r} came twice, by position and by name.")
+            values[name] = value
+        if missing := [name for name in names if name not in values]:
+            raise TypeError(f"model: input {missing[0]!r} is missing; the inputs are {', '.join(names)}.")
+        return [values[name] for name in names]
+
+
+def compile(
+    model: nn.Module | Callable[..., Any] | Graph,
+    inputs: Mapping[str, TensorType] | Sequence[TensorType] | Sequence[str] | None = None,
+    *,
+    weights: Mapping[str, Any] | None = None,
+    exact: bool = False,
+) -> Model:
+    """Compiles a layer, a builder function or a graph into a callable on arrays.
+
+    Filters of a layer, a function or a `PackedGraph` are packed once in the order that the kernels read; in any other
+    graph they stay as they are, and the kernels pack them in each call.
+
+    Args:
+        model: A `max.nn.Module`; a function from graph values to one or several; or a finished `Graph`.
+        inputs: The types of the inputs, by name or in order. A module with a method `input_types()`, as `Conv1D`
+            has, needs none: its batch and length are symbolic. For a `Graph` the names alone, where they matter.
+        weights: Arrays by weight name. Layers of this package that have loaded their weights need none, alone, in a
+            function, a `PackedGraph` or a tree. They are kept alive.
+        exact: Whether all layers get direct kernels, as with `conv1d(..., exact=True)`. A finished `Graph` has its kernels:
+            build it so.
+
+    Returns:
+        A `Model`.
+
+    Raises:
+        TypeError, ValueError: Missing input types or weights, in one sentence.
+
+    >>> import numpy as np
+    >>> from max.dtype import DType
+    >>> from max_conv import Conv1D
+    >>> layer = Conv1D(3, 1, 1, DType.float32, padding=1)
+    >>> layer.load_state_dict({"weight": np.ones((3, 1, 1), np.float32)})
+    >>> compile(layer)(np.ones((1, 4, 1), np.float32)).ravel().tolist()
+    [2.0, 3.0, 3.0, 2.0]
+    """
+    check_fork("compile")
+    graph, names, weights = _trace(model, inputs, weights, exact)
+    ports = [_port(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
+    outputs = [_port(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
+    buffers = registry(graph, weights)
+    with slow_compile(graph.name):
+        compiled = _session(_accelerators(*ports, *outputs)).compile(graph)
+    return Model(compiled, buffers, ports, outputs)
+
+
+def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:
+    """Returns the weights of a graph as a MAX session takes them: a `PackedGraph`'s packed, any other's as they are.
+
+    Args:
+        graph: The graph, whole.
+        weights: Arrays by weight name. What is returned may share their memory and has to outlive the session's model.
+
+    Raises:
+        ValueError: If a weight has no value, or one of another dtype or shape.
+        TypeError: If a value is no array.
+
+    >>> import numpy as np
+    >>> from max.engine import InferenceSession
+    >>> from max_conv.graphs import conv1d
+    >>> weights = {"weight": np.ones((3, 16, 32), np.float32)}
+    >>> graph = conv1d.build(conv1d.Config(padding=1), weights)
+    >>> model = InferenceSession().load(graph, weights_registry=registry(graph, weights))
+    """
+    check_fork("compile")
+    made = graph.derived if isinstance(graph, PackedGraph) else {}
+    read = {name: entry.weight for name, entry in getattr(graph, "_weights", {}).items()}
+    sources = {source.name: source for entry in made.values() for source in entry.sources}
+    wanted = {name: weight for name, weight in (read | sources).items() if name not in made}
+    buffers = _fitting(wanted, weights)
+    for name, entry in made.items():
+        buffers[name] = entry.make(*(buffers[source.name] for source in entry.sources))
+    return {name: buffer for name, buffer in buffers.items() if name in read or name not in sources}
+
+
+def _fitting(wanted: Mapping[str, Weight], weights: Mapping[str, Any]) -> dict[str, Buffer]:
+    """Returns the weights' memory, or raises where it does not fit: MAX would take it as it is."""
+    buffers = {name: buffer_of(value, "compile: weight", name) for name, value in weights.items()}
+    for name, weight in wanted.items():
+        if name not in buffers:
+            raise ValueError(f"compile: the weight {name!r} has no value; pass it in weights=.")
+        value = buffers[name]
+        want = f"{weight.dtype.name} of shape {tuple(int(n) for n in weight.shape)}"
+        if (got := f"{value.dtype.name} of shape {tuple(value.shape)}") != want:
+            raise ValueError(f"compile: the weight {name!r} must be {want}, but is {got}.")
+    return buffers
+
+
+def load(path: str | os.PathLike) -> Model:
+    """Reads a model that `Model.save` wrote, without compiling it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a saved model, or was made for another MAX version, CPU or device.
+    """
+    check_fork("load")
+    return Model(*saved.read(path))
+
+
+def _trace(model: Any, inputs: Any, weights: Any, exact: bool) -> tuple[Graph, list[str], Mapping[str, Any]]:
+    """Returns the graph, the names of its inputs, and its weights."""
+    if isinstance(model, Graph):
+        if exact and not getattr(model, "exact", False):
+            raise TypeError(
+                "compile: a finished Graph has its kernels already; build it with exact=True, as a PackedGraph or by its layers."
+            )
+        names = list(inputs or [f"input{i}" for i in range(len(model.inputs))])
+        if len(names) != len(model.inputs) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"compile: a Graph knows its inputs' types; pass {len(model.inputs)} names, not {names}.")
+        loaded = model.loaded() if isinstance(model, PackedGraph) else {}
+        return model, names, loaded | dict(weights or {})
+    weights = None if weights is None else weight_norm_names(weights)
+    if not callable(model):
+        raise TypeError(f"compile: takes a layer, a function or a Graph, but got a {type(model).__name__}.")
+    name = getattr(model, "__name__", type(model).__name__)
+    if inputs is None:
+        if not hasattr(model, "input_types"):
+            raise TypeError(f"compile: {name} needs the types of its inputs; pass inputs={{'x': TensorType(...)}}.")
+        inputs = model.input_types()
+    types = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
+    names = list(inputs) if isinstance(inputs, Mapping) else _argument_names(model, len(types))
+    if isinstance(model, nn.Module):
+        if weights is None:
+            weights = _own_weights(name, model)
+        else:  # MAX's own layers keep what they get
+            weights = {name: buffer_of(value, "compile: weight", name) for name, value in weights.items()}
+        model.load_state_dict(weights)
+        weights = model.state_dict(auto_initialize=False)
+    graph = PackedGraph(name, model, input_types=types, exact=exact)
+    return graph, names, graph.loaded() | dict(weights or {})
+
+
+def _argument_names(function: Callable[..., Any], count: int) -> list[str]:
+    parameters = list(inspect.signature(function).parameters.values())[:count]
+    plain = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    return plain if len(plain) == count else [f"input{i}" for i in range(count)]
+
+
+def _own_weights(name: str, model: nn.Module) -> dict[str, Any]:
+    """Returns the values that the module, or a layer inside it, has loaded."""
+    values: dict[str, Any] = {}
+    for prefix, module in model.named_modules():
+        for weight, value in module._weight_values.items():
+            values.setdefault(prefix + weight, value)
+    wanted = model.raw_state_dict()
+    if missing := [weight for weight in wanted if weight not in values]:
+        raise ValueError(
+            f"compile: the weight {missing[0]!r} of {name} has no value; call load_state_dict or pass weights=."
+        )
+    return {weight: values[weight] for weight in wanted}
+
+
+def _port(name: str, type_: Any) -> Port:
+    shape = [
+        int(dim) if isinstance(dim, StaticDim) else dim.name if isinstance(dim, SymbolicDim) else str(dim)
+        for dim in type_.shape
+    ]
+    return Port(name, type_.dtype.name, tuple(shape), _device_name(type_.device))
+
+
+def _device_name(device: DeviceRef) -> str:
+    return "cpu" if device.is_cpu() else f"gpu:{device.id}"
+
+
+def _accelerators(*ports: Port) -> tuple[str, ...]:
+    return tuple(sorted({port.device for port in ports} - {"cpu"}))
+
+
+def _device(name: str) -> Device:
+    number = int(name.removeprefix("gpu:"))
+    if number >= accelerator_count():
+        raise ValueError(f"model: needs {name}, but this machine has {accelerator_count()} accelerators; use the CPU.")
+    return Accelerator(number)
+
+
+@functools.cache
+def _session(devices: tuple[str, ...]) -> InferenceSession:
+    return InferenceSession(devices=[*(_device(name) for name in devices), CPU()])

@@ -1,0 +1,23 @@
+"""What the networks of the gallery hear and say: sound files, speech turns, pitch tracks, pictures of them."""
+
+from .audio import as_signals, check_sound_file, read_audio, write_audio
+from .picture import draw_pitch, draw_speech
+from .pitch import Track, note, stretches, viterbi
+from .speech import Turn, agreement, read_rttm, turns
+
+__all__ = [
+    "Track",
+    "Turn",
+    "agreement",
+    "as_signals",
+    "check_sound_file",
+    "draw_pitch",
+    "draw_speech",
+    "note",
+    "read_audio",
+    "read_rttm",
+    "stretches",
+    "turns",
+    "viterbi",
+    "write_audio",
+]

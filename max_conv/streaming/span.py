@@ -1,0 +1,50 @@
+"""Which inputs an output sees, worked out layer by layer."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+
+from ..conv.dispatch import Layer
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which inputs an output sees, in positions of the graph's first input.
+
+    Attributes:
+        step: Inputs from one output to the next; 1/256 for a vocoder that makes 256 samples of a frame.
+        left: How far it sees back, None for without end.
+        right: How far it sees ahead, None for without end.
+    """
+
+    step: Fraction = Fraction(1)
+    left: Fraction | None = Fraction(0)
+    right: Fraction | None = Fraction(0)
+
+    @property
+    def field(self) -> int | None:
+        """The receptive field: how many inputs an output sees at most; None for without end."""
+        return None if self.left is None or self.right is None else floor(self.left + self.right) + 1
+
+    def through(self, layer: Layer) -> "Span":
+        """Returns what the outputs of a convolution see, whose inputs see this."""
+        geometry = layer.transposed or layer.geometry
+        before = geometry.left * self.step
+        after = (geometry.reach - 1 - geometry.left) * self.step
+        if layer.transposed is None:
+            return Span(self.step * geometry.stride, _add(self.left, before), _add(self.right, after))
+        # Output o takes input i where o + left = i * stride + k * dilation: taps reach back, the padding ahead.
+        step = self.step / geometry.stride
+        return Span(step, _add(self.left, after / geometry.stride), _add(self.right, before / geometry.stride))
+
+    def beside(self, other: "Span") -> "Span":
+        """Returns what an output sees that is made of two."""
+        return Span(min(self.step, other.step), _most(self.left, other.left), _most(self.right, other.right))
+
+
+def _add(a: Fraction | None, b: Fraction) -> Fraction | None:
+    return None if a is None else a + b
+
+
+def _most(a: Fraction | None, b: Fraction | None) -> Fraction | None:
+    return None if a is None or b is None else max(a, b)

@@ -1,0 +1,66 @@
+"""Compiles every kind of layer for a GPU that is not there: `python gpu_compile.py API ARCHITECTURE`.
+
+Virtual devices hold for a whole process, so tests/test_gpu.py runs this file in processes of its own.
+"""
+
+import os
+import sys
+
+from max.driver import set_virtual_device_api, set_virtual_device_count, set_virtual_device_target_arch
+
+set_virtual_device_api(sys.argv[1])
+set_virtual_device_target_arch(sys.argv[2])
+set_virtual_device_count(1)
+
+from max.driver import CPU, Accelerator  # noqa: E402
+from max.engine import InferenceSession  # noqa: E402
+from max.graph import DeviceRef, Graph, TensorType  # noqa: E402
+
+from max_conv import conv1d, conv_transpose1d  # noqa: E402
+from max_conv.conv.checks import DTYPES  # noqa: E402
+from max_conv.conv.recurrent import lstm  # noqa: E402
+
+# Layout, filter layout, filter shape, options: one of each CPU kernel, and every layout. The GPU has one kernel for
+# each layout of the data, so the other dtypes take only the last two.
+FLOAT32, *OTHERS = DTYPES
+LAYERS = [
+    ("NLC", "SCF", (3, 8, 16), {"stride": 2, "padding": 1}),
+    ("NLC", "FCS", (16, 4, 3), {"groups": 2, "padding": "same", "padding_mode": "reflect"}),
+    ("NLC", "SCF", (4, 1, 8), {"groups": 8, "padding": "causal"}),
+    ("NCL", "FCS", (16, 8, 5), {"dilation": 3, "padding_mode": "circular", "padding": 2}),
+    ("NLC", "SCF", (4, 8, 3), {"padding_mode": "replicate", "padding": (1, 4)}),
+]
+TRANSPOSED = [
+    ("NLC", "FSC", (16, 5, 4), {"groups": 2, "stride": 3, "dilation": 2}),
+    ("NLC", "SFC", (4, 16, 8), {"stride": 2, "padding": "causal"}),
+    ("NCL", "CFS", (8, 1, 4), {"groups": 8, "stride": 6, "output_padding": 5}),
+]
+
+
+def main() -> None:
+    gpu = DeviceRef.GPU()
+    rows = [(FLOAT32, conv1d, layer) for layer in LAYERS]
+    rows += [(FLOAT32, conv_transpose1d, layer) for layer in TRANSPOSED]
+    for dtype in OTHERS:
+        rows += [(dtype, conv1d, layer) for layer in LAYERS[-2:]]
+        rows += [(dtype, conv_transpose1d, layer) for layer in TRANSPOSED[-1:]]
+    types = []
+    for dtype, _, (layout, _, shape, _) in rows:
+        x = ["n", "l", 8] if layout == "NLC" else ["n", 8, "l"]
+        types += [TensorType(dtype, x, gpu), TensorType(dtype, shape, gpu)]
+    recurrent = [["n", "t", 8], [8, 64], [16, 64], [64], ["n", 16], ["n", 16]]
+    with Graph("gpu", input_types=[*types, *(TensorType(FLOAT32, shape, gpu) for shape in recurrent)]) as graph:
+        values = [value.tensor for value in graph.inputs]
+        outputs = [
+            function(values[2 * i], values[2 * i + 1], layout=layout, filter_layout=filter_layout, **options)
+            for i, (_, function, (layout, filter_layout, _, options)) in enumerate(rows)
+        ]
+        graph.output(*outputs, *lstm(*values[len(types) :]))
+    InferenceSession(devices=[Accelerator(), CPU()]).compile(graph)
+    print(f"compiled {len(outputs)} convolutions for {sys.argv[1]} {sys.argv[2]}", flush=True)
+    # MAX's threads sometimes abort a process that ends while they wait for the virtual device.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Every layout of the data with every layout of the filter."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from harness import Case, check, normal, run
+from max_conv.conv.layouts import FilterLayout, Layout, permutation, permute
+
+LAYOUTS, FILTER_LAYOUTS = get_args(Layout), get_args(FilterLayout)
+
+
+def cases() -> list[Case]:
+    """Few filters and many: below 8 a group another kernel takes NLC data."""
+    found = []
+    for layout in LAYOUTS:
+        for filter_layout in FILTER_LAYOUTS:
+            for filters in (6, 40):
+                x = permute(normal(2, 21, 10), "NLC", layout)
+                w = permute(normal(3, 5, filters), "SCF", filter_layout)
+                options = {
+                    "groups": 2,
+                    "stride": 2,
+                    "padding": (2, 1),
+                    "layout": layout,
+                    "filter_layout": filter_layout,
+                }
+                found.append(Case(f"{layout}-{filter_layout}-{filters}", x, w, normal(filters), options))
+    return found
+
+
+CASES = cases()
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, np.ndarray]:
+    return {case.id: got for case, got in zip(CASES, run(CASES))}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_layouts(case: Case, answers: dict[str, np.ndarray]) -> None:
+    check(case, answers[case.id])
+
+
+@pytest.mark.parametrize("source", FILTER_LAYOUTS)
+@pytest.mark.parametrize("target", FILTER_LAYOUTS)
+def test_there_and_back(source: str, target: str) -> None:
+    w = normal(3, 4, 5)
+    there = permute(w, source, target)
+    assert there.shape == tuple(w.shape[axis] for axis in permutation(source, target))
+    np.testing.assert_array_equal(permute(there, target, source), w)

@@ -1,0 +1,65 @@
+"""The CPU kernels on other processors: compiled for all, run where this one can."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from max_conv.conv.packing import cpu_features
+
+ROOT = Path(__file__).parents[2]
+
+# Triple, processor, the kind of vectors.
+TARGETS = {
+    "avx2": ("x86_64-unknown-linux-gnu", "haswell"),
+    "neon": ("aarch64-unknown-linux-gnu", "neoverse-n1"),
+}
+
+
+def build(output: Path, *options: str) -> None:
+    from mojo.run import subprocess_run_mojo
+
+    source = ROOT / "tests" / "targets.mojo"
+    command = ["build", "-I", str(ROOT / "max_conv" / "conv"), *options, str(source), "-o", str(output)]
+    done = subprocess_run_mojo(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile(target: str, tmp_path: Path) -> None:
+    triple, processor = TARGETS[target]
+    output = tmp_path / f"{target}.s"
+    build(output, "--target-triple", triple, "--target-cpu", processor, "--emit", "asm")
+    vectors = {"avx2": "ymm", "neon": "fmla\tv"}[target]
+    assert vectors in output.read_text()
+
+
+KERNELS = {
+    *(f"{name} NLC" for name in ("dense", "short", "packed dense")),
+    *(
+        f"{name} {layout}"
+        for name in ("depthwise", "lengthwise", "winograd", "packed winograd")
+        for layout in ("NLC", "NCL")
+    ),
+    *(f"{name} transposed" for name in ("dense", "depthwise", "lengthwise", "winograd")),
+    *("spiked NLC", "spiked NCL", "frames"),
+}
+"""What is compared on every processor."""
+PAIRED = {"paired NLC", "paired NCL"}
+"""What AVX512_BF16 adds."""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason=f"AVX2 code does not run on {platform.machine()}")
+@pytest.mark.parametrize("processor", ["haswell", None], ids=["avx2", "here"])
+def test_kernels_are_right(processor: str | None, tmp_path: Path) -> None:
+    """Of each kernel, the program tells how many layers it has compared."""
+    build(tmp_path / "kernels", *(["--target-cpu", processor] if processor else []))
+    done = subprocess.run([tmp_path / "kernels"], capture_output=True, text=True, env=dict(os.environ))
+    verdict, *lines = done.stdout.splitlines()
+    assert done.returncode == 0 and verdict == "right", done.stdout + done.stderr
+    counts = {name: int(count) for name, count in (line.split(" = ") for line in lines)}
+    has_pairs = processor is None and "avx512_bf16" in cpu_features()
+    assert counts.keys() == KERNELS | (PAIRED if has_pairs else set())
+    assert min(counts.values()) > 0

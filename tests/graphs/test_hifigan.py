@@ -1,0 +1,148 @@
+"""HiFi-GAN against transformers' implementation, under its names and the original's."""
+
+import numpy as np
+import pytest
+import torch
+from max_conv.graphs import hifigan
+from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+import max_conv
+from max_conv.weights.convert import to_native
+from originals import arrays, compare, enliven
+
+V1 = {  # config_v1.json of the original, what concerns the network
+    "resblock": "1",
+    "upsample_rates": [8, 8, 2, 2],
+    "upsample_kernel_sizes": [16, 16, 4, 4],
+    "upsample_initial_channel": 512,
+    "resblock_kernel_sizes": [3, 7, 11],
+    "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5], [1, 3, 5]],
+    "num_mels": 80,
+    "sampling_rate": 22050,
+}
+V3 = V1 | {
+    "resblock": "2",
+    "upsample_rates": [8, 8, 4],
+    "upsample_kernel_sizes": [16, 16, 8],
+    "upsample_initial_channel": 256,
+    "resblock_kernel_sizes": [3, 5, 7],
+    "resblock_dilation_sizes": [[1, 2], [2, 6], [3, 12]],
+}
+
+
+def original_names(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A generator's state dict as the original saves it: `ups`, and weight norm on every convolution."""
+    state = {}
+    for name, value in network.state_dict().items():
+        name = name.replace("upsampler.", "ups.")
+        if value.ndim == 3:
+            state[f"{name}_g"] = value.norm(dim=(1, 2), keepdim=True)
+            state[f"{name}_v"] = 3 * value
+        elif name not in ("mean", "scale"):
+            state[name] = value
+    return state
+
+
+def spectrogram(batch: int, frames: int) -> torch.Tensor:
+    return torch.randn(batch, frames, 80, generator=torch.Generator().manual_seed(frames))
+
+
+@pytest.fixture(scope="module")
+def v1(tmp_path_factory):
+    """The network, and the compiled graph of what the original saves of it."""
+    torch.manual_seed(0)
+    config = {name: value for name, value in V1.items() if name not in ("resblock", "num_mels")}
+    network = enliven(SpeechT5HifiGan(SpeechT5HifiGanConfig(**config, normalize_before=False)))
+    path = tmp_path_factory.mktemp("v1") / "g_02500000.pth"
+    torch.save({"generator": original_names(network)}, path)
+    weights = hifigan.load_weights(path)
+    return network, max_conv.compile(hifigan.build(hifigan.Config(), weights), weights=weights)
+
+
+@pytest.mark.parametrize(("batch", "frames"), [(1, 50), (2, 7), (1, 1)])
+def test_v1_is_the_original(v1, batch, frames):
+    network, model = v1
+    mels = spectrogram(batch, frames)
+    with torch.inference_mode():
+        want = network(mels)
+    compare(model(mels.numpy()), want)
+    assert model(mels.numpy()).shape == (batch, frames * hifigan.Config().hop)
+
+
+def test_signals_do_not_touch(v1):
+    _, model = v1
+    mels = spectrogram(2, 7).numpy()
+    alone = model(mels[1:])
+    mels[0] = np.nan
+    np.testing.assert_array_equal(model(mels)[1:], alone)
+    assert model(mels[:0]).shape == (0, 7 * 256)
+
+
+def test_speecht5_is_the_original():
+    config = SpeechT5HifiGanConfig()  # as published
+    network = enliven(SpeechT5HifiGan(config))
+    network.mean.copy_(torch.linspace(-1, 1, 80))
+    network.scale.copy_(torch.linspace(0.5, 2, 80))
+    read = hifigan.Config.from_dict(config.to_dict())
+    assert read.normalised and read.hop == 256 and read.rate == 16000
+    weights = to_native(arrays(network), hifigan.LAYERS, "hifigan")
+    model = max_conv.compile(hifigan.build(read, weights), weights=weights)
+    mels = spectrogram(2, 9)
+    with torch.inference_mode():
+        want = network(mels)
+    compare(model(mels.numpy()), want)
+
+
+def test_v3_is_the_paper():
+    config = hifigan.Config.from_dict(V3)
+    random = np.random.default_rng(0)
+    weights = {}
+    for name, shape in config.shapes().items():
+        # A transposed filter's outputs sum over its taps of one phase, half of them in these layers.
+        terms = 2 * shape[2] if name.startswith("ups") and len(shape) == 3 else np.prod(shape[:2])
+        weights[name] = (random.standard_normal(shape) / (np.sqrt(terms) if len(shape) == 3 else 10)).astype(np.float32)
+    model = max_conv.compile(hifigan.build(config, weights), weights=weights)
+    mels = spectrogram(2, 6)
+    compare(model(mels.numpy()), v3(config, weights, mels))
+
+
+def v3(config: hifigan.Config, weights: dict[str, np.ndarray], mels: torch.Tensor) -> torch.Tensor:
+    """The paper's generator with its second residual block, in PyTorch's functions."""
+    f = torch.nn.functional
+    state = {name: torch.from_numpy(array.T.copy()) for name, array in weights.items()}
+    x = f.conv1d(mels.transpose(1, 2), state["conv_pre.weight"], state["conv_pre.bias"], padding=3)
+    for i, (rate, taps) in enumerate(zip(config.rates, config.rate_kernel_sizes)):
+        up = state[f"ups.{i}.weight"], state[f"ups.{i}.bias"]
+        x = f.conv_transpose1d(f.leaky_relu(x, 0.1), *up, stride=rate, padding=(taps - rate) // 2)
+        outputs = []
+        for j, (taps, dilations) in enumerate(zip(config.kernel_sizes, config.dilations)):
+            y = x
+            for k, step in enumerate(dilations):
+                name = f"resblocks.{3 * i + j}.convs.{k}"
+                z = f.leaky_relu(y, 0.1)
+                filter = state[f"{name}.weight"], state[f"{name}.bias"]
+                y = y + f.conv1d(z, *filter, dilation=step, padding=step * (taps - 1) // 2)
+            outputs.append(y)
+        x = sum(outputs) / len(outputs)
+    x = f.conv1d(f.leaky_relu(x), state["conv_post.weight"], state["conv_post.bias"], padding=3)
+    return torch.tanh(x).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"conv_pre.bias": None}, "the weights lack conv_pre.bias; pass those that fit the config."),
+        ({"conv_pre.bias": np.zeros(3)}, "the weight conv_pre.bias must have shape (512,), but has (3,)."),
+        ({"a": np.zeros(3)}, "the weights hold the unknown a; pass those that fit the config."),
+    ],
+)
+def test_wrong_weights(change, sentence):
+    weights = {name: np.zeros(shape, np.float32) for name, shape in hifigan.Config().shapes().items()} | change
+    with pytest.raises(ValueError) as caught:
+        hifigan.build(hifigan.Config(), {name: value for name, value in weights.items() if value is not None})
+    assert str(caught.value) == f"hifigan: {sentence}"
+
+
+def test_reads_the_published_config():
+    assert hifigan.Config.from_dict(V1) == hifigan.Config()
+    assert hifigan.Config.from_dict(V3).block == 2

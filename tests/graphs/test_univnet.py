@@ -1,0 +1,85 @@
+"""UnivNet against transformers' implementation, under its names and the original's."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from max_conv.graphs import univnet
+from transformers import UnivNetConfig, UnivNetModel
+
+import max_conv
+from max_conv.streaming.describe import describe
+from max_conv.weights.convert import to_native
+from originals import arrays, compare, enliven
+
+
+@pytest.fixture(scope="module")
+def original():
+    """The published network, with predicted filters under which gates do not saturate."""
+    torch.manual_seed(0)
+    network = enliven(UnivNetModel(UnivNetConfig()))
+    for name, value in network.named_parameters():
+        if name.endswith("kernel_conv.weight"):
+            value.data *= 0.1
+    return network
+
+
+@pytest.fixture(scope="module")
+def weights(original):
+    return to_native(arrays(original), univnet.LAYERS, "univnet")
+
+
+@pytest.fixture(scope="module")
+def model(weights):
+    return max_conv.compile(univnet.build(univnet.Config(), weights), weights=weights)
+
+
+@pytest.mark.parametrize(("batch", "frames"), [(1, 31), (3, 4)])
+def test_is_the_original(original, model, batch, frames):
+    random = torch.Generator().manual_seed(frames)
+    mels, noise = (torch.randn(batch, frames, size, generator=random) for size in (100, 64))
+    with torch.inference_mode():
+        want = original(mels, noise).waveforms
+    compare(model(mels.numpy(), noise.numpy()), want)
+
+
+def test_reads_what_the_original_saves(original, weights, tmp_path):
+    state = {}
+    for name, value in original.state_dict().items():
+        name = re.sub(r"^resblocks\.", "res_stack.", name)
+        name = re.sub(r"(kernel_predictor\.)resblocks\.(\d)\.conv1\.", r"\1residual_convs.\2.1.", name)
+        name = re.sub(r"(kernel_predictor\.)resblocks\.(\d)\.conv2\.", r"\1residual_convs.\2.3.", name)
+        name = re.sub(r"\.resblocks\.(\d)\.conv\.", r".conv_blocks.\1.1.", name)
+        name = name.replace("convt_pre.", "convt_pre.1.").replace("input_conv.", "input_conv.0.")
+        name = name.replace("conv_post.", "conv_post.1.")
+        if value.ndim == 3:
+            state[f"{name}_g"] = value.norm(dim=(1, 2), keepdim=True)
+            state[f"{name}_v"] = 3 * value
+        else:
+            state[name] = value
+    assert "res_stack.2.kernel_predictor.residual_convs.0.3.weight_g" in state
+    path = tmp_path / "univ_c32_0288.pt"
+    torch.save({"model_g": state, "hp_str": "model: gen"}, path)
+    loaded = univnet.load_weights(path)
+    assert loaded.keys() == weights.keys()
+    for name, array in loaded.items():
+        np.testing.assert_allclose(array, weights[name], rtol=1e-5, atol=1e-8)
+
+
+def test_reads_the_published_config():
+    assert univnet.Config.from_dict(UnivNetConfig().to_dict()) == univnet.Config()
+
+
+def test_is_described(weights):
+    span = describe(univnet.build(univnet.Config(), weights)).span
+    assert 1 / span.step == univnet.Config().hop
+    # Frames on either side: the predictor's 2 + 3 * 2 + 1, and behind its first filters dilations of 3, 9 and 27 eighths.
+    assert 14 < span.left < 15 and 14 < span.right < 15
+
+
+def test_wrong_weights(weights):
+    with pytest.raises(
+        ValueError, match=r"^univnet: the weights lack conv_pre\.bias; pass those that fit the config\.$"
+    ):
+        univnet.build(univnet.Config(), {name: array for name, array in weights.items() if name != "conv_pre.bias"})

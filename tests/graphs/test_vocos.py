@@ -1,0 +1,57 @@
+"""Vocos against its own package."""
+
+import numpy as np
+import pytest
+import torch
+from max_conv.graphs import vocos
+
+import max_conv
+from max_conv.weights.convert import to_native
+from originals import arrays, compare, enliven, from_wheel
+
+WHEEL = "pypi://vocos==0.1.0/{}#sha256=0ac13eaef68596074301e912d781399b3defa4b4ca60b6bc52c8a4b9209ca235"
+PUBLISHED = {  # config.yaml of charactr/vocos-mel-24khz
+    "feature_extractor": {"init_args": {"sample_rate": 24000, "n_fft": 1024, "hop_length": 256, "n_mels": 100}},
+    "backbone": {"init_args": {"input_channels": 100, "dim": 512, "intermediate_dim": 1536, "num_layers": 8}},
+    "head": {"init_args": {"dim": 512, "n_fft": 1024, "hop_length": 256, "padding": "center"}},
+}
+
+
+@pytest.fixture(scope="module")
+def network():
+    # torchaudio's mel scale and the other heads are not used.
+    absent = ["torchaudio", "torchaudio.functional", "torchaudio.functional.functional", "scipy"]
+    *_, models, heads = from_wheel(WHEEL, "vocos", ["spectral_ops", "modules", "models", "heads"], absent)
+    torch.manual_seed(0)
+    backbone = models.VocosBackbone(**PUBLISHED["backbone"]["init_args"])
+    head = heads.ISTFTHead(**PUBLISHED["head"]["init_args"])
+    return enliven(torch.nn.ModuleDict({"backbone": backbone, "head": head}))
+
+
+@pytest.fixture(scope="module")
+def model(network):
+    weights = to_native(arrays(network), vocos.LAYERS, "vocos")
+    return max_conv.compile(vocos.build(vocos.Config(), weights), weights=weights)
+
+
+@pytest.mark.parametrize(("batch", "frames"), [(1, 94), (3, 17), (1, 2)])
+def test_is_the_original(network, model, batch, frames):
+    mels = torch.randn(batch, 100, frames, generator=torch.Generator().manual_seed(frames))
+    with torch.inference_mode():
+        want = network["head"](network["backbone"](mels))
+    compare(model(mels.transpose(1, 2).numpy()), want)
+
+
+def test_reads_the_published_config():
+    assert vocos.Config.from_dict(PUBLISHED) == vocos.Config()
+    conditional = {**PUBLISHED, "backbone": {"init_args": {"adanorm_num_embeddings": 4}}}
+    with pytest.raises(ValueError, match="vocos: backbones with adanorm_num_embeddings are not supported"):
+        vocos.Config.from_dict(conditional)
+
+
+def test_reads_a_checkpoint(network, tmp_path):
+    state = dict(network.state_dict()) | {"feature_extractor.mel_spec.mel_scale.fb": torch.zeros(513, 100)}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    weights = vocos.load_weights(tmp_path / "pytorch_model.bin")
+    assert {name: array.shape for name, array in weights.items()} == vocos.Config().shapes()
+    np.testing.assert_array_equal(weights["backbone.embed.weight"], state["backbone.embed.weight"].numpy().T)
