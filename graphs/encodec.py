@@ -254,7 +254,7 @@ def _begin(
 
 
 def _padding(config: Config, taps: int, stride: int = 1) -> tuple[int, int]:
-    """Returns the padding of a layer, both sides together: the inputs that one output sees beyond its own stride."""
+    """Returns a layer's padding, left and right: the inputs that an output sees beyond its own stride."""
     right = 0 if config.causal else (taps - stride) // 2
     return taps - stride - right, right
 

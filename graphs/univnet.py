@@ -193,7 +193,7 @@ def _biases_of(array: np.ndarray, layer: int, layers: int) -> np.ndarray:
 
 
 def _varied(x: TensorValue, filters: TensorValue, bias: TensorValue, hop: int, taps: int) -> TensorValue:
-    """Convolves each frame of (batch, frames * hop, C) with the filters of that frame; samples past its edges are its neighbours'."""
+    """Convolves each frame of (batch, frames * hop, C) with its own filters; past its edges are its neighbours' samples."""
     (batch, length, channels), frames = x.shape, filters.shape[1]
     pad = taps // 2
     padded = ops.pad(x, [0, 0, pad, pad, 0, 0])
