@@ -20,7 +20,8 @@ from max.dtype import DType
 from max.graph import DeviceRef, Dim, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
-from max_conv.sound import Track, as_signals, viterbi
+from max_conv.serving import Task
+from max_conv.sound import Pitch, Track, as_signals, viterbi
 from max_conv.weights import LayerMap, as_array, open_checkpoint, read_native, to_native
 
 from .parts import Weights, begin, check_weights
@@ -368,3 +369,27 @@ def _weighted(activations: np.ndarray, bins: np.ndarray, kept: slice) -> np.ndar
     # torchcrepe takes the sigmoid of what has gone through one already.
     chances = np.where(inside, 1 / (1 + np.exp(-near)), 0)
     return (chances * around).sum(axis=-1) / chances.sum(axis=-1)
+
+
+def follow(
+    model: Callable[..., Any],
+    audio: Any,
+    config: Config = Config(),
+    *,
+    decoder: str = "weighted",
+    lowest: float = 50.0,
+    highest: float = 2006.0,
+) -> Pitch:
+    """Finds the pitch of whole signals: `decode` of what `listen` returns, whose arguments it takes."""
+    activations = listen(model, audio, config)
+    track = decode(activations, decoder, lowest, highest, config)
+    return Pitch(track, activations, *frequency([0, config.bins - 1]).tolist())
+
+
+TASK = Task(
+    kind="pitch",
+    input="sound",
+    output="a `Pitch`, a frame every 10 ms",
+    run=follow,
+    options=("decoder", "lowest", "highest"),
+)

@@ -19,6 +19,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
+from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
 from .parts import Weights, begin, load
@@ -290,3 +291,6 @@ def _entries(w: Weights, codes: Sequence[TensorValue]) -> TensorValue:
     filter = w.make(f"out_proj.{len(codes)}", lambda *all: np.concatenate(all, 1), *(f"{n}.weight" for n in books))
     bias = w.make(f"out_bias.{len(codes)}", lambda *all: np.sum(all, 0), *(f"{name}.bias" for name in books))
     return conv1d(ops.concat(found, axis=2), filter, bias)
+
+
+TASK = Task(kind="codec", input="sound", output="the sound after coding, (batch, samples // hop * hop), -1 to 1")

@@ -19,6 +19,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
+from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
 from .parts import Weights, begin, elu, load
@@ -348,3 +349,6 @@ def _entries(w: Weights, codes: Sequence[TensorValue]) -> TensorValue:
         total = entry if total is None else total + entry
     assert total is not None, "there is a quantizer"
     return total
+
+
+TASK = Task(kind="codec", input="sound", output="the sound after coding, (batch, samples), -1 to 1")

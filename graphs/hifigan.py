@@ -20,6 +20,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph
+from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
 from .parts import Weights, begin, inverse_leaky_relu, leaky_relu, load
@@ -164,3 +165,6 @@ def _conv(
     w: Weights, x: TensorValue, name: str, taps: int, dilation: int, before: TensorValue | None = None
 ) -> TensorValue:
     return w.conv(x, name, after=before, dilation=dilation, padding=dilation * (taps - 1) // 2)
+
+
+TASK = Task(kind="vocoder", input="mels", output="sound, (batch, samples), -1 to 1")

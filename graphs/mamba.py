@@ -6,7 +6,7 @@ Source: Gu and Dao, Mamba, 2023, https://arxiv.org/abs/2312.00752; names and che
 https://github.com/huggingface/transformers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
+from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
 from .parts import Weights, begin, load
@@ -152,3 +153,11 @@ def _projected(config: Config, w: Weights, x: TensorValue, scale: TensorValue, h
     if config.bias:
         y = y + w.make(f"mixer.in_proj.{name}_bias", lambda bias: bias[half], "mixer.in_proj.bias")
     return y
+
+
+def project(model: Callable[..., Any], x: np.ndarray, config: Config = Config()) -> np.ndarray:
+    """Returns value and gate of every position in one array, (batch, length, 2 * intermediate)."""
+    return np.concatenate(model(x), axis=2)
+
+
+TASK = Task(kind="features", input="hidden", output="values and gates, (batch, length, 2 * intermediate)", run=project)

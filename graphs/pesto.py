@@ -18,7 +18,8 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
-from max_conv.sound import Track, as_signals
+from max_conv.serving import Task
+from max_conv.sound import Pitch, Track, as_signals
 from max_conv.weights import LayerMap, read_native, resolve, to_native
 
 from .parts import Weights, begin, check_weights, leaky_relu
@@ -285,3 +286,12 @@ def listen(model: Callable[..., Any], audio: Any, config: Config = Config()) -> 
     if np.ndim(audio) == 1:
         pitch, confidence, activations = pitch[0], confidence[0], activations[0]
     return Track(times, pitch, confidence), activations
+
+
+def follow(model: Callable[..., Any], audio: Any, config: Config = Config()) -> Pitch:
+    """Finds the pitch of whole signals, as `listen` does."""
+    track, activations = listen(model, audio, config)
+    return Pitch(track, activations, *frequency([0, config.pitches - 1], config).tolist())
+
+
+TASK = Task(kind="pitch", input="sound", output="a `Pitch`, a frame every 10 ms", run=follow)

@@ -28,6 +28,7 @@ from max.graph import DeviceRef, TensorType, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
 from max_conv.conv import PANEL, Emitted, Geometry, Layer, custom_op, record
+from max_conv.serving import Task
 from max_conv.sound import as_signals
 from max_conv.weights import LayerMap, read_onnx, resolve, to_native
 
@@ -322,3 +323,12 @@ def _panels(spectrum: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
         rows = filter.reshape(-1, len(bias) // PANEL, PANEL)
         parts += [rows.swapaxes(0, 1).ravel(), bias]
     return np.concatenate(parts).astype(np.float32)
+
+
+TASK = Task(
+    kind="speech",
+    input="sound",
+    output="the probability of speech in each chunk of 512 samples, (chunks,) or (batch, chunks)",
+    run=detect,
+    state=initial_state,
+)

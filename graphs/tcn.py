@@ -16,6 +16,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph
+from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
 from .parts import Weights, begin, load
@@ -150,3 +151,6 @@ def _block(w: Weights, x: TensorValue, dilation: int) -> tuple[TensorValue, Tens
     y = ops.relu(w.conv(y, "conv2", dilation=dilation, padding="causal"))
     x = w.conv(x, "downsample") if "downsample.weight" in w else x
     return ops.relu(x + y), y
+
+
+TASK = Task(kind="features", input="inputs", output="vectors, (batch, length, outputs)")

@@ -8,7 +8,7 @@ transformers' UnivNetModel. Location-variable convolution: Zeng and others, LVCN
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
+from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
 from .parts import Weights, begin, leaky_relu, load
@@ -202,3 +203,22 @@ def _varied(x: TensorValue, filters: TensorValue, bias: TensorValue, hop: int, t
     windows = ops.reshape(ops.concat(seen, axis=2), [batch, frames, hop, taps * channels])
     matrices = ops.reshape(filters, [batch, frames, taps * channels, 2 * channels])
     return ops.reshape(windows @ matrices + ops.unsqueeze(bias, 2), [batch, length, 2 * channels])
+
+
+def speak(model: Callable[..., Any], mels: np.ndarray, config: Config = Config(), *, seed: int = 0) -> Any:
+    """Makes sound of a spectrogram, of noise that `seed` decides.
+
+    Args:
+        model: The compiled graph.
+        mels: (batch, frames, config.mels), float32; at least 4 frames.
+        config: The sizes.
+        seed: Of NumPy's generator.
+
+    Returns:
+        float32, (batch, frames * hop), -1 to 1.
+    """
+    noise = np.random.default_rng(seed).standard_normal((*mels.shape[:2], config.noise), np.float32)
+    return model(mels, noise)
+
+
+TASK = Task(kind="vocoder", input="mels", output="sound, (batch, samples), -1 to 1", run=speak, options=("seed",))

@@ -16,6 +16,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d, conv_transpose1d
+from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
 from .parts import Weights, begin, load, sine
@@ -162,3 +163,6 @@ def _waves(window: np.ndarray) -> np.ndarray:
     weights = np.where((bins == 0) | (bins == size // 2), 1, 2) / size
     waves = np.concatenate([np.cos(angles) * weights, -np.sin(angles) * weights], axis=1)
     return (window.astype(np.float64)[:, None] * waves)[:, None].astype(np.float32)
+
+
+TASK = Task(kind="vocoder", input="mels", output="sound, (batch, samples), -1 to 1")

@@ -21,6 +21,8 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
+from max_conv.serving import Task
+from max_conv.sound import as_signals
 from max_conv.weights import LayerMap
 
 from .parts import Weights, begin, load
@@ -273,3 +275,25 @@ def _positional(config: Config, w: Weights, x: TensorValue) -> TensorValue:
     # An even number of taps, padded equally, would make one frame too many; PyTorch drops the last.
     padding = (config.positions // 2, (config.positions - 1) // 2)
     return ops.gelu(w.conv(x, "encoder.pos_conv_embed.conv", padding=padding, groups=config.position_groups))
+
+
+def hear(model: Callable[..., Any], audio: Any, config: Config = Config()) -> Any:
+    """Returns the vectors of whole signals, each brought to mean 0 and variance 1 as transformers does.
+
+    Args:
+        model: The compiled graph.
+        audio: (samples,) or (B, samples), at 16 kHz.
+        config: The sizes.
+
+    Returns:
+        float32, (B, frames, hidden).
+
+    Raises:
+        TypeError, ValueError: As `max_conv.sound.as_signals` does.
+    """
+    signals = as_signals("wav2vec2", audio)
+    mean, variance = (moment(signals, axis=1, keepdims=True, dtype=np.float64) for moment in (np.mean, np.var))
+    return model(np.ascontiguousarray((signals - mean) / np.sqrt(variance + 1e-7), np.float32))
+
+
+TASK = Task(kind="features", input="sound", output="vectors, (batch, frames, hidden)", run=hear)

@@ -18,6 +18,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, Dim, TensorValue, ops
 
 from max_conv import PackedGraph
+from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
 from .parts import Weights, begin, load
@@ -158,3 +159,6 @@ def _attention(config: Config, w: Weights, x: TensorValue) -> TensorValue:
     scores = (q @ ops.transpose(k, 2, 3)) * (1 / math.sqrt(size))
     y = ops.softmax(scores) @ v
     return w.linear(ops.reshape(ops.transpose(y, 1, 2), [batch, length, config.hidden]), "out_proj")
+
+
+TASK = Task(kind="features", input="mels", output="vectors, (batch, (frames + 1) // 2, hidden)")

@@ -37,7 +37,7 @@ LIGHT = [
 OUTSIDE_AT_LOAD = {"cli": {"click"}, "sound": {"numpy"}, "weights": {"numpy"}, "serving": {"numpy"}}
 """The packages that the modules of a folder may import as they are loaded; others may have MAX and NumPy."""
 
-BY_NAME = {"__init__.py", "cli/terminal.py", "cli/compile.py", "serving/task.py"}
+BY_NAME = {"__init__.py", "cli/compile.py", "serving/networks.py"}
 """Modules that load others by name: lazily, and the graphs."""
 
 HEAVY = {"max", "mojo", "torch", "mlx", "onnx", "onnxruntime", "safetensors", "soundfile", "soxr", "matplotlib"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .terminal import JSON, KEY, bar, gallery, table
+from .terminal import JSON, KEY, bar, table
 
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -120,14 +120,15 @@ def convert(source: str, target: Path | None, to: Any, dry_run: bool, as_json: b
 
 def _layers(model: str | None, declared: str | None, options: dict[str, Any]) -> tuple[Any, bool]:
     """Returns the declaration, and whether it has to name every tensor."""
-    from ..weights.layer_map import LayerMap
+    from ..serving.networks import graph_file
+    from ..weights import LayerMap
 
     conv, transposed, ignore, rename = (options.pop(name) for name in ("conv", "conv_transpose", "ignore", "rename"))
     if sum(map(bool, (model, declared, conv or transposed))) > 1:
         raise ValueError("convert: pass --model, --map, or --conv and --conv-transpose, but not more than one of them.")
     if not model and not declared:
         return LayerMap(conv=conv, conv_transpose=transposed, ignore=ignore, rename=rename), False
-    layers = gallery(model).LAYERS if model else LayerMap.read(str(declared))
+    layers = graph_file(model).LAYERS if model else LayerMap.read(str(declared))
     return replace(layers, ignore=layers.ignore + ignore, rename=rename + layers.rename), True
 
 

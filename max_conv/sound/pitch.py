@@ -1,6 +1,7 @@
 """Pitch tracks: the likeliest path through probabilities, stretches that have a pitch, and the names of notes."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,21 @@ class Track:
     times: np.ndarray
     pitch: np.ndarray
     periodicity: np.ndarray
+
+
+class Pitch(NamedTuple):
+    """What a pitch tracker returns.
+
+    Attributes:
+        track: The pitch of each frame.
+        activations: (..., T, P), how likely each of P pitches is.
+        lowest, highest: Hz of the first and the last of them.
+    """
+
+    track: Track
+    activations: np.ndarray
+    lowest: float
+    highest: float
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def test_info_of_a_network(model: str, lines: list[str]) -> None:
 
 def test_the_demo(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = good("run", "silero-vad", "--model", folder / "silero")
+    text = good("run", "speech", "--model", folder / "silero")
     assert "Speech in sample.wav" in text and "times real time" in text
     # With the values that the package silero-vad runs; its safetensors file gives 98.4%.
     assert "agreement with the labels: 98.8% of the time (precision 99.0%, recall 99.3%" in text
@@ -74,7 +74,7 @@ def test_the_demo(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_run_as_json_on_any_file(folder: Path, tmp_path: Path) -> None:
     arguments = [folder / "noise.flac", "--model", folder / "silero", "--picture", tmp_path / "p.png", "--json"]
-    facts = json.loads(good("run", "silero-vad", *arguments))
+    facts = json.loads(good("run", "speech", *arguments))
     assert facts["seconds"] == pytest.approx(1.0, abs=0.01) and facts["turns"] == [] and facts["agreement"] is None
     assert facts["times_real_time"] == pytest.approx(facts["seconds"] / facts["seconds_taken"])
 
@@ -109,19 +109,19 @@ def test_info() -> None:
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "no audio": (["run", "silero-vad", "gone.wav", "--model", "silero"], r"gone\.wav"),
-    "no labels": (["run", "silero-vad", "noise.flac", "--labels", "gone.rttm", "--model", "silero"], r"gone\.rttm"),
-    "not audio": (["run", "silero-vad", "m.pt", "--model", "silero"], r"m\.pt"),
-    "no model": (["run", "silero-vad", "noise.flac", "--model", "m.pt"], r"m\.pt is not a model that max_conv saved"),
-    "bad weights": (["run", "silero-vad", "noise.flac", "--weights", "rubbish.safetensors"], r"rubbish\.safetensors"),
+    "no audio": (["run", "speech", "gone.wav", "--model", "silero"], r"gone\.wav"),
+    "no labels": (["run", "speech", "noise.flac", "--labels", "gone.rttm", "--model", "silero"], r"gone\.rttm"),
+    "not audio": (["run", "speech", "m.pt", "--model", "silero"], r"m\.pt"),
+    "no model": (["run", "speech", "noise.flac", "--model", "m.pt"], r"m\.pt is not a model that max_conv saved"),
+    "bad weights": (["run", "speech", "noise.flac", "--weights", "rubbish.safetensors"], r"rubbish\.safetensors"),
     "damaged ONNX": (
-        ["run", "silero-vad", "noise.flac", "--weights", "rubbish.onnx"],
+        ["run", "speech", "noise.flac", "--weights", "rubbish.onnx"],
         r"rubbish\.onnx is not an ONNX file, or is damaged",
     ),
-    "no ONNX": (["run", "silero-vad", "noise.flac", "--weights", "gone.onnx"], r"gone\.onnx does not exist"),
-    "bad reference": (["run", "silero-vad", "noise.flac", "--weights", "pypi://silero"], r"pypi://silero"),
+    "no ONNX": (["run", "speech", "noise.flac", "--weights", "gone.onnx"], r"gone\.onnx does not exist"),
+    "bad reference": (["run", "speech", "noise.flac", "--weights", "pypi://silero"], r"pypi://silero"),
     "no folder for the picture": (
-        ["run", "silero-vad", "noise.flac", "--picture", "no/p.png", "--model", "silero"],
+        ["run", "speech", "noise.flac", "--picture", "no/p.png", "--model", "silero"],
         r"there is no folder no; make it first",
     ),
     "not safetensors": (["convert", "m.pt", "x.bin", "--conv", "*"], r"the output must end in \.safetensors"),
@@ -158,7 +158,7 @@ def test_refuses_in_one_sentence(case: str, folder: Path, monkeypatch: pytest.Mo
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("command", [[], ["convert"], ["run", "silero-vad"], ["compile", "conv1d"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["convert"], ["run", "speech"], ["compile", "conv1d"], ["info"]])
 def test_help_answers_at_once(command: list[str]) -> None:
     """It loads click alone: of what else is installed, MAX takes more than a second, NumPy a tenth."""
     python = Path(sys.executable)
@@ -193,26 +193,28 @@ def test_makes_sound_of_a_spectrogram_and_of_sound(tmp_path: Path) -> None:
     weights = prepare(hifigan, hifigan.Config.from_dict(sizes))
     np.save(tmp_path / "mels.npy", random.standard_normal((50, 10)))
     options = ["--weights", weights, "--config", tmp_path / "config.json"]
-    told = json.loads(good("run", "hifigan", tmp_path / "mels.npy", tmp_path / "out.wav", *options, "--json"))
+    hifi = ["--network", "hifigan", *options]
+    told = json.loads(good("run", "vocoder", tmp_path / "mels.npy", tmp_path / "out.wav", *hifi, "--json"))
     sound, rate = soundfile.read(tmp_path / "out.wav")
     assert rate == 8000 and sound.shape == (400,) and told["seconds"] == 0.05 and np.abs(sound).max() > 0.01
-    result = call("run", "hifigan", tmp_path / "mels.npy", tmp_path / "out.wav", *options)
+    result = call("run", "vocoder", tmp_path / "mels.npy", tmp_path / "out.wav", *hifi)
     assert result.exit_code == 2 and "exists already" in result.stderr
     np.save(tmp_path / "wrong.npy", np.zeros((10, 50)))
-    result = call("run", "hifigan", tmp_path / "wrong.npy", tmp_path / "b.wav", *options)
+    result = call("run", "vocoder", tmp_path / "wrong.npy", tmp_path / "b.wav", *hifi)
     assert (
-        "must hold a spectrogram of shape (frames, 10), floating point, but holds float64 of shape (10, 50)."
+        "must hold floating point of shape (length, 10), or (batch, ...) of that, but holds float64 of shape (10, 50)."
         in result.stderr
     )
     (tmp_path / "text.npy").write_text("no array")
-    result = call("run", "hifigan", tmp_path / "text.npy", tmp_path / "b.wav", *options)
-    assert "must be a .npy file of a spectrogram." in result.stderr
-    result = call("run", "hifigan", tmp_path / "mels.npy", tmp_path / "out.txt", *options)
+    result = call("run", "vocoder", tmp_path / "text.npy", tmp_path / "b.wav", *hifi)
+    assert "must be a .npy file of an array." in result.stderr
+    result = call("run", "vocoder", tmp_path / "mels.npy", tmp_path / "out.txt", *hifi)
     assert "must end in .wav, .flac, .ogg or .mp3." in result.stderr and not (tmp_path / "out.txt").exists()
 
     sizes = {"num_filters": 8, "hidden_size": 16, "codebook_size": 32, "num_lstm_layers": 1, "sampling_rate": 8000}
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     weights = prepare(encodec, encodec.Config.from_dict(sizes))
     soundfile.write(tmp_path / "in.flac", random.standard_normal((5000, 2)) * 0.1, 8000)
-    good("run", "encodec", tmp_path / "in.flac", tmp_path / "out.flac", "--weights", weights, *options[2:])
+    codec = ["--network", "encodec", "--weights", weights, *options[2:]]
+    good("run", "codec", tmp_path / "in.flac", tmp_path / "out.flac", *codec)
     assert soundfile.read(tmp_path / "out.flac")[0].shape == (5000, 2)

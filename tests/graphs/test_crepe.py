@@ -208,10 +208,10 @@ def test_says_what_is_wrong(act, sentence):
 def test_the_command(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model.save(tmp_path / "crepe")
-    result = CliRunner().invoke(main, ["run", "crepe", "--model", "crepe"])
+    result = CliRunner().invoke(main, ["run", "pitch", "--model", "crepe"])
     assert result.exit_code == 0, result.stderr
     assert "Pitch in sample.wav" in result.stdout and "times real time" in result.stdout and "G3" in result.stdout
     assert len((tmp_path / "crepe.png").read_bytes()) > 20_000
-    facts = json.loads(CliRunner().invoke(main, ["run", "crepe", "--model", "crepe", "--json"]).stdout)
+    facts = json.loads(CliRunner().invoke(main, ["run", "pitch", "--model", "crepe", "--json"]).stdout)
     assert len(facts["track"]["pitch"]) == 3001 and facts["seconds"] == 30
     assert {*facts["stretches"][0]} == {"start", "end", "pitch", "lowest", "highest", "periodicity", "note"}

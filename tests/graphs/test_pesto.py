@@ -157,7 +157,7 @@ def test_other_checkpoints(tmp_path):
 def test_the_command(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model.save(tmp_path / "pesto")
-    result = CliRunner().invoke(main, ["run", "pesto", "--model", "pesto"])
+    result = CliRunner().invoke(main, ["run", "pitch", "--network", "pesto", "--model", "pesto"])
     assert result.exit_code == 0, result.stderr
     assert "Pitch in sample.wav" in result.stdout and "times real time" in result.stdout and "G3" in result.stdout
     assert len((tmp_path / "pesto.png").read_bytes()) > 20_000

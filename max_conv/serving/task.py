@@ -1,0 +1,161 @@
+"""What the networks of the gallery are for, and one object that runs any of them."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from .networks import graph_file
+
+if TYPE_CHECKING:
+    from ..runtime import Model
+
+Kind = Literal["speech", "pitch", "vocoder", "codec", "features"]
+SOUND = "sound"
+
+
+def call(model: Callable[..., Any], signal: np.ndarray, config: Any) -> Any:
+    """Runs a network whose graph does all the work: the array in, the array out."""
+    return model(signal)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a network does with a signal. Each file of the gallery has one, `TASK`.
+
+    Attributes:
+        kind: "speech" finds speech, "pitch" follows a pitch, "vocoder" makes sound of a spectrogram, "codec" makes sound of
+            sound, "features" makes vectors.
+        input: "sound": float32 samples of shape (batch, samples), or (samples,) for speech and pitch, at `config.rate`.
+            Otherwise the field of the config that says how many values a position has: float32 of shape
+            (batch, length, values).
+        output: What `run` returns, in words, with its shape.
+        run: Computes it: `run(model, signal, config, **options)`.
+        options: The names of the options that `run` has.
+        state: For networks that are called chunk by chunk: the state before the first, `state(batch, config)`.
+    """
+
+    kind: Kind
+    input: str
+    output: str
+    run: Callable[..., Any] = call
+    options: tuple[str, ...] = ()
+    state: Callable[..., np.ndarray] | None = None
+
+    def check(self, name: str, values: np.ndarray, config: Any) -> np.ndarray:
+        """Returns the input as float32 with a batch axis, or raises ValueError where it has another shape or dtype.
+
+        Args:
+            name: What the values are or where they come from, for the error.
+            values: (length, values) or (batch, length, values); for sound (samples,) or (batch, samples).
+            config: The network's config.
+        """
+        own = (getattr(config, self.input),) if self.input != SOUND else ()
+        floating = np.issubdtype(values.dtype, np.floating)
+        if (
+            values.ndim not in (1 + len(own), 2 + len(own))
+            or values.shape[values.ndim - len(own) :] != own
+            or not floating
+        ):
+            what = f"(length, {own[0]})" if own else "(samples,)"
+            raise ValueError(
+                f"{name} must hold floating point of shape {what}, or (batch, ...) of that, but holds {values.dtype} of "
+                f"shape {values.shape}."
+            )
+        return np.ascontiguousarray(values if values.ndim == 2 + len(own) else values[None], np.float32)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the gallery, compiled. Made by `open_network`; safe to call from several threads.
+
+    Attributes:
+        name: Its file in the gallery.
+        task: What it does.
+        config: Its sizes, and with `config.rate` the samples a second of the sound that it hears or makes.
+        model: The compiled graph.
+    """
+
+    name: str
+    task: Task
+    config: Any
+    model: "Model"
+
+    def run(self, signal: np.ndarray, **options: Any) -> Any:
+        """Does the task. The signal is what `task.input` says, the result what `task.output` says.
+
+        Raises:
+            TypeError: For an option that the network does not have.
+        """
+        for name in options:
+            if name not in self.task.options:
+                known = ", ".join(self.task.options) or "none"
+                raise TypeError(f"{self.name}: there is no option {name!r}; the options are {known}.")
+        return self.task.run(self.model, signal, self.config, **options)
+
+
+def config_of(name: str, published: Mapping[str, Any] | None = None, **sizes: Any) -> Any:
+    """Returns the config of a network: from the published config.json, or its defaults with `sizes` changed.
+
+    Raises:
+        TypeError: If the config has no such size.
+        ValueError: If the published config is of another model, or there is no network of that name.
+    """
+    module = graph_file(name)
+    known = [field.name for field in fields(module.Config)]
+    if unknown := [size for size in sizes if size not in known]:
+        raise TypeError(f"{module.TASK.kind}: {name} has no option {unknown[0]!r}.")
+    if published is None:
+        return module.Config(**sizes)
+    if not hasattr(module.Config, "from_dict"):
+        raise ValueError(f"{name} has no config.json; leave it out.")
+    try:
+        return module.Config.from_dict(published)
+    except KeyError as error:
+        raise ValueError(f"{name}: the config lacks {error}; pass the model's own config.json.") from None
+
+
+def open_network(
+    name: str,
+    config: Any = None,
+    *,
+    weights: str | Path | None = None,
+    saved: str | Path | None = None,
+    exact: bool = False,
+    step: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> Network:
+    """Returns a network ready to run: read from a saved model, or compiled with the weights of a reference.
+
+    Args:
+        name: Its file in the gallery, such as "silero-vad".
+        config: Its sizes; None are the published ones.
+        weights: What the network's `load_weights` takes; None is its own, where it has some.
+        saved: A file that `Model.save` wrote for this network and config. Nothing is compiled then.
+        exact: As in `max_conv.conv1d`.
+        step: Called with what is done now; returns a context manager around it.
+
+    Raises:
+        ValueError: If there is no such network, or the weights do not fit.
+
+    >>> network = open_network("silero_vad")
+    >>> network.run(np.zeros(16000, np.float32)).shape
+    (32,)
+    """
+    from ..runtime import compile, load
+
+    module = graph_file(name)
+    config = module.Config() if config is None else config
+    if saved:
+        with step(f"loading {saved}"):
+            return Network(name, module.TASK, config, load(saved))
+    if weights is None and signature(module.load_weights).parameters["reference"].default is Parameter.empty:
+        raise ValueError(f"{name} has no weights of its own; pass those of a checkpoint, such as hf://ORG/REPO/FILE.")
+    with step("fetching the weights"):
+        state = module.load_weights(*([weights] if weights else []), config=config)
+    with step("compiling"):
+        model = compile(module.build(config, state, exact=exact), weights=state)
+    return Network(name, module.TASK, config, model)
