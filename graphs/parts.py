@@ -2,7 +2,7 @@
 
 Data is NLC. Weights are native: filters SCF, filters of transposed convolutions SFC, everything else as in PyTorch.
 
-A network is a module with `LAYERS`, a `Config` with `shapes()`, `load_weights` and `build`. `build` uses `Weights`:
+A network is a module with `LAYERS`, a `Config` with `shapes()`, `load_weights`, `build` and `TASK`. `build` uses `Weights`:
 `w.conv(x, "conv_pre", padding=3)` finds the filter and the bias by that name. Names are the published checkpoint's, after
 `LAYERS` has renamed and folded. The graph is a `PackedGraph`, so weights that are derived from others (cast, folded,
 transposed, packed) are made once, by `max_conv.compile` or `max_conv.registry`.
