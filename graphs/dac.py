@@ -1,9 +1,9 @@
-"""DAC, a codec: from sound to a few codes a frame, and back.
+"""DAC, a codec: from sound to a few codes per frame, and back.
 
 Stages of three residual units of dilated convolutions, each between Snake activations, and a strided convolution; the
-decoder is the encoder's mirror. Between them a frame's vector is projected to few channels, told by the entry of a codebook
-whose direction is nearest, projected back and taken off; the next codebook tells what is left. The defaults of `Config`
-are the 44.1 kHz model.
+decoder mirrors the encoder. Between them a frame's vector is projected to few channels, replaced by the codebook entry of the
+nearest direction, projected back and subtracted; the next codebook encodes the remainder. The defaults of `Config` are the
+44.1 kHz model.
 Source: Kumar and others, High-Fidelity Audio Compression with Improved RVQGAN, 2023, https://arxiv.org/abs/2306.06546,
 https://github.com/descriptinc/descript-audio-codec.
 """
@@ -148,15 +148,15 @@ def build(
     *,
     exact: bool = False,
 ) -> PackedGraph:
-    """Builds the whole: sound (batch, samples) to what is left of it, (batch, samples // hop * hop).
+    """Builds the whole codec: sound (batch, samples) to decoded sound (batch, samples // hop * hop).
 
     Ratios are even in that; an odd one loses a few samples more.
 
     Args:
         config: The sizes.
-        weights: What `load_weights` returns; only names and shapes go into the graph.
+        weights: The result of `load_weights`; only names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
-        dtype: What it computes in. Sound is float32.
+        dtype: The dtype of the computation. Sound is float32.
         exact: As in `max_conv.conv1d`.
 
     Raises:
@@ -179,11 +179,11 @@ def build_encoder(
 ) -> PackedGraph:
     """Builds the encoder: sound (batch, samples), -1 to 1, to codes and embeddings.
 
-    Takes and raises what `build` does. Samples past the last whole frame are hardly seen: pad them to a multiple of `hop`.
+    Arguments and errors are as for `build`. Samples past the last whole frame hardly matter: pad them to a multiple of `hop`.
 
     Outputs:
         codes: (batch, quantizers, frames), int64.
-        embeddings: (batch, frames, hidden), float32: what the codes stand for.
+        embeddings: (batch, frames, hidden), float32: the sum of the codes' entries.
     """
     graph, w = _begin("dac_encoder", config, weights, device, dtype, exact, DType.float32, ["batch", "samples"])
     with graph:
@@ -203,7 +203,7 @@ def build_decoder(
 ) -> PackedGraph:
     """Builds the decoder: codes (batch, quantizers, frames), int64, to sound (batch, frames * hop), -1 to 1.
 
-    Takes and raises what `build` does.
+    Arguments and errors are as for `build`.
     """
     sizes = ["batch", config.quantizers, "frames"]
     graph, w = _begin("dac_decoder", config, weights, device, dtype, exact, DType.int64, sizes)
@@ -285,7 +285,7 @@ def _directions(entries: np.ndarray) -> np.ndarray:
 
 
 def _entries(w: Weights, codes: Sequence[TensorValue]) -> TensorValue:
-    """Returns the sum of the projected entries that codes stand for, (batch, frames, hidden): one convolution of all."""
+    """Returns the sum of the codes' projected entries, (batch, frames, hidden): one convolution for all."""
     found = [ops.gather(_codebook(w, i)["codebook.weight"], code, axis=0) for i, code in enumerate(codes)]
     books = [f"quantizer.quantizers.{i}.out_proj" for i in range(len(codes))]
     filter = w.make(f"out_proj.{len(codes)}", lambda *all: np.concatenate(all, 1), *(f"{n}.weight" for n in books))

@@ -1,9 +1,9 @@
-"""EnCodec, a codec: from sound to a few codes a frame, and back.
+"""EnCodec, a codec: from sound to a few codes per frame, and back.
 
-The encoder halves the length of a convolution's output several times, each time after a residual block, and remembers
-with an LSTM; the decoder is its mirror. Between them a vector is told by the entry of a codebook that is nearest to it,
-what is left by that of the next codebook, and so on. The defaults of `Config` are the 24 kHz model; the 32 kHz one of
-MusicGen differs in sizes alone. The 48 kHz model, with group norms, is not here.
+The encoder shortens the output of a convolution several times, each time after a residual block, and ends in an LSTM; the
+decoder mirrors it. Between them a vector is replaced by the nearest entry of a codebook, the remainder by the nearest entry of
+the next codebook, and so on. The defaults of `Config` are the 24 kHz model; MusicGen's 32 kHz model differs only in sizes. The
+48 kHz model, with group norms, is not supported.
 Source: Défossez and others, High Fidelity Neural Audio Compression, 2022, https://arxiv.org/abs/2210.13438,
 https://github.com/facebookresearch/encodec.
 """
@@ -24,7 +24,7 @@ from max_conv.weights import LayerMap
 
 from .parts import Weights, begin, elu, load
 
-# In transformers' names only the numbers of layers tell which are transposed. The original's names become transformers'.
+# In transformers' names only the numbers of layers say which are transposed. The original's names become transformers'.
 LAYERS = LayerMap(
     conv=(
         "encoder.layers.*conv.weight",
@@ -44,7 +44,7 @@ LAYERS = LayerMap(
     ),
 )
 
-# What is built here, of what transformers' configuration could also ask for.
+# The supported values of transformers' configuration.
 _FIXED = {
     "audio_channels": 1,
     "norm_type": "weight_norm",
@@ -71,7 +71,7 @@ class Config:
     compress: int = 2
     lstm_layers: int = 2
     shortcut: bool = True
-    """Whether a convolution stands in the way around a residual block."""
+    """Whether the shortcut around a residual block has a convolution."""
     causal: bool = True
     codebooks: int = 32
     """Of the checkpoint."""
@@ -172,13 +172,13 @@ def build(
     *,
     exact: bool = False,
 ) -> PackedGraph:
-    """Builds the whole: sound (batch, samples) to what is left of it, (batch, samples).
+    """Builds the whole codec: sound (batch, samples) to decoded sound (batch, samples).
 
     Args:
         config: The sizes.
-        weights: What `load_weights` returns; only names and shapes go into the graph.
+        weights: The result of `load_weights`; only names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
-        dtype: What it computes in. Sound is float32.
+        dtype: The dtype of the computation. Sound is float32.
         exact: As in `max_conv.conv1d`.
 
     Raises:
@@ -203,12 +203,12 @@ def build_encoder(
 ) -> PackedGraph:
     """Builds the encoder: sound (batch, samples), -1 to 1, to codes and embeddings.
 
-    Takes and raises what `build` does. There are `frames = ceil(samples / hop)`, and at least 7 have to be: the last layer
+    Arguments and errors are as for `build`. There are `frames = ceil(samples / hop)`, and at least 7 have to be: the last layer
     mirrors six.
 
     Outputs:
         codes: (batch, quantizers, frames), int64.
-        embeddings: (batch, frames, hidden), float32: what the codes stand for.
+        embeddings: (batch, frames, hidden), float32: the sum of the codes' entries.
     """
     graph, w = _begin("encodec_encoder", config, weights, device, dtype, exact, DType.float32, ["batch", "samples"])
     with graph:
@@ -228,7 +228,7 @@ def build_decoder(
 ) -> PackedGraph:
     """Builds the decoder: codes (batch, quantizers, frames), int64, to sound (batch, frames * hop).
 
-    Takes and raises what `build` does. At least 7 frames have to be.
+    Arguments and errors are as for `build`. There must be at least 7 frames.
     """
     sizes = ["batch", config.quantizers, "frames"]
     graph, w = _begin("encodec_decoder", config, weights, device, dtype, exact, DType.int64, sizes)
@@ -255,7 +255,7 @@ def _begin(
 
 
 def _padding(config: Config, taps: int, stride: int = 1) -> tuple[int, int]:
-    """Returns how much a layer is padded on both sides: what it sees past the inputs of one output."""
+    """Returns a layer's padding, left and right: the inputs that an output sees beyond its own stride."""
     right = 0 if config.causal else (taps - stride) // 2
     return taps - stride - right, right
 
@@ -296,7 +296,7 @@ def _decode(config: Config, w: Weights, x: TensorValue) -> TensorValue:
 
 
 def _residual(config: Config, w: Weights, x: TensorValue, around: TensorValue | None = None) -> TensorValue:
-    """Returns what the next layer takes: the ELU of a residual block's sum."""
+    """Returns the next layer's input: the ELU of a residual block's sum."""
     y = elu(_conv(config, w, elu(x), "block.1.conv"))
     if around is None:
         around = w.conv(x, "shortcut.conv") if config.shortcut else x
@@ -316,7 +316,7 @@ def _around_first(config: Config, w: Weights, sound: TensorValue) -> TensorValue
 
 
 def _remember(config: Config, w: Weights, x: TensorValue) -> TensorValue:
-    """Returns the ELU of the sum of a sequence and of what the LSTM makes of it."""
+    """Returns the ELU of the sum of a sequence and the LSTM's output for it."""
     y = x
     for layer in range(config.lstm_layers):
         y = w.lstm(y, layer)
@@ -342,7 +342,7 @@ def _quantize(config: Config, w: Weights, x: TensorValue) -> list[TensorValue]:
 
 
 def _entries(w: Weights, codes: Sequence[TensorValue]) -> TensorValue:
-    """Returns the sum of the entries that codes stand for, (batch, frames, hidden)."""
+    """Returns the sum of the codes' entries, (batch, frames, hidden)."""
     total = None
     for i, code in enumerate(codes):
         entry = ops.gather(_codebook(w, i)["embed"], code, axis=0)

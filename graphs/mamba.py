@@ -1,8 +1,8 @@
 """Mamba's block up to its selective scan: norm, projection, and the short causal convolution with SiLU.
 
-A block turns every vector into a value and a gate; each channel of the values is convolved with four taps of its own,
-none of which sees the future. Value and gate are what the scan takes; the scan itself is left out.
-Source: Gu and Dao, Mamba, 2023, https://arxiv.org/abs/2312.00752; names and checkpoints are those of
+A block turns every vector into a value and a gate; the values go through a causal depthwise convolution of four taps. Value
+and gate are the inputs of the scan; the scan itself is left out.
+Source: Gu and Dao, Mamba, 2023, https://arxiv.org/abs/2312.00752; names and checkpoints:
 https://github.com/huggingface/transformers.
 """
 
@@ -42,7 +42,7 @@ LAYERS = LayerMap(
 
 @dataclass(frozen=True)
 class Config:
-    """The network's sizes; the defaults are those of state-spaces/mamba-130m-hf."""
+    """The network's sizes; the defaults are state-spaces/mamba-130m-hf."""
 
     hidden: int = 768
     intermediate: int = 1536
@@ -82,7 +82,7 @@ class Config:
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the native weights' shapes, those of all layers."""
+        """Returns the native weights' shapes, of all layers."""
         shapes: dict[str, tuple[int, ...]] = {}
         for i in range(self.layers):
             mixer = f"layers.{i}.mixer"
@@ -109,7 +109,7 @@ def build(
     *,
     exact: bool = False,
 ) -> PackedGraph:
-    """Builds the graph of one layer: hidden states (batch, length, hidden) to what its scan takes.
+    """Builds the graph of one layer: hidden states (batch, length, hidden) to the inputs of its scan.
 
     Outputs, in order, both (batch, length, intermediate):
         value: `silu(conv1d(...))`.
@@ -117,9 +117,9 @@ def build(
 
     Args:
         config: The sizes, and the layer.
-        weights: What `load_weights` returns; only its names and shapes go into the graph.
+        weights: The result of `load_weights`; only its names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
-        dtype: What it computes in. Input and outputs are float32.
+        dtype: The dtype of the computation. Input and outputs are float32.
         exact: As in `max_conv.conv1d`.
 
     Raises:

@@ -1,8 +1,8 @@
 """PESTO, a light pitch tracker: a constant-Q transform, and a small network over the pitches of each frame.
 
-The transform is a convolution with complex filters, one a third of a semitone. The network's convolutions go along the
-pitches, and its last layer is a Toeplitz matrix: a sound that is transposed gives activations that are moved. Weights
-are `mir-1k_g7` of the package pesto-pitch (LGPL-3.0), which is not needed.
+The transform is a convolution with complex filters, three per semitone. The network's convolutions run along the pitches,
+and its last layer is a Toeplitz matrix, so a transposed sound gives shifted activations. The weights are `mir-1k_g7` of the
+package pesto-pitch (LGPL-3.0), which does not have to be installed.
 Source: Riou, Lattner, Hadjeres and Peeters, PESTO: Pitch Estimation with Self-supervised Transposition-equivariant
 Objective, 2023, https://arxiv.org/abs/2309.02265, https://github.com/SonyCSLParis/pesto.
 """
@@ -41,7 +41,7 @@ _SLOPE = 0.3  # of the leaky ReLUs
 
 @dataclass(frozen=True)
 class Config:
-    """The network's sizes, those of `mir-1k_g7`. Samples are at `rate`."""
+    """The network's sizes, as in `mir-1k_g7`. Samples are at `rate`."""
 
     rate: int = 16000
     hop: int = 160  # a frame every 10 ms
@@ -95,7 +95,7 @@ class Config:
 def transform(config: Config = Config()) -> np.ndarray:
     """Returns the filters of the constant-Q transform, (taps, 1, 2 * bands): the real parts, then the imaginary.
 
-    Each is a wave under a Hann window in the middle of the taps, and has a length of its own; the others' taps are 0.
+    Each is a wave under a Hann window in the middle of the taps, and has a length of its own, with zeros around it.
 
     >>> transform().shape
     (2127, 1, 502)
@@ -131,7 +131,7 @@ def load_weights(reference: str | Path = WEIGHTS, config: Config = Config()) -> 
 
 
 def _state(path: Path) -> dict[str, np.ndarray]:
-    """Reads the state dict beside which Lightning has kept its hyper-parameters, objects of a package of their own."""
+    """Reads the state dict from a Lightning file, whose hyper-parameters are objects of another package."""
     try:
         import torch
     except ImportError:
@@ -143,7 +143,7 @@ def _state(path: Path) -> dict[str, np.ndarray]:
         "base.ContainerMetadata",
         "base.Metadata",
     )
-    # Empty classes stand for theirs: nothing of the file is run.
+    # Empty classes replace theirs: no code of the file is run.
     stand_ins: list[Any] = [(type("Inert", (), {}), f"omegaconf.{name}") for name in inert]
     stand_ins += [(type("Inert", (), {}), "typing.Any"), defaultdict, dict, list, int]
     try:
@@ -173,9 +173,9 @@ def build(
 
     Args:
         config: The sizes.
-        weights: What `load_weights` returns; only its names and shapes go into the graph.
+        weights: The result of `load_weights`; only its names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
-        dtype: What the network computes in; the transform is always float32.
+        dtype: The dtype of the network's computation; the transform is always float32.
         exact: As in `max_conv.conv1d`.
 
     Raises:

@@ -1,7 +1,7 @@
 """A temporal convolutional network with WaveNet's gates: causal, dilated, with skip connections.
 
-Each block is a dilated convolution to twice the channels, of which one half gates the other, a second one, and a residual
-connection; what the second ones make of every block adds up to the output.
+Each block is a dilated convolution to twice the channels, of which one half gates the other, a second convolution, and a
+residual connection; the outputs of all second convolutions are added to give the output.
 Sources: van den Oord and others, WaveNet, 2016, https://arxiv.org/abs/1609.03499; Bai, Kolter and Koltun, 2018,
 https://arxiv.org/abs/1803.01271; names and order of operations: https://github.com/paul-krug/pytorch-tcn (MIT licence).
 """
@@ -61,7 +61,7 @@ class Config:
         """Reads the keyword arguments of pytorch-tcn's `TCN`.
 
         Raises:
-            ValueError: If they ask for what this network is not.
+            ValueError: If they describe another kind of network.
         """
         ours = {"causal": True, "use_gate": True, "use_skip_connections": True, "use_norm": "weight_norm"}
         defaults = {"causal": True, "use_gate": False, "use_skip_connections": False, "use_norm": "weight_norm"}
@@ -117,9 +117,9 @@ def build(
 
     Args:
         config: The sizes.
-        weights: What `load_weights` returns; only its names and shapes go into the graph.
+        weights: The result of `load_weights`; only its names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
-        dtype: What it computes in. Input and output are float32.
+        dtype: The dtype of the computation. Input and output are float32.
         exact: As in `max_conv.conv1d`.
 
     Raises:
@@ -144,7 +144,7 @@ def build(
 
 
 def _block(w: Weights, x: TensorValue, dilation: int) -> tuple[TensorValue, TensorValue]:
-    """Returns what goes on to the next block, and what goes to the output."""
+    """Returns a block's output for the next block, and its share of the network's output."""
     y = w.conv(x, "conv1", dilation=dilation, padding="causal")
     half = int(y.shape[2]) // 2
     y = y[:, :, :half] * ops.sigmoid(y[:, :, half:])

@@ -1,7 +1,7 @@
 """UnivNet, a vocoder: from a mel spectrogram and noise to sound.
 
-Noise goes through stages that upsample by a transposed convolution and run residual blocks of a dilated convolution and
-one whose filter is another in every frame: a second network, the kernel predictor, makes these of the spectrogram.
+Noise goes through stages that upsample by a transposed convolution and run residual blocks: a dilated convolution, and one
+with a different filter in every frame. A second network, the kernel predictor, computes these filters from the spectrogram.
 Source: Jang and others, UnivNet, 2021, https://arxiv.org/abs/2106.07889, https://github.com/maum-ai/univnet, and
 transformers' UnivNetModel. Location-variable convolution: Zeng and others, LVCNet, 2021, https://arxiv.org/abs/2102.10815.
 """
@@ -123,9 +123,9 @@ def build(
 
     Args:
         config: The sizes.
-        weights: What `load_weights` returns; only its names and shapes go into the graph.
+        weights: The result of `load_weights`; only its names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
-        dtype: What it computes in. Inputs and output are float32.
+        dtype: The dtype of the computation. Inputs and output are float32.
         exact: As in `max_conv.conv1d`.
 
     Raises:
@@ -189,12 +189,12 @@ def _filters_of(array: np.ndarray, layer: int, sizes: tuple[int, ...]) -> np.nda
 
 
 def _biases_of(array: np.ndarray, layer: int, layers: int) -> np.ndarray:
-    """Returns a layer's share of what predicts biases."""
+    """Returns a layer's part of the weights that predict biases."""
     return np.ascontiguousarray(np.split(array, layers, -1)[layer])
 
 
 def _varied(x: TensorValue, filters: TensorValue, bias: TensorValue, hop: int, taps: int) -> TensorValue:
-    """Convolves each frame of (batch, frames * hop, C) with filters of its own; neighbours lend the samples at its edges."""
+    """Convolves each frame of (batch, frames * hop, C) with its own filters; past its edges are its neighbours' samples."""
     (batch, length, channels), frames = x.shape, filters.shape[1]
     pad = taps // 2
     padded = ops.pad(x, [0, 0, pad, pad, 0, 0])

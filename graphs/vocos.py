@@ -1,7 +1,7 @@
 """Vocos, a vocoder: from a mel spectrogram to the spectrum of sound, and to sound.
 
-ConvNeXt blocks, depthwise convolutions between pointwise ones, keep the frames of the spectrogram; the inverse short-time
-Fourier transform behind them is one transposed convolution, whose filters are windowed waves.
+ConvNeXt blocks, depthwise convolutions between pointwise ones, keep the frames of the spectrogram; then the inverse
+short-time Fourier transform is one transposed convolution, whose filters are windowed waves.
 Source: Siuzdak, Vocos, 2023, https://arxiv.org/abs/2306.00814, https://github.com/gemelo-ai/vocos (MIT licence).
 """
 
@@ -31,7 +31,7 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Config:
-    """The network's sizes; the defaults are those of the published charactr/vocos-mel-24khz."""
+    """The network's sizes; the defaults are the published charactr/vocos-mel-24khz."""
 
     mels: int = 100
     channels: int = 512
@@ -40,7 +40,7 @@ class Config:
     window: int = 1024
     hop: int = 256
     center: bool = True
-    """Whether frames stand around their sample, so that (frames - 1) * hop samples come out; else frames * hop."""
+    """Whether frames are centred on their sample, so that (frames - 1) * hop samples come out; else frames * hop."""
     rate: int = 24000
     """Samples a second."""
 
@@ -105,7 +105,7 @@ def build(
 
     Args:
         config: The sizes.
-        weights: What `load_weights` returns; only its names and shapes go into the graph.
+        weights: The result of `load_weights`; only its names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
         dtype: What it computes in; the Fourier transform is computed in float32. Input and output are float32.
         exact: As in `max_conv.conv1d`.
@@ -126,7 +126,7 @@ def build(
 
 
 def _block(w: Weights, x: TensorValue) -> TensorValue:
-    """Returns what a ConvNeXt block makes of (N, L, C). Its last scale, gamma, is in the matrix before it."""
+    """Applies a ConvNeXt block to (N, L, C). Its last scale, gamma, is folded into the matrix before it."""
     y = w.layer_norm(w.conv(x, "dwconv", padding=3, groups=int(x.shape[2])), "norm", EPSILON)
     y = ops.gelu(w.linear(y, "pwconv1"))
     scaled = w.make("pwconv2.scaled", lambda m, gamma: (gamma[:, None] * m).T[None], "pwconv2.weight", "gamma")
@@ -159,7 +159,7 @@ def _waves(window: np.ndarray) -> np.ndarray:
     size = len(window)
     bins = np.arange(size // 2 + 1)
     angles = 2 * np.pi / size * (np.arange(size)[:, None] * bins % size)
-    # All but the first and the last bin stand for two: the spectrum of real sound is symmetric.
+    # All bins but the first and the last count twice: the spectrum of real sound is symmetric.
     weights = np.where((bins == 0) | (bins == size // 2), 1, 2) / size
     waves = np.concatenate([np.cos(angles) * weights, -np.sin(angles) * weights], axis=1)
     return (window.astype(np.float64)[:, None] * waves)[:, None].astype(np.float32)
