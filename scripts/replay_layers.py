@@ -286,7 +286,7 @@ def outputs(count: int) -> Iterator[tuple[str, str, Buffer]]:
     ways = list(dict.fromkeys(item.way for item in traced))
     models = dict(zip(ways, compile_ways(ways, libraries), strict=True))
     for item in traced:
-        values = data(item.layer, item.parameters["filter_layout"])
+        values = data(item.layer, item.parameters.get("filter_layout", ""))
         if item.filter is not None:
             values["filter"] = item.filter
         operands = [
@@ -295,4 +295,4 @@ def outputs(count: int) -> Iterator[tuple[str, str, Buffer]]:
         ]
         shape = Buffer.from_numpy(np.zeros(item.layer.output_shape, np.int8))
         (result,) = models[item.way].execute(*operands, shape)
-        yield item.layer.name, item.parameters["kernel"], result
+        yield item.layer.name, item.parameters.get("kernel", ""), result
