@@ -93,4 +93,9 @@ def outputs(name: str) -> "Sequence[Buffer]":
     random = np.random.default_rng(0)
     inputs = [random.standard_normal(shape).astype(np.float32) for shape in network.inputs]
     made = max_conv.compile(graph, weights=weights)(*map(Buffer.from_numpy, inputs))
-    return made if isinstance(made, tuple) else (made,)
+    made = made if isinstance(made, tuple) else (made,)
+    for values in (output.to_numpy() for output in made):
+        # Else any kernel would give the same.
+        if not np.isfinite(values).all() or values.min() == values.max():
+            raise ValueError(f"replay: {name} makes nothing of random weights; change how they are drawn.")
+    return made
