@@ -1,4 +1,4 @@
-"""Which CPU kernel a layer gets, and why. The measurements behind the gates stand in ARCHITECTURE.md."""
+"""Which CPU kernel a layer gets, and why. MEASUREMENTS.md has the numbers for every limit."""
 
 from dataclasses import dataclass
 from math import gcd
