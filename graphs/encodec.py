@@ -251,7 +251,7 @@ def _begin(
     """Returns an empty graph of one input, and the weights in it."""
     if not 1 <= config.quantizers <= config.codebooks:
         raise ValueError(f"encodec: quantizers must be 1 to {config.codebooks}, but are {config.quantizers}.")
-    return begin("encodec", sizes, config.shapes(), weights, device, dtype, name=name, given=given, exact=exact)
+    return begin(name, [sizes], config.shapes(), weights, device, dtype, given=given, exact=exact)
 
 
 def _padding(config: Config, taps: int, stride: int = 1) -> tuple[int, int]:

@@ -125,7 +125,9 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    graph, w = begin("mamba", ["batch", "length", config.hidden], config.shapes(), weights, device, dtype, exact=exact)
+    graph, w = begin(
+        "mamba", [["batch", "length", config.hidden]], config.shapes(), weights, device, dtype, exact=exact
+    )
     w = w / "layers" / config.layer
     with graph:
         x = graph.inputs[0].tensor

@@ -151,37 +151,33 @@ def load(
 
 
 def begin(
-    model: str,
-    input: Sequence[str | int],
+    name: str,
+    inputs: Sequence[Sequence[str | int]],
     shapes: Mapping[str, tuple[int, ...]],
     arrays: Mapping[str, np.ndarray],
     device: DeviceRef | None,
     dtype: DType,
     *,
-    name: str | None = None,
     given: DType = DType.float32,
-    more: Sequence[Sequence[str | int]] = (),
     exact: bool = False,
 ) -> tuple[PackedGraph, Weights]:
     """Returns a model's graph, still empty, and the weights in it.
 
     Args:
-        model: The model's name, which begins error messages.
-        input: The shape of the graph's first input.
+        name: The name of the graph, which begins error messages.
+        inputs: The shapes of its inputs.
         shapes: The shapes of the weights.
         arrays, device, dtype: As for `build`.
-        name: The graph's name, if it is not the model's.
         given: The dtype of the inputs.
-        more: The shapes of its further inputs.
         exact: As for `build`.
 
     Raises:
         ValueError: If the arrays do not fit the shapes.
     """
-    check_weights(model, arrays, shapes)
+    check_weights(name, arrays, shapes)
     device = device or DeviceRef.CPU()
-    types = [TensorType(given, shape, device) for shape in (input, *more)]
-    graph = PackedGraph(name or model, input_types=types, exact=exact)
+    types = [TensorType(given, shape, device) for shape in inputs]
+    graph = PackedGraph(name, input_types=types, exact=exact)
     return graph, Weights(arrays, device, dtype)
 
 

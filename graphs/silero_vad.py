@@ -178,7 +178,7 @@ def build(
     """
     state: list[str | int] = ["batch", config.state]
     graph, w = begin(
-        "silero_vad", ["batch", "time", config.hop], config.shapes(), weights, device, dtype, more=[state], exact=exact
+        "silero_vad", [["batch", "time", config.hop], state], config.shapes(), weights, device, dtype, exact=exact
     )
     with graph:
         values = [value.tensor for value in graph.inputs]

@@ -132,7 +132,7 @@ def build(
         ValueError: If the weights do not fit the config.
     """
     mels, noise = (("batch", "frames", size) for size in (config.mels, config.noise))
-    graph, w = begin("univnet", mels, config.shapes(), weights, device, dtype, more=[noise], exact=exact)
+    graph, w = begin("univnet", [mels, noise], config.shapes(), weights, device, dtype, exact=exact)
     with graph:
         spectrogram, x = (ops.cast(value.tensor, dtype) for value in graph.inputs)
         x = w.conv(x, "conv_pre", padding=3, padding_mode="reflect")

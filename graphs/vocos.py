@@ -113,7 +113,7 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    graph, w = begin("vocos", ["batch", "frames", config.mels], config.shapes(), weights, device, dtype, exact=exact)
+    graph, w = begin("vocos", [["batch", "frames", config.mels]], config.shapes(), weights, device, dtype, exact=exact)
     with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)
         backbone = w / "backbone"

@@ -225,7 +225,7 @@ def _graph(
     dtype: DType,
     exact: bool,
 ) -> PackedGraph:
-    graph, w = begin("wav2vec2", shape, config.shapes(), weights, device, dtype, name=name, exact=exact)
+    graph, w = begin(name, [shape], config.shapes(), weights, device, dtype, exact=exact)
     with graph:
         graph.output(ops.cast(network(w, ops.cast(graph.inputs[0].tensor, dtype)), DType.float32))
     return graph

@@ -117,7 +117,9 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    graph, w = begin("whisper", ["batch", "frames", config.mels], config.shapes(), weights, device, dtype, exact=exact)
+    graph, w = begin(
+        "whisper", [["batch", "frames", config.mels]], config.shapes(), weights, device, dtype, exact=exact
+    )
     with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)
         x = ops.gelu(w.conv(x, "conv1", padding=1))

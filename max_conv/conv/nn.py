@@ -23,6 +23,7 @@ class ConvolutionLayer(nn.Module):
     filter_layout: Any
     geometry: Geometry | TransposedGeometry
     bias: Weight | None = None
+    exact: bool = False
 
     def __init__(
         self,
@@ -34,10 +35,8 @@ class ConvolutionLayer(nn.Module):
         device: DeviceRef | None,
         permute: bool,
         name: str | None,
-        exact: bool,
     ) -> None:
         super().__init__()
-        self.exact = exact
         self.geometry = geometry
         self.kernel_size = geometry.kernel_size
         self.stride = geometry.stride
@@ -146,7 +145,8 @@ class Conv1D(ConvolutionLayer):
         exact: bool = False,
     ) -> None:
         geometry = Geometry.of(kernel_size, stride, padding, dilation, padding_mode)
-        super().__init__(geometry, in_channels, out_channels, dtype, num_groups, device, permute, name, exact)
+        super().__init__(geometry, in_channels, out_channels, dtype, num_groups, device, permute, name)
+        self.exact = exact
         self.padding_mode = padding_mode
         sizes = {"S": geometry.kernel_size, "C": self.in_channels // self.num_groups, "F": self.out_channels}
         self.filter = self._declare("weight", [sizes[axis] for axis in self.filter_layout])
@@ -242,7 +242,8 @@ class ConvTranspose1D(ConvolutionLayer):
         exact: bool = False,
     ) -> None:
         geometry = TransposedGeometry.of(kernel_size, stride, padding, output_padding, dilation)
-        super().__init__(geometry, in_channels, out_channels, dtype, num_groups, device, permute, name, exact)
+        super().__init__(geometry, in_channels, out_channels, dtype, num_groups, device, permute, name)
+        self.exact = exact
         self.output_padding = geometry.output_padding
         self.weight = self._declare("weight", self.filter_shape)
         if has_bias:
