@@ -3,7 +3,9 @@
 
     python3 scripts/dev.py demo [ARGS]    runs `max-conv run silero-vad ARGS`
     python3 scripts/dev.py test [ARGS]    runs lint and every test, or with ARGS only `pytest ARGS`
-    python3 scripts/dev.py lint           runs ruff and mypy
+    python3 scripts/dev.py test --coverage [ARGS]   the same tests, and tells what of the Python they ran
+    python3 scripts/dev.py smoke          runs a minute's choice of the tests
+    python3 scripts/dev.py lint           runs ruff, mypy and the checks of Mojo sources
 
 The first run makes `.venv` at the repository root and installs what the command needs, with uv when it is on the PATH
 and with pip when it is not; later runs start at once. `--here` before the command uses the Python that runs this file
@@ -24,17 +26,40 @@ if sys.version_info < (3, 11):  # noqa: UP036 -- the sentence is for those who h
     sys.exit("dev.py: Python 3.11 or newer is needed, but this is {}.{}.".format(*sys.version_info[:2]))
 
 import fcntl
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+Step = list[str] | Callable[[Path], int]
+"""The words of `python -m`, or a function of the Python to use that returns an exit status."""
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
-COMMANDS = ("demo", "test", "lint")
-LINT = {
+COMMANDS = ("demo", "test", "smoke", "lint")
+LINT: dict[str, Step] = {
     "ruff check": ["ruff", "check", "."],
     "ruff format": ["ruff", "format", "--check", "."],
     "mypy": ["mypy"],
+    "mojo format": lambda python: mojo_format(python),
+    "mojo lines": lambda python: mojo_lines(),
 }
+WIDTH = 120
+"""Columns of a line of Mojo."""
+UNFORMATTED = {
+    *("careful", "checks", "dense", "dispatch", "lanes", "lengthwise", "ops", "paired", "points", "silero"),
+    *("targets", "transforms", "transposed", "window", "winograd", "peaks"),
+}
+"""Mojo files that the checks of Mojo sources pass over until they are formatted; none is to be added."""
+SMOKE = [
+    "tests/test_docs.py::test_docstring_examples[max_conv.geometry]",
+    "tests/test_docs.py::test_docstring_examples[max_conv.layouts]",
+    "tests/test_docs.py::test_docstring_examples[max_conv.reference]",
+    "tests/test_layouts.py::test_there_and_back",
+    "tests/test_dispatch.py",
+    "tests/test_errors.py::test_sentence",
+    "tests/test_docs.py::test_readme_code[0]",
+]
+"""Geometry, layouts, the reference, errors of graphs, and one layer through MAX. pytest fails where one is gone."""
+COVERAGE = ["--cov=max_conv", "--cov=scripts", "--cov-report=term:skip-covered"]
 # An extra brings others with it, so that `demo` after `test` installs nothing.
 EXTRAS = {"all": ["all"], "test": ["test", "all"]}
 HEARTBEAT = 10.0
@@ -61,18 +86,23 @@ def main(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         stop(f"there is no command {command!r}; the commands are {', '.join(COMMANDS)}.")
-    if command == "lint" and rest:
-        stop(f"lint takes no arguments, but got {' '.join(rest)}.")
+    if command in ("lint", "smoke") and rest:
+        stop(f"{command} takes no arguments, but got {' '.join(rest)}.")
     python = Path(sys.executable) if here else set_up("all" if command == "demo" else "test")
     if command == "demo":
         return run([python.parent / "max-conv", "run", "silero-vad", *rest])
     # pytest and ruff find their settings, and pytest the paths among its arguments, at the repository root.
+    if command == "smoke":
+        return run([python, "-m", "pytest", "-q", *SMOKE], cwd=ROOT)
+    covered = command == "test" and rest[:1] == ["--coverage"]
+    rest = rest[covered:]
+    more = COVERAGE if covered else []
     if command == "test" and rest:
-        return run([python, "-m", "pytest", *rest], cwd=ROOT)
+        return run([python, "-m", "pytest", *more, *rest], cwd=ROOT)
     steps = dict(LINT)
     if command == "test":
         # Compiling graphs keeps one core busy: two workers halve the wait. A file stays with one of them.
-        steps["pytest"] = ["pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+        steps["pytest"] = ["pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *more]
     return run_all(python, steps)
 
 
@@ -91,13 +121,13 @@ def run(command: list[str | Path], cwd: Path | None = None) -> int:
             continue
 
 
-def run_all(python: Path, steps: dict[str, list[str]]) -> int:
+def run_all(python: Path, steps: dict[str, Step]) -> int:
     """Runs every step, whatever became of the ones before; returns the last status that was not 0."""
     result, lines = 0, []
-    for name, words in steps.items():
+    for name, step in steps.items():
         say(name)
         start = time.monotonic()
-        status = run([python, "-m", *words], cwd=ROOT)
+        status = step(python) if callable(step) else run([python, "-m", *step], cwd=ROOT)
         lines.append(f"{name}: {'passed' if status == 0 else f'FAILED ({status})'}, {time.monotonic() - start:.1f} s")
         result = status or result
         if status == 128 + signal.SIGINT:
@@ -105,6 +135,30 @@ def run_all(python: Path, steps: dict[str, list[str]]) -> int:
     for line in lines:
         say(line)
     return result
+
+
+def mojo_sources() -> list[Path]:
+    """Returns the Mojo files that are checked."""
+    files = [file for folder in ("max_conv", "scripts", "tests") for file in (ROOT / folder).rglob("*.mojo")]
+    return sorted(file for file in files if file.stem not in UNFORMATTED)
+
+
+def mojo_format(python: Path) -> int:
+    """Asks Mojo's formatter whether it would change a file; changes none."""
+    # mblack has no __main__, and its script may not be in PATH.
+    words = [python, "-c", "import mblack; mblack.patched_main()", "--check", "-l", str(WIDTH)]
+    return run([*words, *mojo_sources()], cwd=ROOT)
+
+
+def mojo_lines() -> int:
+    """Names the lines that are too long; the formatter leaves comments and strings as they are."""
+    status = 0
+    for file in mojo_sources():
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            if len(line) > WIDTH:
+                say(f"{file.relative_to(ROOT)}:{number}: {len(line)} columns, not {WIDTH}")
+                status = 1
+    return status
 
 
 # The environment.
@@ -273,12 +327,13 @@ def watch(command: list[str]) -> int:
 
     def listen() -> None:
         assert process.stdout
-        for line in process.stdout:
-            said.append(line)
-            text = news(line)
-            if text:
-                doing[0] = text
-                tell(text)
+        with process.stdout as lines:
+            for line in lines:
+                said.append(line)
+                text = news(line)
+                if text:
+                    doing[0] = text
+                    tell(text)
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()

@@ -1,11 +1,13 @@
 """scripts/dev.py: what it can show without a network."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import dev
 
@@ -78,8 +80,9 @@ def test_help():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["tset"], "dev.py: there is no command 'tset'; the commands are demo, test, lint.\n"),
+        (["tset"], "dev.py: there is no command 'tset'; the commands are demo, test, smoke, lint.\n"),
         (["lint", "max_conv"], "dev.py: lint takes no arguments, but got max_conv.\n"),
+        (["smoke", "-x"], "dev.py: smoke takes no arguments, but got -x.\n"),
     ],
 )
 def test_wrong_arguments(arguments, sentence):
@@ -131,8 +134,50 @@ def test_test_with_arguments_runs_only_pytest(root, installed, ran):
 def test_test_runs_everything_even_after_a_failure(root, installed, ran, capsys):
     ran.status = 1
     assert dev.main(["test"]) == 1
-    assert [command[2] for command, _ in ran] == ["ruff", "ruff", "mypy", "pytest"]
+    assert [command[2] for command, _ in ran] == [
+        "ruff",
+        "ruff",
+        "mypy",
+        "import mblack; mblack.patched_main()",
+        "pytest",
+    ]
     assert "pytest: FAILED (1)" in capsys.readouterr().out
+
+
+def test_coverage(root, installed, ran):
+    python = f"{root}/.venv/bin/python"
+    assert dev.main(["test", "--coverage", "-k", "same"]) == 0
+    assert ran == [([python, "-m", "pytest", *dev.COVERAGE, "-k", "same"], root)]
+    assert dev.main(["test", "--coverage"]) == 0
+    assert ran[-1][0][2] == "pytest" and "-n" in ran[-1][0] and ran[-1][0][-3:] == dev.COVERAGE
+
+
+def test_smoke(root, installed, ran):
+    ran.status = 4
+    assert dev.main(["smoke"]) == 4
+    assert ran == [([f"{root}/.venv/bin/python", "-m", "pytest", "-q", *dev.SMOKE], root)]
+
+
+def test_smoke_names_tests_that_exist():
+    words = [sys.executable, "-m", "pytest", "--collect-only", "-q", *dev.SMOKE]
+    answer = subprocess.run(words, capture_output=True, text=True, cwd=dev.ROOT)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+def test_long_lines_of_mojo_are_named(root, capsys):
+    (root / "max_conv" / "kernels").mkdir(parents=True)
+    (root / "max_conv" / "kernels" / "wide.mojo").write_text(f"# {'x' * 119}\n# {'x' * 118}\n")
+    assert dev.mojo_lines() == 1
+    assert capsys.readouterr().out == "dev.py: max_conv/kernels/wide.mojo:1: 121 columns, not 120\n"
+
+
+def test_unformatted_mojo_fails(root):
+    (root / "scripts").mkdir()
+    file = root / "scripts" / "new.mojo"
+    for text, status in (("def main():\n    print(1)\n", 0), ("def main( ):\n  print( 1 )\n", 1)):
+        file.write_text(text)
+        assert dev.mojo_format(Path(sys.executable)) == status
+        assert file.read_text() == text
 
 
 def test_here_installs_nothing(root, installed, ran):
@@ -261,3 +306,39 @@ def test_watch_shows_all_that_was_said_where_it_failed(capsys):
     assert "why" in capsys.readouterr().out
     assert dev.watch([sys.executable, "-c", "print('quiet')"]) == 0
     assert "quiet" not in capsys.readouterr().out
+
+
+WORKFLOWS = sorted((dev.ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def commands_of(job):
+    """Every command line of a workflow's job, with each value of its matrix."""
+    matrix = job.get("strategy", {}).get("matrix", {})
+    for step in job["steps"]:
+        assert ("run" in step) != ("uses" in step)
+        if "run" in step:
+            values = matrix["command"] if "matrix.command" in step["run"] else [""]
+            yield from (step["run"].replace("${{ matrix.command }}", value) for value in values)
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
+def test_workflows_call_dev_and_nothing_else(file):
+    workflow = yaml.safe_load(file.read_text())
+    # YAML 1.1 reads the key `on` as true.
+    assert set(workflow) == {"name", True, "permissions", "jobs"}
+    for job in workflow["jobs"].values():
+        lines = [shlex.split(line) for line in commands_of(job)]
+        assert lines
+        for line in lines:
+            assert line[:2] == ["python3", "scripts/dev.py"] and line[2] in dev.COMMANDS
+            assert all((dev.ROOT / word).exists() for word in line[3:] if not word.startswith("-"))
+
+
+def test_the_workflows_are_found():
+    assert [file.name for file in WORKFLOWS] == ["ci.yml", "nightly.yml"]
+
+
+def test_pre_commit_runs_lint():
+    (repo,) = yaml.safe_load((dev.ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (hook,) = repo["hooks"]
+    assert (repo["repo"], hook["entry"], hook["pass_filenames"]) == ("local", "python3 scripts/dev.py lint", False)
