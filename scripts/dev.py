@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Sets the project up in `.venv` and runs it.
 
-    python3 scripts/dev.py demo [ARGS]    runs `max-conv run silero-vad ARGS`
+    python3 scripts/dev.py demo [ARGS]    runs `max-conv run speech ARGS`
     python3 scripts/dev.py test [ARGS]    runs lint and every test, or with ARGS only `pytest ARGS`
     python3 scripts/dev.py test --coverage [ARGS]   the same tests, and tells what of the Python they ran
     python3 scripts/dev.py smoke          runs a minute's choice of the tests
@@ -50,12 +50,12 @@ UNFORMATTED = {
 }
 """Mojo files that the checks of Mojo sources pass over until they are formatted; none is to be added."""
 SMOKE = [
-    "tests/test_docs.py::test_docstring_examples[max_conv.geometry]",
-    "tests/test_docs.py::test_docstring_examples[max_conv.layouts]",
-    "tests/test_docs.py::test_docstring_examples[max_conv.reference]",
-    "tests/test_layouts.py::test_there_and_back",
-    "tests/test_dispatch.py",
-    "tests/test_errors.py::test_sentence",
+    "tests/test_docs.py::test_docstring_examples[max_conv.conv.geometry]",
+    "tests/test_docs.py::test_docstring_examples[max_conv.conv.layouts]",
+    "tests/test_docs.py::test_docstring_examples[max_conv.conv.reference]",
+    "tests/conv/test_layouts.py::test_there_and_back",
+    "tests/conv/test_dispatch.py",
+    "tests/conv/test_errors.py::test_sentence",
     "tests/test_docs.py::test_readme_code[0]",
 ]
 """Geometry, layouts, the reference, errors of graphs, and one layer through MAX. pytest fails where one is gone."""
@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
         stop(f"{command} takes no arguments, but got {' '.join(rest)}.")
     python = Path(sys.executable) if here else set_up("all" if command == "demo" else "test")
     if command == "demo":
-        return run([python.parent / "max-conv", "run", "silero-vad", *rest])
+        return run([python.parent / "max-conv", "run", "speech", *rest])
     # pytest and ruff find their settings, and pytest the paths among its arguments, at the repository root.
     if command == "smoke":
         return run([python, "-m", "pytest", "-q", *SMOKE], cwd=ROOT)
@@ -146,7 +146,7 @@ def mojo_sources() -> list[Path]:
 def mojo_format(python: Path) -> int:
     """Asks Mojo's formatter whether it would change a file; changes none."""
     # mblack has no __main__, and its script may not be in PATH.
-    words = [python, "-c", "import mblack; mblack.patched_main()", "--check", "-l", str(WIDTH)]
+    words: list[str | Path] = [python, "-c", "import mblack; mblack.patched_main()", "--check", "-l", str(WIDTH)]
     return run([*words, *mojo_sources()], cwd=ROOT)
 
 

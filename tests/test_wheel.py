@@ -36,7 +36,7 @@ def test_wheel(wheel: Path) -> None:
     }
     graphs = {Path("max_conv") / path.relative_to(ROOT) for path in (ROOT / "graphs").glob("*.py")}
     assert held == {str(path) for path in package | graphs}
-    kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "max_conv" / "kernels").rglob("*.mojo")}
+    kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "max_conv" / "conv" / "kernels").rglob("*.mojo")}
     assert kernels and kernels <= held
 
 

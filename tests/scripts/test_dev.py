@@ -120,7 +120,7 @@ def test_an_older_python_gets_a_sentence(monkeypatch):
 
 def test_demo_passes_its_arguments_on(root, installed, ran):
     assert dev.main(["demo", "my file.wav", "--json"]) == 0
-    assert ran == [([f"{root}/.venv/bin/max-conv", "run", "silero-vad", "my file.wav", "--json"], None)]
+    assert ran == [([f"{root}/.venv/bin/max-conv", "run", "speech", "my file.wav", "--json"], None)]
     assert installed[-1][-2:] == ["--editable", f"{root}[all]"]
 
 
