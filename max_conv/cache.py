@@ -1,5 +1,7 @@
 """The user's cache folder, and files that appear in it whole or not at all."""
 
+import atexit
+import functools
 import os
 import shutil
 import tempfile
@@ -10,11 +12,35 @@ from pathlib import Path
 def cache_dir() -> Path:
     """Returns the folder that holds compiled kernels and downloaded files.
 
-    `MAX_CONV_CACHE` names it; otherwise it is `max_conv` in `XDG_CACHE_HOME` or `~/.cache`.
+    `MAX_CONV_CACHE` names it; otherwise it is `max_conv` in `XDG_CACHE_HOME` or `~/.cache`. With `MAX_CONV_CACHE=off` it is
+    a folder of this process, which goes when the process ends.
     """
-    if folder := os.environ.get("MAX_CONV_CACHE"):
+    folder = os.environ.get("MAX_CONV_CACHE")
+    if folder == "off":
+        return _of_this_process()
+    if folder:
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "max_conv"
+
+
+@functools.cache
+def _of_this_process() -> Path:
+    folder = tempfile.mkdtemp(prefix="max_conv.")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def cache_limit() -> float:
+    """Returns the most bytes of compiled graphs that are kept: `MAX_CONV_CACHE_LIMIT`, in GB, by default 2.
+
+    Raises:
+        ValueError: If the variable holds no number.
+    """
+    text = os.environ.get("MAX_CONV_CACHE_LIMIT", "2")
+    try:
+        return float(text) * 1e9
+    except ValueError:
+        raise ValueError(f"max_conv: MAX_CONV_CACHE_LIMIT must be a number of GB, but is {text!r}.") from None
 
 
 def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:

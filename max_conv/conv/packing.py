@@ -16,7 +16,7 @@ import numpy as np
 from max import nn
 from max.driver import CPU, Buffer
 from max.dtype import DType
-from max.graph import DeviceRef, Graph, TensorValue, Weight
+from max.graph import DeviceRef, Graph, KernelLibrary, TensorValue, Weight
 
 from .dispatch import PANEL, PANELS, Layer, quad_products, tap_groups
 from .layouts import by_group, permute
@@ -183,6 +183,14 @@ class Emitted:
     units: int = 0
 
 
+class _Kernels(KernelLibrary):
+    """Does not verify this package's operations: MAX loads all its kernels for that, which takes a second."""
+
+    def verify_custom_op(self, custom_op: Any) -> None:
+        if not str(custom_op.attributes["symbol"]).startswith('"max_conv.'):
+            super().verify_custom_op(custom_op)
+
+
 class PackedGraph(Graph):
     """A graph whose layers take weights made of their own, which `max_conv.compile` makes once.
 
@@ -209,7 +217,7 @@ class PackedGraph(Graph):
         self.emitted = []
         self._unnamed: list[nn.Module] = []
         self._named: dict[str, tuple[Weight, Weight, nn.Module]] = {}
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, kernel_library=_Kernels(), **kwargs)
 
     def named(self, weight: Weight, layer: nn.Module, unnamed: bool) -> Weight:
         """Returns the weight of a layer under the name that it has in this graph."""

@@ -17,6 +17,7 @@ from ..conv.arrays import ARRAYS, buffer_of
 from ..conv.folding import weight_norm_names
 from ..conv.packing import PackedGraph
 from . import saved
+from .compiled import compiled
 from .fork import check_fork
 from .idle import first_run
 from .notice import slow_compile
@@ -161,9 +162,13 @@ def compile(
     ports = [_port(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
     outputs = [_port(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
     buffers = registry(graph, weights)
-    with slow_compile(graph.name):
-        compiled = _session(_accelerators(*ports, *outputs)).compile(graph)
-    return Model(compiled, buffers, ports, outputs)
+    devices = _accelerators(*ports, *outputs)
+
+    def compile_now() -> Any:
+        with slow_compile(graph.name):
+            return _session(devices).compile(graph)
+
+    return Model(compiled(graph, compile_now), buffers, ports, outputs)
 
 
 def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:

@@ -192,7 +192,8 @@ def test_hooks_of_pytorch_are_computed(kind: Any, hook: str) -> None:
     module(torch.zeros(1, 4, 5))
     for name in ("weight", "bias"):
         want = getattr(module, name).detach()
-        torch.testing.assert_close(torch.from_dlpack(got[name]), want, rtol=1e-6, atol=1e-7)
+        # PyTorch sums spectral norm's sigma in float32, of terms of both signs.
+        torch.testing.assert_close(torch.from_dlpack(got[name]), want, rtol=1e-5, atol=1e-7)
 
 
 class Causal(torch.nn.Conv1d):
