@@ -1,7 +1,8 @@
 """1-D convolution for Modular MAX: right on every shape, complete, and fast.
 
 `conv1d` and `conv_transpose1d` emit an operation into a graph, `Conv1D` and `ConvTranspose1D` are the layers, `compile`
-makes a callable on arrays of them, and `frontends.torch` and `frontends.mlx` speak PyTorch's and MLX's argument lists.
+turns a layer into a callable on arrays, and `frontends.torch` and `frontends.mlx` have PyTorch's and MLX's argument
+lists.
 """
 
 import importlib
@@ -45,7 +46,7 @@ __all__ = [
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Returns a package's `__getattr__`, which loads a name when it is first used: MAX takes a second to import.
+    """Returns a package's `__getattr__`, which loads a name when it is first used: importing MAX takes a second.
 
     Args:
         package: The package's `__name__`.

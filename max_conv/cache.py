@@ -46,7 +46,7 @@ def cache_limit() -> float:
 def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     """Returns `folder`, made by `fill(temporary folder)` where it does not exist yet.
 
-    Several processes may ask at once: each fills a folder of its own, the first to finish renames it into place.
+    Several processes may ask at once: each fills a separate folder, and the first to finish renames it into place.
     """
     if folder.is_dir() and any(folder.iterdir()):
         return folder

@@ -13,7 +13,7 @@ TARGET = click.argument("target", type=click.Path(path_type=Path))
 
 
 class Networks(click.Group):
-    """One command for every network of the gallery, beside those that are written out."""
+    """One command for every network of the gallery, in addition to the commands that are defined below."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         from ..serving.networks import gallery
@@ -30,7 +30,7 @@ class Networks(click.Group):
         @TARGET
         @WEIGHTS
         @CONFIG
-        @click.option("--capacity", metavar="SIZE", help="For a network that comes in several sizes: tiny or full.")
+        @click.option("--capacity", metavar="SIZE", help="For a network that has several sizes: tiny or full.")
         @EXACT
         @FORCE
         @JSON
@@ -54,7 +54,7 @@ def compile_() -> None:
 @TARGET
 @click.option("--layer", required=True, metavar="NAME", help="The layer: its weights are NAME.weight and NAME.bias.")
 @KEY
-@click.option("--native", is_flag=True, help="The filter is SCF and the data NLC; without it both are PyTorch's.")
+@click.option("--native", is_flag=True, help="The filter is SCF and the data NLC; otherwise both are PyTorch's.")
 @click.option("--stride", default=1, show_default=True)
 @click.option("--padding", default="0", show_default=True, help='An int, "left,right", or same, valid, causal.')
 @click.option("--dilation", default=1, show_default=True)

@@ -15,7 +15,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 class Pair(click.ParamType):
-    """Two texts with an = between them, the last one where there are several."""
+    """Two texts with an = between them; if there are several, the last one separates."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -47,20 +47,20 @@ def _many(name: str, metavar: str, help: str, type: Any = str) -> Any:
 @click.command()
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path), required=False)
-@click.option("--model", metavar="NAME", help="Take the layers of a model of the gallery, such as hifigan.")
-@click.option("--map", "declared", metavar="FILE", help="Take the layers that a TOML file declares.")
+@click.option("--model", metavar="NAME", help="Use the layers of a model of the gallery, such as hifigan.")
+@click.option("--map", "declared", metavar="FILE", help="Use the layers that a TOML file declares.")
 @KEY
 @click.option(
     "--source-layout",
     type=click.Choice(["torch", "mlx", "keras"]),
     default="torch",
     show_default=True,
-    help="Whose layout the filters of SOURCE have: FCS, FSC or SCF; transposed ones CFS, FSC or SFC.",
+    help="The library whose layout the filters of SOURCE have: FCS, FSC or SCF; transposed ones CFS, FSC or SFC.",
 )
 @_many("--conv", "PATTERN", "Names of Conv1d filters, as in 'enc.*.weight'.")
 @_many("--conv-transpose", "PATTERN", "Names of ConvTranspose1d filters.")
 @_many("--ignore", "PATTERN", "Names of tensors to leave out.")
-@_many("--rename", "OLD=NEW", "A regular expression, and what takes its place; in order.", Pair("OLD=NEW"))
+@_many("--rename", "OLD=NEW", "A regular expression, and its replacement; in order.", Pair("OLD=NEW"))
 @_many(
     "--fold-batchnorm",
     "CONV=BN",
@@ -85,18 +85,18 @@ def convert(source: str, target: Path | None, to: Any, dry_run: bool, as_json: b
     a directory that holds one of them, hf://ORG/REPO[@REVISION]/FILE, or pypi://PACKAGE==VERSION/FILE. Pickled code is
     never run. About one tensor is in memory at a time.
 
-    The kind of a layer decides what happens to its filter, never its size. --model and --map declare every tensor; with
-    --conv and --conv-transpose, what they do not name is copied and listed. A map is TOML: the keys conv, conv_transpose,
-    copy, ignore and optional are lists of shell patterns, rename is a list of [OLD, NEW]. Patterns are names after
-    --rename and after folding: a layer with weight norm has one filter, NAME.weight. In patterns * is any text, ? one
-    character, and [0] a class of characters, not a bracket: a name with brackets, conv[0].weight, is written
-    'conv[[]0].weight'.
+    What happens to a filter depends on the kind of its layer, never on its shape. --model and --map declare every
+    tensor; with --conv and --conv-transpose, tensors that they do not name are copied and listed. A map is TOML: the
+    keys conv, conv_transpose, copy, ignore and optional are lists of shell patterns, rename is a list of [OLD, NEW].
+    Patterns are names after --rename and after folding: a layer with weight norm has one filter, NAME.weight. In
+    patterns * is any text, ? one character, and [0] a class of characters, not a bracket: a name with brackets,
+    conv[0].weight, is written 'conv[[]0].weight'.
 
     In --fold-batchnorm "blocks.*.conv=blocks.*.bn" each * is the same text on both sides. In an nn.Sequential,
     "net.{i}=net.{i+1}" folds every batch norm into the filter right before it. A norm before a layer is never folded.
 
-    A file that was converted already is copied as it is. --to torch turns it back, bit for bit and without patterns:
-    PyTorch's layout and the names from before. What was folded stays folded, as NAME.weight, which PyTorch loads.
+    A file that is converted already is copied as it is. --to torch is the inverse, bit for bit and without patterns:
+    PyTorch's layout and the original names. What was folded stays folded, as NAME.weight, which PyTorch loads.
     """
     from ..weights.convert import Options
     from ..weights.convert import convert as run

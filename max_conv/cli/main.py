@@ -12,7 +12,7 @@ from .convert import convert
 from .run import run
 from .terminal import JSON, Commands, step, table
 
-# MAX, NumPy and rich take long to import: each command imports what it uses, so that --help answers at once.
+# Importing MAX, NumPy and rich is slow: each command imports what it uses, so that --help is fast.
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -29,7 +29,7 @@ for command in (compile_, convert, run):
 @click.argument("model", required=False)
 @JSON
 def info(model: str | None, as_json: bool) -> None:
-    """Shows versions, devices, kernels and the cache; or of MODEL, as in `info hifigan`, its layers, cost and latency."""
+    """Shows versions, devices, kernels and the cache; for a MODEL, as in `info hifigan`, layers, cost and latency."""
     facts = _network_facts(model, as_json) if model else _machine_facts()
     if as_json:
         click.echo(json.dumps(facts))
@@ -65,7 +65,7 @@ def _machine_facts() -> dict[str, Any]:
 
 
 def _network_facts(model: str, as_json: bool) -> dict[str, Any]:
-    """Returns what is known of a network of published size, and prints its layers as a table."""
+    """Returns the facts about a network of the published size, and prints its layers as a table."""
     with step(f"building {model}"):
         import numpy as np
 

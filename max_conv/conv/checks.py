@@ -1,4 +1,4 @@
-"""What is wrong with the operands of a convolution, in one sentence, before anything is emitted."""
+"""Checks of the operands of a convolution: an error is one sentence, raised before anything is emitted."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ def graph_value(op: str, name: str, value: Any) -> TensorValue:
 
 
 def check_axes(op: str, x: TensorValue, filter: TensorValue, layout: str, filter_layout: str) -> str:
-    """Checks the shapes of x and filter on their own, and returns the axes of x: those of `layout`, or without the batch."""
+    """Checks the shapes of x and filter separately; returns the axes of x: `layout`, or without N if x has no batch."""
     if len(x.shape) not in (2, 3):
         raise ValueError(f"{op}: x must have 3 axes ({layout}) or 2 (no batch), but has shape {_shape(x)}.")
     if len(filter.shape) != 3:
@@ -39,9 +39,9 @@ def check_axes(op: str, x: TensorValue, filter: TensorValue, layout: str, filter
 
 
 def check_bias(op: str, bias: TensorValue | None, filters: int) -> None:
-    """Raises ValueError unless a bias has one value a filter."""
+    """Raises ValueError unless a bias has one value per filter."""
     if bias is not None and (len(bias.shape) != 1 or bias.shape[0] != filters):
-        raise ValueError(f"{op}: the bias must have shape ({filters},), one value a filter, but has {_shape(bias)}.")
+        raise ValueError(f"{op}: the bias must have shape ({filters},), one value per filter, but has {_shape(bias)}.")
 
 
 def check_dtype(name: str, dtype: Any, op: str = "conv1d") -> None:
@@ -52,7 +52,7 @@ def check_dtype(name: str, dtype: Any, op: str = "conv1d") -> None:
 
 
 def check_types(op: str, x: TensorValue, filter: TensorValue, bias: TensorValue | None) -> None:
-    """Raises an error unless all operands have one of the kernels' dtypes, the same, on one device."""
+    """Raises an error unless all operands are on one device and have the same dtype, one that the kernels support."""
     check_dtype("the dtype of x", x.dtype, op)
     for name, value in (("filter", filter), ("bias", bias)):
         if value is None:
@@ -65,17 +65,17 @@ def check_types(op: str, x: TensorValue, filter: TensorValue, bias: TensorValue 
 
 @dataclass(frozen=True)
 class Operands:
-    """What a layer computes with, checked: the values, what their axes mean, and the sizes that follow.
+    """The checked operands of a layer: the values, what their axes mean, and the sizes that follow.
 
     Attributes:
-        op: "conv1d" or "conv_transpose1d"; begins every error.
+        op: "conv1d" or "conv_transpose1d"; every error begins with it.
         x: (N, L, C) or (N, C, L), as `layout` says; without the batch axis, too.
-        filter: Three axes in the order of `filter_layout`, all known.
+        filter: Three axes in the order of `filter_layout`, with known sizes.
         bias: (F,) or None.
-        layout, filter_layout: What the axes are.
-        groups: Of channels and filters.
+        layout, filter_layout: The axis orders.
+        groups: The number of groups.
         taps: K.
-        group_channels, group_filters: Channels and filters of a group.
+        group_channels, group_filters: Channels and filters per group.
     """
 
     op: str
@@ -101,7 +101,7 @@ class Operands:
         check_types(op, x, filter, bias)
         groups = positive("groups", groups, op)
         taps, channels, filters = (int(filter.shape[filter_layout.index(axis)]) for axis in "SCF")
-        # Filters of a transposed convolution hold all channels, except MLX's; others hold all filters.
+        # The filter of a transposed convolution has all channels, except MLX's. MLX's and plain ones have all filters.
         all_channels = op == "conv_transpose1d" and filter_layout != "FSC"
         kind, count = ("channels", channels) if all_channels else ("filters", filters)
         if count % groups:

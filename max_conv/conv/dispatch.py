@@ -8,7 +8,7 @@ from .geometry import Geometry, TransposedGeometry, positive
 from .layouts import Layout, check_layout
 
 LEAST_OUTPUTS = 256
-"""Outputs of all batch items together from which it pays to transform a filter in each call; see `winograd`."""
+"""Least outputs, of all batch items together, for which transforming the filter on every call pays; see `winograd`."""
 LEAST_PACKED = 8
 """The same for a filter that was transformed when the model was compiled."""
 
@@ -16,11 +16,11 @@ BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 
 LANES = 16
-"""The filters of a phase are filled up to a multiple of it, so that no vector holds two phases."""
+"""The filters of a phase are padded to a multiple of this number, so that no vector holds two phases."""
 
 
 PANEL = 32
-"""Filters that are computed together, and stand side by side in a packed filter; also in `kernels/lanes.mojo`."""
+"""Filters that are computed together and are adjacent in a packed filter; also in `kernels/lanes.mojo`."""
 PANELS = {"winograd", "dense", "short", "paired"}
 """The kernels that compute panels of filters."""
 
@@ -29,7 +29,7 @@ PANELS = {"winograd", "dense", "short", "paired"}
 class Layer:
     """What is known of a layer when the graph is built.
 
-    A transposed convolution is that convolution of stride 1 in `geometry` whose filters are those of all its phases.
+    For a transposed convolution, `geometry` is the convolution of stride 1 that computes all its phases as filters.
     """
 
     geometry: Geometry
@@ -58,7 +58,7 @@ class Layer:
 
     @property
     def columns(self) -> int:
-        """Filters of a group that kernels of whole vectors compute: of all phases, for a transposed convolution."""
+        """Filters of a group that kernels of whole vectors compute; for a transposed convolution, of all phases."""
         if self.transposed is None:
             return self.group_filters
         return self.transposed.phases * -(-self.group_filters // LANES) * LANES
@@ -69,7 +69,7 @@ class Layer:
         return self.group_filters * (self.transposed.phases if self.transposed else 1)
 
     def whole(self, kernel: str) -> bool:
-        """Tells whether the filters of a group are a multiple of a panel's 32 filters, for a kernel."""
+        """Returns whether the filters of a group are a multiple of a panel's 32 filters, for a kernel."""
         return (self.columns if kernel in PANELS else self.filters) % PANEL == 0
 
     @property
@@ -98,8 +98,8 @@ def choose(
 
     Args:
         layer: What is known of the layer.
-        batch, outputs: Of the data, where they are known, too: on short inputs another kernel than `winograd` is
-            chosen. A filter that is not packed leaves that to the kernel otherwise.
+        batch, outputs: The batch size and the output length, where they are known. For a short input, `winograd` falls
+            back to another kernel. If they are unknown and the filter is not packed, the kernel decides at run time.
         packed: Whether the filter is packed when the model is compiled.
         exact: Whether only direct kernels are allowed.
 
@@ -112,34 +112,35 @@ def choose(
     if layer.transposed:
         outputs = -(-outputs // layer.transposed.stride)
     shorter = too_short(layer.geometry, batch, outputs, packed)
-    return Choice(direct(layer).kernel, f"winograd gives way, {shorter}") if shorter else choice
+    return Choice(direct(layer).kernel, f"winograd falls back, {shorter}") if shorter else choice
 
 
 def paired(layer: Layer) -> Choice | None:
-    """Returns the choice of the kernel for pairs of bfloat16 values, which other processors replace by `direct`."""
+    """Returns the choice of the kernel for pairs of bfloat16 values; on other processors `direct` replaces it."""
     if layer.dtype != "bfloat16" or layer.group_channels < 8 or layer.filters < 16 or layer.groups > 16:
         return None
-    # NCL data is turned with all rows between the first tap and the last.
+    # NCL data is transposed together with all rows between the first tap and the last.
     if layer.layout == "NCL" and layer.geometry.reach * layer.group_channels > 128 * 1024:
         return None
     return Choice("paired", "bfloat16 dot products of pairs, where the processor has AVX512_BF16")
 
 
 def winograd(layer: Layer, packed: bool) -> Choice | None:
-    """Returns the choice of Winograd's kernel where it pays."""
+    """Returns the choice of Winograd's kernel, or None if it does not pay."""
     if (layer.groups > 1 and not packed) or min(layer.group_channels, layer.filters) < 32:
-        return None  # 16 -> 16 k3: 0.7 times as fast as dense; 32 -> 32: 1.2 times; 33 -> 65 k5: 1.2 times
+        # Measured against dense: 16 -> 16 k3 is 0.7 times as fast; 32 -> 32 1.2 times; 33 -> 65 k5 1.2 times.
+        return None
     if layer.group_filters < 8:
-        return None  # vectors that are half empty
+        return None  # vectors would be half empty
     if layer.products < 1.25 * layer.quad_products:
-        return None  # the transforms take more than is saved
+        return None  # the transforms cost more than they save
     products = quad_products(layer.geometry)
     if products * layer.group_channels > 12288:
         return None  # a panel of the transformed filter would exceed 1.5 MiB
     spacing = quad_spacing(layer.geometry)
     rows = 4 * spacing * layer.geometry.stride + layer.geometry.reach
     if layer.layout == "NCL" and max(rows, products * spacing) * layer.group_channels > 128 * 1024:
-        return None  # NCL data is turned in blocks of whole quads, which would exceed 512 KiB
+        return None  # NCL data is transposed in blocks of whole quads, which would exceed 512 KiB
     return Choice("winograd", f"{layer.quad_products} multiplications for {layer.products} of a direct convolution")
 
 
@@ -147,28 +148,28 @@ def direct(layer: Layer) -> Choice:
     """Returns the choice among the direct kernels."""
     depthwise = layer.group_channels == layer.group_filters == 1 and layer.groups >= 8
     if layer.layout == "NCL":
-        # Conformer's 31 taps: 0.121 ms, `lengthwise` 0.145; Vocos' 7 taps: 0.127 and 0.097.
+        # Conformer's 31 taps: `depthwise` 0.121 ms, `lengthwise` 0.145 ms; Vocos' 7 taps: 0.127 ms and 0.097 ms.
         if depthwise and layer.geometry.kernel_size >= 16 and layer.geometry.stride == 1 and BYTES[layer.dtype] > 2:
             return Choice(
-                "depthwise", "one channel in and one out a group, and taps enough to pay for turning the data"
+                "depthwise", "one channel in and one out per group, and enough taps to pay for transposing the data"
             )
-        return Choice("lengthwise", "NCL data has its positions side by side")
+        return Choice("lengthwise", "positions of NCL data are adjacent in memory")
     if depthwise:
-        return Choice("depthwise", "one channel in and one out a group")
+        return Choice("depthwise", "one channel in and one out per group")
     if layer.group_filters < 8:
         return Choice("lengthwise", "fewer filters than half a vector")
     if layer.geometry.kernel_size * layer.group_channels <= 128:
-        return Choice("short", "filters fill the vectors, and one running sum takes all taps and channels")
+        return Choice("short", "filters fill the vectors, and one running sum covers all taps and channels")
     return Choice("dense", "filters fill the vectors")
 
 
 def quad_spacing(geometry: Geometry) -> int:
-    """Returns how many outputs the outputs of a quad stand apart."""
+    """Returns the distance, in outputs, between the outputs of a quad."""
     return geometry.dilation // gcd(geometry.stride, geometry.dilation)
 
 
 def tap_groups(geometry: Geometry) -> list[tuple[int, ...]]:
-    """Returns the taps that Winograd's kernel takes together: threes of the same phase of the stride, and their rests.
+    """Returns the taps that Winograd's kernel computes together: threes of one phase of the stride, and what remains.
 
     >>> tap_groups(Geometry.of(4)), tap_groups(Geometry.of(3, stride=2))
     ([(0, 1, 2), (3,)], [(0, 2), (1,)])
@@ -182,7 +183,7 @@ def tap_groups(geometry: Geometry) -> list[tuple[int, ...]]:
 def quad_products(geometry: Geometry) -> int:
     """Returns the multiplications that Winograd's kernel needs for four outputs, one channel and one filter.
 
-    Three taps cost 6, a rest of two costs 5, of one 4.
+    Three taps cost 6, a remaining pair costs 5, a single tap 4.
 
     >>> quad_products(Geometry.of(11)), quad_products(Geometry.of(3, stride=2))
     (23, 9)
@@ -192,20 +193,21 @@ def quad_products(geometry: Geometry) -> int:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found. Printed, it is a sentence a line.
+    """What `explain` found. It prints one fact per line.
 
     Attributes:
         kernel: The CPU kernel's name, "gpu" for a layer on a GPU.
         why: The reason for the choice.
         output_shape: (N, L_out, F), or (N, F, L_out) for NCL data.
-        flops: Multiplications and additions of a direct convolution, taps in the padding included; of a transposed one,
-            those of every input value with every tap.
-        multiplications: What the kernel multiplies: fewer with Winograd's algorithm.
+        flops: Multiplications and additions of a direct convolution, taps in the padding included; for a transposed
+            one, every input value is multiplied with every tap.
+        multiplications: The multiplications of the chosen kernel: fewer with Winograd's algorithm.
         bytes: Input, weights and output, each moved once.
-        bound: "compute" or "memory": what takes longer on a machine with the given peaks.
-        seconds: The time that it takes at least, a direct convolution's for "compute".
-        exact: Whether the kernel is a direct one, so that no output depends on a value that it does not see, bit for bit.
-        cost: What `exact=True` costs: a direct kernel's multiplications over this kernel's.
+        bound: "compute" or "memory": whichever takes longer on a machine with the given peaks.
+        seconds: The least time that it takes; for "compute", the least time of a direct convolution.
+        exact: Whether the kernel is a direct one, so that no bit of an output depends on inputs outside its filter's
+            reach.
+        cost: What `exact=True` costs: a direct kernel's multiplications divided by this kernel's.
     """
 
     kernel: str
@@ -224,7 +226,7 @@ class Explanation:
             f"kernel      {self.kernel}: {self.why}\n"
             f"output      {self.output_shape}\n"
             f"work        {self.flops / 1e6:,.2f} MFLOP, {self.multiplications / 1e6:,.2f} million multiplications\n"
-            f"memory      {self.bytes / 1e6:,.2f} MB, {self.flops / self.bytes:.1f} FLOP a byte\n"
+            f"memory      {self.bytes / 1e6:,.2f} MB, {self.flops / self.bytes:.1f} FLOP per byte\n"
             f"bound       {self.bound}: {self.seconds * 1e3:,.3f} ms at least\n"
             f"exact       {'yes' if self.exact else f'no, exact=True takes {self.cost:.2f} times as many multiplications'}"
         )
@@ -249,14 +251,14 @@ def explain(
 
     Args:
         layer: A `Conv1D` or `ConvTranspose1D`, of the package or of a front end, a `Geometry` or a `TransposedGeometry`.
-        length: Of the input, L.
-        batch: Of the input, N.
-        channels, filters, groups, layout, dtype: Of the layer, where a `Geometry` is given; a layer knows them.
+        length: The input's length, L.
+        batch: The input's batch size, N.
+        channels, filters, groups, layout, dtype: The layer's; needed only if `layer` is a `Geometry`.
         packed: Whether `max_conv.compile` packs the filter, as it does in float32 and float64; in a plain MAX session
-            Winograd's kernel gives way to another on more inputs.
-        exact: Whether only direct kernels are allowed; a layer that was made with `exact=True` knows it.
-        gflops: The machine's peak, 10^9 operations a second in float32; doubled for bfloat16, halved for float64.
-        gbytes: The machine's memory bandwidth, 10^9 bytes a second.
+            Winograd's kernel falls back to another one for more inputs.
+        exact: Whether only direct kernels are allowed; always true for a layer that was made with `exact=True`.
+        gflops: The machine's peak, 10^9 operations per second in float32; doubled for bfloat16, halved for float64.
+        gbytes: The machine's memory bandwidth, 10^9 bytes per second.
 
     Raises:
         TypeError, ValueError: One sentence: a length that is too short, a Geometry without channels.
@@ -265,7 +267,7 @@ def explain(
     kernel      winograd: 6 multiplications for 12 of a direct convolution
     output      (1, 3000, 384)
     work        552.96 MFLOP, 138.24 million multiplications
-    memory      5.94 MB, 93.1 FLOP a byte
+    memory      5.94 MB, 93.1 FLOP per byte
     bound       compute: 1.106 ms at least
     exact       no, exact=True takes 2.00 times as many multiplications
     """
@@ -277,7 +279,7 @@ def explain(
         layout, dtype, exact = layer.layout, layer.dtype.name, exact or layer.exact
         on_gpu = layer.device is not None and not layer.device.is_cpu()
     elif channels is None or filters is None:
-        raise TypeError("explain: a Geometry needs channels=... and filters=... beside it.")
+        raise TypeError("explain: a Geometry needs channels=... and filters=... as well.")
     check_layout(layout)
     if dtype not in BYTES:
         raise ValueError(f"explain: dtype must be one of {', '.join(BYTES)}, but is {dtype!r}.")
@@ -317,10 +319,10 @@ def explain(
 
 
 def too_short(geometry: Geometry, batch: int, outputs: int, packed: bool) -> str | None:
-    """Returns why Winograd's kernel gives way for an input, or None.
+    """Returns why Winograd's kernel falls back to another one for an input, or None.
 
-    `pays` in winograd.mojo is its twin for filters that are not packed. From 8 outputs on a packed filter of 512 -> 512
-    k3 is faster than `dense`, and with a dilation of 9 from 36 outputs on: a quad spans four dilations.
+    `pays` in winograd.mojo does the same for filters that are not packed. With a packed filter, 512 -> 512 k3, it is
+    faster than `dense` from 8 outputs on, and with a dilation of 9 from 36 outputs on: a quad spans four dilations.
     """
     least, dilations = (LEAST_PACKED, 4) if packed else (LEAST_OUTPUTS, 16)
     if batch * outputs < least:

@@ -1,4 +1,4 @@
-"""Reads DLPack capsules: MAX takes their memory, but not their strides."""
+"""Reads DLPack capsules: MAX accepts their memory, but not their strides."""
 
 import ctypes
 import math
@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 HOST = (1, 3, 11, 13)
-"""Kinds of devices whose memory the CPU reads: its own, and CUDA's and ROCm's pinned and managed memory."""
+"""Kinds of memory that the CPU can read: its own, and CUDA's and ROCm's pinned and managed memory."""
 
 KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
-"""DLPack's codes of dtypes; those of small floats are in `_dtype`."""
+"""DLPack's codes of dtypes; the codes of small floats are in `SMALL`."""
 
 SMALL = {7: "float8_e3m4", 8: "float8_e4m3", 10: "float8_e4m3fn", 11: "float8_e4m3fnuz", 12: "float8_e5m2", 13: "float8_e5m2fnuz", 14: "float8_e8m0fnu"}  # fmt: skip
 
@@ -33,7 +33,7 @@ class _Tensor(ctypes.Structure):
 
 
 BEFORE = {b"dltensor": 0, b"dltensor_versioned": 32}
-"""Names of capsules, and where the tensor begins in what they hold: a version, two pointers and flags come before it."""
+"""Capsule names, and the tensor's offset in the struct: a version, two pointers and flags may come before it."""
 
 _name = ctypes.pythonapi.PyCapsule_GetName
 _name.argtypes, _name.restype = (ctypes.py_object,), ctypes.c_char_p
@@ -42,19 +42,20 @@ _pointer.argtypes, _pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctype
 
 
 def dense(value: Any) -> tuple[np.ndarray, str] | None:
-    """Copies what an object with `__dlpack__` has on the CPU, as its strides say.
+    """Copies the values of an object with `__dlpack__` on the CPU, according to its strides.
 
     Returns:
-        The bits in row-major order, unsigned ints, and the name of their dtype; None for a contiguous array on a device.
+        The bits in row-major order, as unsigned ints, and the name of their dtype; None for a contiguous array on a
+        device.
 
     Raises:
-        TypeError: If its dtype is no real one, or it has strides on a device.
+        TypeError: If its dtype is not a real one, or it has strides on a device.
 
     >>> bits, dtype = dense(np.arange(3, dtype=np.float32)[::-1])
     >>> bits.view(np.float32).tolist(), dtype
     ([2.0, 1.0, 0.0], 'float32')
     """
-    capsule = value.__dlpack__()  # its memory is ours as long as this name
+    capsule = value.__dlpack__()  # its memory is valid as long as this name refers to it
     name = _name(capsule)
     if name not in BEFORE:
         raise TypeError(f"its capsule is named {name!r}")

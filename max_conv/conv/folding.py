@@ -7,12 +7,12 @@ import numpy as np
 
 
 def fold_weight_norm(g: np.ndarray, v: np.ndarray, dim: int | None = 0) -> np.ndarray:
-    """Returns the filter that weight norm's magnitude `g` and direction `v` stand for: `g * v / |v|`, in float64.
+    """Returns the filter that weight norm's magnitude `g` and direction `v` define: `g * v / |v|`, in float64.
 
     Args:
-        g: Broadcasts against `v`: ones in every axis but `dim`.
+        g: Broadcasts against `v`: size 1 in every axis but `dim`.
         v: The direction, any shape.
-        dim: The axis that keeps a norm of its own; None and -1 are one norm of the whole, as in PyTorch.
+        dim: The axis along which each index has its own norm; None and -1 are one norm of the whole, as in PyTorch.
 
     >>> fold_weight_norm(np.array([[10.0]]), np.array([[3.0, 4.0]])).tolist()
     [[6.0, 8.0]]
@@ -21,16 +21,16 @@ def fold_weight_norm(g: np.ndarray, v: np.ndarray, dim: int | None = 0) -> np.nd
     """
     v = np.asarray(v, np.float64)
     if dim is not None and dim < -1:
-        dim += v.ndim  # -1 is PyTorch's other word for the whole
+        dim += v.ndim  # in PyTorch -1 also means one norm of the whole
     axes = tuple(axis for axis in range(v.ndim) if axis != dim)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a direction of zeros is NaN in PyTorch, too
+    with np.errstate(divide="ignore", invalid="ignore"):  # a direction of zeros gives NaN, as in PyTorch
         filter = v / np.sqrt(np.sum(v * v, axis=axes, keepdims=True))
         filter *= np.asarray(g, np.float64)
     return filter
 
 
 def weight_norm_names(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a state dict with weight norm's parts under their old names, `weight_g` and `weight_v`.
+    """Returns a state dict with weight norm's parts under PyTorch's older names, `weight_g` and `weight_v`.
 
     >>> list(weight_norm_names({"up.parametrizations.weight.original0": 1, "up.bias": 2}))
     ['up.weight_g', 'up.bias']
@@ -46,7 +46,7 @@ def weight_norm_names(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weight_norm_dim(g: tuple[int, ...], v: tuple[int, ...]) -> int | None:
-    """Returns the axis that keeps norms of its own, which follows from the shapes of weight norm's parts.
+    """Returns the axis along which each index has its own norm, from the shapes of weight norm's parts.
 
     Args:
         g, v: The shapes of the magnitude and of the direction.
@@ -75,7 +75,7 @@ def fold_spectral_norm(weight: np.ndarray, u: np.ndarray, v: np.ndarray, dim: in
         weight: Any shape.
         u: (weight.shape[dim],).
         v: (the product of the other sizes,).
-        dim: 0, and 1 for PyTorch's transposed convolutions.
+        dim: 0; for PyTorch's transposed convolutions 1.
 
     >>> fold_spectral_norm(np.array([[6.0, 8.0]]), np.ones(1), np.array([0.6, 0.8])).tolist()
     [[0.6, 0.8]]
@@ -90,7 +90,7 @@ def fold_spectral_norm(weight: np.ndarray, u: np.ndarray, v: np.ndarray, dim: in
 
 
 class BatchNorm(NamedTuple):
-    """What a batch norm in eval mode does, with its running mean and variance: each is (F,), in float64."""
+    """A batch norm in eval mode, which uses its running mean and variance: each array is (F,), in float64."""
 
     weight: np.ndarray
     bias: np.ndarray
@@ -100,11 +100,11 @@ class BatchNorm(NamedTuple):
 
     @property
     def scale(self) -> np.ndarray:
-        """What each of the filters is multiplied by, (F,)."""
+        """The factor of each filter, (F,)."""
         return self.weight / np.sqrt(self.variance + self.eps)
 
     def fold_filter(self, filter: np.ndarray, order: str) -> np.ndarray:
-        """Returns the filter, whose axes are in `order`, as the batch norm after it scales it.
+        """Returns the filter, whose axes are in `order`, scaled by the batch norm after it.
 
         >>> norm = BatchNorm(np.array([2.0]), np.zeros(1), np.zeros(1), np.ones(1), 0.0)
         >>> norm.fold_filter(np.ones((1, 1, 2)), "FCS").tolist()
@@ -112,14 +112,14 @@ class BatchNorm(NamedTuple):
         """
         if len(self.scale) == filter.shape[order.index("F")]:
             return filter * self.scale.reshape([-1 if axis == "F" else 1 for axis in order])
-        # CFS holds the filters of one group: the channels of each group have filters of their own.
+        # CFS has the filters of one group: the channels of each group have separate filters.
         channels, filters, taps = filter.shape
         groups = len(self.scale) // filters
         parts = filter.reshape(groups, channels // groups, filters, taps)
         return (parts * self.scale.reshape(groups, 1, filters, 1)).reshape(filter.shape)
 
     def fold_bias(self, bias: np.ndarray | float = 0.0) -> np.ndarray:
-        """Returns the bias of the layer and the batch norm after it together, (F,).
+        """Returns the bias of the layer combined with the batch norm after it, (F,).
 
         >>> BatchNorm(np.array([2.0]), np.array([1.0]), np.array([3.0]), np.ones(1), 0.0).fold_bias().tolist()
         [-5.0]

@@ -11,7 +11,7 @@ PADDING_MODES: tuple[str, ...] = get_args(PaddingMode)
 """In the order of their numbers in the kernels."""
 
 LIMIT = 2**31
-"""Of every argument: products and sums of them stay far within 64 bits."""
+"""The bound of every integer argument: products and sums of arguments stay far within 64 bits."""
 
 Padding = int | Sequence[int] | Literal["same", "valid", "causal"]
 
@@ -47,7 +47,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def _sides(padding: Any, op: str) -> tuple[int, int]:
-    """Returns the padding on the left and on the right of one int or two."""
+    """Returns the padding on the left and on the right, given as one int or two."""
     sides = tuple(padding) if isinstance(padding, tuple | list) else (padding, padding)
     if len(sides) != 2:
         raise ValueError(f"{op}: padding must be one int or (left, right), but has {len(sides)} values: {padding!r}.")
@@ -126,7 +126,7 @@ class Geometry:
 
     @property
     def reach(self) -> int:
-        """Input positions that one output sees, first to last."""
+        """Input positions that one output depends on, first to last."""
         return self.dilation * (self.kernel_size - 1) + 1
 
     def output_length(self, length: Any) -> Any:
@@ -141,14 +141,14 @@ class Geometry:
         return (length + (grown - 1 + self.stride)) // self.stride
 
     def check_length(self, length: int) -> None:
-        """Raises ValueError where an input of `length` positions is too short for the filter or its padding."""
+        """Raises ValueError if an input of `length` positions is too short for the filter or its padding."""
         padded = length + self.left + self.right
         if padded < self.reach:
             raise ValueError(
                 f"conv1d: the filter reaches over {counted(self.reach, 'position')} (kernel_size {self.kernel_size}, dilation "
                 f"{self.dilation}), but the padded input has only {padded}; pad more or pass a longer input."
             )
-        # A reflection leaves out the edge itself, a circle does not.
+        # "reflect" does not repeat the edge itself; "circular" may repeat the whole input.
         room = {"reflect": length - 1, "circular": length}.get(self.padding_mode, max(self.left, self.right))
         if (length == 0 and self.padding_mode != "zeros") or max(self.left, self.right) > room:
             raise ValueError(
@@ -157,9 +157,9 @@ class Geometry:
             )
 
     def source(self, position: int, length: int) -> int | None:
-        """Returns the input position that stands at `position` of the padded line, or None where it is zero.
+        """Returns the input position that is at `position` of the padded input, or None where the padding is zero.
 
-        Position 0 is the first input value, the left padding is negative.
+        Position 0 is the first input value; positions of the left padding are negative.
 
         >>> [Geometry.of(3, padding=2, padding_mode="reflect").source(p, 4) for p in (-2, -1, 0, 3, 4, 5)]
         [2, 1, 0, 3, 2, 1]
@@ -185,7 +185,7 @@ class TransposedGeometry:
 
     Output `m * stride + phase * dilation - left` is the sum over taps `phase + j * step` of rows `m - j * dilation / g`
     of the input, with `g = gcd(stride, dilation)` and `step = stride / g`. So the outputs of one phase are a convolution
-    of stride 1, and those of all phases are `phases` times as many filters of a single one: `convolution`.
+    of stride 1. All phases together are one such convolution with `phases` times as many filters: `convolution`.
     """
 
     kernel_size: int
@@ -206,8 +206,8 @@ class TransposedGeometry:
     ) -> "TransposedGeometry":
         """Checks the arguments of a transposed convolution and resolves its padding.
 
-        "causal" takes `reach - stride` positions off the right, so that the output is `stride` times as long as the input
-        and none of it sees the future.
+        "causal" removes `reach - stride` positions on the right, so that the output is `stride` times as long as the
+        input and no output depends on future inputs.
 
         Raises:
             TypeError, ValueError: One sentence that names the argument, its value and the rule.
@@ -235,18 +235,18 @@ class TransposedGeometry:
 
     @property
     def reach(self) -> int:
-        """Outputs that one input value takes part in, first to last."""
+        """Output positions that one input value contributes to, first to last."""
         return self.dilation * (self.kernel_size - 1) + 1
 
     @property
     def step(self) -> int:
-        """Taps from one to the next of the same phase."""
+        """Distance, in taps, from one tap to the next tap of the same phase."""
         return self.stride // gcd(self.stride, self.dilation)
 
     @property
     def phases(self) -> int:
-        """Phases that have a tap. Other outputs, where the stride exceeds the kernel or shares a factor with the dilation,
-        hold the bias alone.
+        """The number of phases that have a tap. If the stride exceeds the kernel, or shares a factor with the dilation,
+        other outputs exist, which are only the bias.
         """
         return min(self.step, self.kernel_size)
 
@@ -254,7 +254,7 @@ class TransposedGeometry:
     def convolution(self) -> Geometry:
         """The convolution of stride 1 that all phases share. Its tap t is tap `phase + step * (kernel_size - 1 - t)`.
 
-        The padding is what no output needs more than; kernels have a closer one.
+        The padding is the most that any output needs; the kernels compute a smaller one.
         """
         taps = -(-self.kernel_size // self.step)
         dilation = self.dilation // gcd(self.stride, self.dilation)
@@ -281,7 +281,7 @@ class TransposedGeometry:
         return replace(self, output_padding=output_size - shortest)
 
     def check_length(self, length: int) -> None:
-        """Raises ValueError where an input of `length` positions has no output."""
+        """Raises ValueError if an input of `length` positions has no output."""
         if length < 1:
             raise ValueError(f"conv_transpose1d: x must have at least 1 position, but has {length}.")
         if self.output_length(length) < 1:

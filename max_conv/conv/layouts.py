@@ -1,8 +1,9 @@
-"""Axis orders of sequences and filters, and the one place that permutes them.
+"""Axis orders of sequences and filters, and the only code that permutes them.
 
 Letters: N batch, L length, C channels in, F filters (channels out), S steps of the kernel (its taps). PyTorch has NCL
-data and FCS filters, MAX has NLC and SCF, MLX has NLC and FSC. A filter holds the channels of one group and all filters;
-transposed ones, SFC in MAX and CFS in PyTorch, all channels and the filters of one group, but MLX's, FSC, as before.
+data and FCS filters, MAX has NLC and SCF, MLX has NLC and FSC. A filter has the channels of one group and all filters.
+A transposed filter, SFC in MAX and CFS in PyTorch, has all channels and the filters of one group; MLX's, FSC, has the
+channels of one group and all filters, too.
 """
 
 from typing import Any, Literal, get_args
@@ -44,12 +45,12 @@ def permute(value: Any, source: str, target: str) -> Any:
     """Permutes an array, a torch tensor or a graph value from one axis order to another.
 
     Args:
-        value: Anything with a `permute` method, or a NumPy array.
+        value: An object with a `permute` method, or a NumPy array.
         source: The axis order that `value` has, such as "FCS".
         target: The axis order wanted, such as "SCF".
 
     Returns:
-        The permuted value; arrays come back contiguous. `value` itself where the orders are the same.
+        The permuted value; arrays are contiguous. If the orders are the same, `value` itself.
 
     >>> permute(np.zeros((8, 4, 3)), "FCS", "SCF").shape
     (3, 4, 8)

@@ -1,4 +1,4 @@
-"""The Mojo kernels, compiled once a machine."""
+"""The Mojo kernels, compiled once per machine."""
 
 import functools
 import hashlib
@@ -16,23 +16,24 @@ FILE = "max_conv_kernels.mojoc"
 def kernel_library() -> Path:
     """Returns the compiled kernels, a `.mojoc` file for `Graph(custom_extensions=[...])`.
 
-    The first call on a machine compiles the Mojo sources beside this file into the user's cache (about a second);
-    the file's folder is named by the sources' digest and the Mojo version. Safe when several processes start at once.
+    The first call on a machine compiles the Mojo sources in `kernels/`, next to this file, into the user's cache (about
+    a second). The name of the cache folder depends on the sources and the Mojo version. Several processes may start at
+    once.
 
     Raises:
-        RuntimeError: If the kernels do not compile, with the compiler's words.
+        RuntimeError: If the kernels do not compile, with the compiler's message.
     """
     return cached_folder(library_path().parent, _compile) / FILE
 
 
 def library_path() -> Path:
-    """Returns where the compiled kernels lie, whether they are there yet or not."""
+    """Returns the path of the compiled kernels, whether the file exists yet or not."""
     return cache_dir() / "kernels" / kernel_key() / FILE
 
 
 @functools.cache
 def kernel_key() -> str:
-    """Returns the name of the compiled kernels: a digest of their sources, the Mojo version and the machine's kind."""
+    """Returns the name of the compiled kernels: a digest of their sources, the Mojo version and the machine's type."""
     digest = hashlib.sha256(f"{version('mojo-compiler')} {platform.machine()}".encode())
     for source in sorted(SOURCES.glob("*.mojo")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -42,7 +43,7 @@ def kernel_key() -> str:
 def _compile(folder: Path) -> None:
     from mojo.run import subprocess_run_mojo
 
-    # The compiler bakes the name of the file into it, so the final name has to be given here.
+    # The compiler stores the file's name in the file, so the final name has to be given here.
     command = ["precompile", str(SOURCES), "-o", str(folder / FILE)]
     try:
         subprocess_run_mojo(command, check=True, capture_output=True, text=True)

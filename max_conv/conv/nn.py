@@ -1,4 +1,4 @@
-"""`Conv1D` and `ConvTranspose1D`, the layers: they hold weights, `conv1d` and `conv_transpose1d` do the rest."""
+"""The layers `Conv1D` and `ConvTranspose1D`: they hold the weights; `conv1d` and `conv_transpose1d` do the rest."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from .packing import packed_graph
 
 
 class ConvolutionLayer(nn.Module):
-    """What both layers know of their channels, their filter, and what they are called with."""
+    """The base class of both layers: their channels, weights, names and input types."""
 
     op: str
     filter_attribute: str
@@ -60,14 +60,14 @@ class ConvolutionLayer(nn.Module):
         return Weight(f"{self._prefix}{name}", self.dtype, shape, self.device or DeviceRef.CPU())
 
     def _filter(self) -> TensorValue:
-        """Returns what the layer convolves with."""
+        """Returns the filter that the layer convolves with."""
         return self._named(getattr(self, self.filter_attribute))
 
     def _bias(self) -> TensorValue | None:
         return None if self.bias is None else self._named(self.bias)
 
     def _named(self, weight: Weight) -> Weight:
-        """Returns a weight under the name that the current graph gives it: layers without a name share theirs."""
+        """Returns a weight under the name that it has in the current graph: layers without a name would share one."""
         graph = packed_graph()
         return weight if graph is None else graph.named(weight, self, not self._prefix and "." not in weight.name)
 
@@ -82,7 +82,7 @@ class ConvolutionLayer(nn.Module):
         return (TensorType(self.dtype, [sizes[axis] for axis in self.layout], self.device or DeviceRef.CPU()),)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], **options: Any) -> None:
-        """Sets the weights: arrays by name, of any producer that `max_conv.compile` takes inputs of."""
+        """Sets the weights from arrays by name: NumPy arrays, or anything with DLPack."""
         buffers = {name: buffer_of(value, f"{self.op}: weight", name) for name, value in state_dict.items()}
         super().load_state_dict(buffers, **options)
 
@@ -103,7 +103,7 @@ class Conv1D(ConvolutionLayer):
         num_groups: Groups of channels that are convolved separately.
         device: Where the layer runs; None is the CPU.
         has_bias: Whether a bias is added.
-        permute: Takes PyTorch's orders: data (N, C, L), filter (F, C / num_groups, K).
+        permute: Whether to use PyTorch's axis orders: data (N, C, L), filter (F, C / num_groups, K).
         name: The weights are named `{name}.weight` and `{name}.bias`, without a name `weight` and `bias`.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
         exact: As in `conv1d`.
@@ -193,12 +193,12 @@ class ConvTranspose1D(ConvolutionLayer):
         out_channels: Channels of the output, F.
         dtype: Of the weights and of the input: float32, float64, float16 or bfloat16.
         stride: Outputs from one input position to the next.
-        padding: Outputs taken off both sides, (left, right), or "causal": what exceeds `L * stride` goes off the right.
+        padding: Outputs removed on both sides, (left, right), or "causal", which removes outputs beyond `L * stride`.
         dilation: Outputs from one tap to the next.
         output_padding: Outputs added on the right, fewer than stride or dilation.
         device: Where the layer runs; None is the CPU.
         has_bias: Whether a bias is added.
-        permute: Takes PyTorch's orders: data (N, C, L), filter (C, F / num_groups, K).
+        permute: Whether to use PyTorch's axis orders: data (N, C, L), filter (C, F / num_groups, K).
         name: The weights are named `{name}.weight` and `{name}.bias`, without a name `weight` and `bias`.
         num_groups: Groups of channels that are convolved separately.
         exact: As in `conv1d`.
@@ -256,7 +256,7 @@ class ConvTranspose1D(ConvolutionLayer):
 
     @property
     def filter_shape(self) -> list[int]:
-        """The filter's sizes: of all channels and the filters of a group; MLX's order has it the other way round."""
+        """The filter's shape: all channels, one group's filters; in MLX's order, all filters, one group's channels."""
         channels, filters = self.in_channels, self.out_channels // self.num_groups
         if self.filter_layout == "FSC":
             channels, filters = self.in_channels // self.num_groups, self.out_channels
@@ -268,7 +268,7 @@ class ConvTranspose1D(ConvolutionLayer):
 
         Args:
             x: (N, L, C), or (N, C, L) with `permute`; without the batch axis, too.
-            output_size: L_out, from which `output_padding` is then worked out.
+            output_size: L_out, from which `output_padding` is then computed.
 
         Returns:
             (N, L_out, F), or (N, F, L_out) with `permute`.
@@ -296,7 +296,7 @@ class ConvTranspose1d(ConvTranspose1D):
 
     Args:
         length: Taps of the filter.
-        stride, dilation, output_padding: Ints, or MAX's pairs for two dimensions, whose second value counts.
+        stride, dilation, output_padding: Ints, or MAX's pairs for two dimensions, of which the second value is used.
         padding: As in `ConvTranspose1D`, or MAX's four numbers, of which the last two are left and right.
 
     >>> from max.dtype import DType
@@ -342,7 +342,7 @@ class ConvTranspose1d(ConvTranspose1D):
 
 
 def _last(name: str, value: Any, first: int) -> Any:
-    """Returns the second of MAX's pair, whose first belongs to a dimension that is not there."""
+    """Returns the second value of MAX's pair; the first one belongs to a dimension that 1-D data lacks."""
     if not isinstance(value, tuple | list):
         return value
     if len(value) != 2 or value[0] != first:

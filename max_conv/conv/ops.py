@@ -1,4 +1,4 @@
-"""`conv1d` and `conv_transpose1d`: check their arguments, work out the geometry, emit the operation into the graph."""
+"""`conv1d` and `conv_transpose1d`: check the arguments, compute the geometry, emit the operation into the graph."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,20 +39,21 @@ def conv1d(
         bias: (F,) or None.
         stride: Input positions from one output to the next.
         padding: Positions added on both sides, (left, right), "same" (keeps the length, stride 1 only), "causal"
-            (all on the left, so that no output sees the future) or "valid" (none).
+            (all on the left, so that no output depends on future inputs) or "valid" (none).
         dilation: Input positions from one tap to the next.
-        groups: Output channel f sees only the channels of its group, f // (F / groups).
-        padding_mode: What stands in the padding: "zeros", "reflect", "replicate" or "circular".
-        exact: Whether only direct kernels compute it: then no output depends on a value that it does not see, bit for bit.
-            Winograd's kernel, which is up to twice as fast, promises that for values that are not finite or beyond 1e16;
-            smaller ones move the outputs next to those that see them by about 1e-6 of themselves.
+        groups: Output channel f depends only on the channels of its group, f // (F / groups).
+        padding_mode: The values in the padding: "zeros", "reflect", "replicate" or "circular".
+        exact: Whether only direct kernels are allowed: then no bit of an output depends on inputs outside its filter's
+            reach. Winograd's kernel, which is up to twice as fast, guarantees this for inputs that are not finite or
+            exceed 1e16. A smaller input changes neighbouring outputs, which do not depend on it, by about 1e-6 of
+            itself.
 
     Returns:
         (N, L_out, F), or (N, F, L_out) with layout "NCL", in the dtype of `x`. Sixteen-bit types are summed in float32.
 
     Raises:
-        TypeError, ValueError: Before anything is emitted, in one sentence. What only the run-time length can tell
-            (an input shorter than the filter) is raised by the kernel when the graph runs.
+        TypeError, ValueError: Before anything is emitted, in one sentence. Errors that depend on the run-time length
+            (an input shorter than the filter) are raised by the kernel when the graph runs.
 
     >>> from max.dtype import DType
     >>> from max.graph import DeviceRef, Graph, TensorType
@@ -95,22 +96,22 @@ def conv_transpose1d(
     Args:
         x: (N, L, C), or (N, C, L) with layout "NCL"; without the batch axis, too. Any dimension may be symbolic.
         filter: (K, F / groups, C), or another order named by `filter_layout`: "CFS" is PyTorch's; "FSC" is MLX's, which
-            holds all filters and the channels of a group: (F, K, C / groups).
+            has all filters and the channels of one group: (F, K, C / groups).
         bias: (F,) or None.
         stride: Outputs from one input position to the next.
-        padding: Outputs taken off both sides, (left, right), or "causal": what exceeds `L * stride` is taken off the right.
+        padding: Outputs removed on both sides, (left, right), or "causal", which removes outputs beyond `L * stride`.
         output_padding: Outputs added on the right, fewer than stride or dilation.
         dilation: Outputs from one tap to the next.
-        groups: Output channel f sees only the channels of its group, f // (F / groups).
-        output_size: L_out, from which `output_padding` is worked out.
+        groups: Output channel f depends only on the channels of its group, f // (F / groups).
+        output_size: L_out, from which `output_padding` is computed.
         exact: As in `conv1d`.
 
     Returns:
         (N, L_out, F), or (N, F, L_out) with layout "NCL", in the dtype of `x`. Sixteen-bit types are summed in float32.
 
     Raises:
-        TypeError, ValueError: Before anything is emitted, in one sentence. What only the run-time length can tell
-            (padding that leaves no output) is raised by the kernel when the graph runs.
+        TypeError, ValueError: Before anything is emitted, in one sentence. Errors that depend on the run-time length
+            (padding that leaves no output) are raised by the kernel when the graph runs.
 
     >>> from max.dtype import DType
     >>> from max.graph import DeviceRef, Graph, TensorType
@@ -160,7 +161,7 @@ def _convolve(given: Operands, geometry: Geometry | TransposedGeometry, outputs:
 
 
 def _numbers(geometry: Geometry | TransposedGeometry, groups: int) -> list[int]:
-    """Returns the geometry as the operation takes it, see `emit`."""
+    """Returns the geometry as the operation's operands, see `emit`."""
     numbers = [geometry.stride, geometry.dilation, geometry.left, geometry.right]
     if isinstance(geometry, Geometry):
         numbers.append(PADDING_MODES.index(geometry.padding_mode))
@@ -169,16 +170,16 @@ def _numbers(geometry: Geometry | TransposedGeometry, groups: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Form:
-    """What of an operation is compiled into it.
+    """The properties of an operation that are compiled into it.
 
     Attributes:
-        kernel: Its name.
-        layout: Of the data.
-        filter_layout: Of the filter, or "packed" or "phased" for what `Packing` made of it.
+        kernel: The kernel's name.
+        layout: The data's layout.
+        filter_layout: The filter's layout, or "packed" or "phased" if `Packing` made it.
         transposed: Whether it is `conv_transpose1d`.
-        whole: Whether the filters of a group are a multiple of 32: less has to be compiled.
-        full: Whether the filters of a phase are a multiple of 16: less has to be compiled.
-        least: Outputs below which "winograd" falls back to another kernel; 0 always uses it.
+        whole: Whether the filters of a group are a multiple of 32: then less code is compiled.
+        full: Whether the filters of a phase are a multiple of 16: then less code is compiled.
+        least: The number of outputs below which "winograd" falls back to another kernel; with 0 it never does.
     """
 
     kernel: str
@@ -205,14 +206,14 @@ def emit(
     shape: Sequence[Any],
     form: Form,
 ) -> TensorValue:
-    """Emits the operation, unchecked.
+    """Emits the operation; its arguments are not checked.
 
     Args:
-        bias: (F,), or (0,) for none.
+        bias: (F,), or (0,) for no bias.
         scalars: stride, dilation, left, right, the number of the padding mode, groups and kernel_size, int64, on the CPU;
-            the padding mode only of `conv1d`.
-        shape: The output's.
-        form: What is compiled into the operation.
+            only `conv1d` has a padding mode.
+        shape: The output's shape.
+        form: The properties that are compiled into the operation.
     """
     parameters: dict[str, str | int | bool] = {"kernel": form.kernel, "least": form.least, "whole": form.whole}
     parameters |= {"layout": form.layout, "filter_layout": form.filter_layout}
@@ -233,7 +234,7 @@ def custom_op(
     results: Sequence[TensorType],
     parameters: Mapping[str, str | int | bool] | None = None,
 ) -> list[TensorValue]:
-    """Emits one of this package's kernels into the current graph, and tells the graph where they are."""
+    """Emits one of this package's kernels into the current graph, and the kernel library if the graph lacks it."""
     graph = Graph.current
     library = kernel_library()
     if library not in graph.kernel_libraries_paths:

@@ -1,7 +1,8 @@
-"""Filters in the order in which kernels read them, made once when a model is compiled.
+"""Packing: puts filters into the order in which the kernels read them, once, when a model is compiled.
 
-`max_conv.compile` holds the weights, so it packs the filters of the layers in a `PackedGraph`: there `conv1d` takes a
-weight of its own, made of the documented one. In any other graph kernels take the filter as it is.
+`max_conv.compile` has the weights' values, so it packs the filters of the layers in a `PackedGraph`: there the
+operation's filter is a separate weight, made from the documented one. In any other graph the kernels use the filter as
+it is.
 """
 
 import platform
@@ -36,15 +37,15 @@ POINTS = {
     2: ((2, 0), (1, 1), (-1 / 3, 1 / 3), (0, 1), (-8 / 3, -4 / 3)),
     1: ((1,), (1 / 2,), (1 / 2,), (1,)),
 }
-"""What groups of taps are at Winograd's points, for each size of a group: `filter_points` in `kernels/points.mojo`."""
+"""The values of a group of taps at Winograd's points, by the group's size; `filter_points` in `kernels/points.mojo`."""
 
 LIMIT = {"float32": 2.0**54, "float64": 2.0**500}
-"""What Winograd's kernel multiplies at the points stays below it; `limit` in `kernels/careful.mojo` is its twin."""
+"""Winograd's transforms are used only for values below this, by dtype; also `limit` in `kernels/careful.mojo`."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How a packed filter is made of the weight `source`."""
+    """How a packed filter is made from the weight `source`."""
 
     source: str
     kernel: str
@@ -53,7 +54,7 @@ class Packing:
 
     @property
     def name(self) -> str:
-        """The packed weight's name; equal packings of a weight share it."""
+        """The packed weight's name; equal packings of one weight have the same name."""
         geometry = self.layer.transposed or self.layer.geometry
         kind = "t" if self.layer.transposed else ""
         step = f"{kind}s{geometry.stride}d{geometry.dilation}g{self.layer.groups}"
@@ -61,7 +62,7 @@ class Packing:
 
     @property
     def matrix(self) -> np.ndarray:
-        """What Winograd's products take of each tap: (products, K)."""
+        """The factor of each tap in each of Winograd's products: (products, K)."""
         taps = self.layer.geometry.kernel_size
         groups = tap_groups(self.layer.geometry)
         rows = [
@@ -77,9 +78,9 @@ class Packing:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Groups and panels of 32 filters, taps or products, channels and filters; for other kernels SCF.
+        """The packed shape: panels of 32 filters, of all groups; taps or products; channels and filters. Else SCF.
 
-        "paired" has an even number of channels, and the two of a pair side by side.
+        "paired" has an even number of channels, and the two channels of a pair are adjacent.
         """
         layer = self.layer
         taps = layer.geometry.kernel_size
@@ -91,7 +92,7 @@ class Packing:
         return layer.groups * panels, rows, channels * PANEL
 
     def __call__(self, filter: np.ndarray) -> np.ndarray:
-        """Packs a filter, at the start of a cache line."""
+        """Packs a filter; the result starts on a cache line."""
         layer = self.layer
         taps = self.phased(filter) if layer.transposed else permute(filter, self.filter_layout, "SCF")
         room = aligned(self.shape, filter.dtype)
@@ -115,10 +116,11 @@ class Packing:
         return room
 
     def multiply(self, taps: np.ndarray, products: np.ndarray) -> None:
-        """Writes Winograd's products of taps, (groups, K, C, F): (groups, products, C, F).
+        """Computes Winograd's products, (groups, products, C, F), from taps, (groups, K, C, F).
 
-        The kernel gets the taps back where data is not for the transforms (`restore_taps` in `kernels/careful.mojo`). Of a
-        group of taps that are not for them either, the last products are the taps, and the first ones NaN.
+        If the data is unfit for the transforms (not finite, or too large), the kernel recovers the taps from the
+        products (`restore_taps` in `kernels/careful.mojo`). If a group of taps is unfit itself, its last products are
+        the taps and its first ones NaN.
         """
         groups = tap_groups(self.layer.geometry)
         parts, size = len(groups), taps.shape[1]
@@ -127,7 +129,7 @@ class Packing:
         middle = taps[:, [group[1] for group in groups[:threes]]]
         with np.errstate(over="ignore", invalid="ignore"):
             products[...] = np.moveaxis(np.tensordot(self.matrix, taps.astype(np.float64), (1, 1)), 0, 1)
-            # Their sum gives the middle tap back, and must not lose it: 0 times infinity is NaN.
+            # The middle tap is recovered from their sum, which must not lose it: 0 times infinity is NaN.
             lost = (one + minus_one == 0) & (middle != 0)
         one[lost] = np.nextafter(one[lost], np.copysign(np.inf, middle[lost]), dtype=taps.dtype)
         limit = LIMIT[taps.dtype.name]
@@ -137,10 +139,10 @@ class Packing:
                 made[-size:] = given
 
     def phased(self, filter: np.ndarray) -> np.ndarray:
-        """Returns a transposed convolution's filter as SCF of the convolution that its phases are filters of.
+        """Returns a transposed convolution's filter as an SCF filter whose filters are the phases of the original ones.
 
-        Filters are those of the first group's first phase, of its second, and so on; for "depthwise" those of all
-        channels' first phase come first. `Transposed.scf` in `kernels/transposed.mojo` is its twin.
+        The order of the filters: the first group's first phase, its second phase, and so on; for "depthwise" the first
+        phase of all channels comes first. `Transposed.scf` in `kernels/transposed.mojo` does the same.
         """
         layer, geometry = self.layer, self.layer.transposed
         assert geometry is not None
@@ -157,7 +159,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Derived:
-    """A weight that `compile` makes of others, by name and in this order: packed filters, and folded ones before them."""
+    """A weight that `compile` makes from other weights, such as a packed filter. Derived sources come first."""
 
     weight: Weight
     sources: tuple[Weight, ...]
@@ -169,11 +171,11 @@ class Emitted:
     """A layer that a kernel of this package computes in a graph.
 
     Attributes:
-        name: The weight that holds its filter, "computed" where none does.
-        layer: A convolution's; None for an LSTM.
+        name: The weight that holds its filter; "computed" if the filter is not a weight.
+        layer: The convolution; None for an LSTM.
         kernel: The convolution's kernel.
         outputs: The convolution's output length, where it is known.
-        units: An LSTM's.
+        units: The LSTM's hidden units.
     """
 
     name: str
@@ -192,12 +194,12 @@ class _Kernels(KernelLibrary):
 
 
 class PackedGraph(Graph):
-    """A graph whose layers take weights made of their own, which `max_conv.compile` makes once.
+    """A graph whose layers use weights derived from their own (packed, folded), which `max_conv.compile` makes once.
 
-    A `Graph` in every other way. A plain MAX session takes one with the weights that `max_conv.registry` returns.
+    A `Graph` in every other way. A plain MAX session can load one with the weights that `max_conv.registry` returns.
 
-    Layers without a name get one, in the order in which they are first called: the weights of the first are `weight` and
-    `bias`, of the second `layer2.weight` and `layer2.bias`, and so on.
+    Layers without a name get one, in the order in which they are first called: the weights of the first layer are
+    `weight` and `bias`, of the second layer `layer2.weight` and `layer2.bias`, and so on.
 
     Args:
         exact: Whether all layers get direct kernels, as with `conv1d(..., exact=True)`.
@@ -247,7 +249,7 @@ class PackedGraph(Graph):
 
 
 def packed_graph() -> PackedGraph | None:
-    """Returns the current graph, if there is one and it takes weights made of others."""
+    """Returns the current graph if it is a `PackedGraph`, otherwise None."""
     try:
         graph = Graph.current
     except LookupError:
@@ -256,22 +258,22 @@ def packed_graph() -> PackedGraph | None:
 
 
 def record(*layers: Emitted) -> None:
-    """Tells the current graph which layers its next operation computes."""
+    """Records in the current graph which layers its next operation computes."""
     if graph := packed_graph():
         graph.emitted.append(layers)
 
 
 def weight_name(filter: TensorValue) -> str:
-    """Returns the name of the weight that a filter is, "computed" where it is none."""
+    """Returns a filter's name if it is a weight, otherwise "computed"."""
     return filter.name if isinstance(filter, Weight) else "computed"
 
 
 def derived(weight: Weight, sources: tuple[Weight, ...], make: Callable[..., Buffer]) -> Weight | None:
-    """Returns a weight that `compile` will make of others, or None where nobody will."""
+    """Returns a weight that `compile` will make from others, or None outside a `PackedGraph`."""
     graph = packed_graph()
     if graph is None:
         return None
-    # A graph takes a single weight of a name.
+    # A graph accepts only one weight of each name.
     known = graph.derived.setdefault(weight.name, Derived(weight, sources, make))
     for ours, theirs in zip(sources, known.sources, strict=True):
         if ours is not theirs:
@@ -280,9 +282,9 @@ def derived(weight: Weight, sources: tuple[Weight, ...], make: Callable[..., Buf
 
 
 def another(weight: Weight) -> ValueError:
-    """Returns the error for a weight whose name another one has in the graph."""
+    """Returns the error for a weight whose name another weight of the graph has."""
     return ValueError(
-        f"conv1d: the graph has another weight named {weight.name!r}; give each layer a name of its own with name=."
+        f"conv1d: the graph has another weight named {weight.name!r}; give each layer a different name with name=."
     )
 
 
@@ -298,21 +300,21 @@ def in_graph(value: TensorValue) -> TensorValue:
 
 
 def held(filter: TensorValue) -> bool:
-    """Returns whether `compile` holds the values of a filter, and can pack them: a weight on the CPU, in a PackedGraph."""
+    """Returns whether `compile` has a filter's values and can pack them: a weight on the CPU, in a PackedGraph."""
     packs = packed_graph() is not None and isinstance(filter, Weight) and filter.shard_idx is None
     return packs and filter.device.is_cpu()
 
 
 def packable(dtype: DType, kernel: str = "") -> bool:
-    """Returns whether filters of a dtype can be packed for a kernel: those of the dtype of its sums, and pairs."""
+    """Returns whether filters of a dtype can be packed for a kernel: float32, float64, and bfloat16 for "paired"."""
     if kernel == "paired":
         return dtype == DType.bfloat16 and "avx512_bf16" in cpu_features()
     return dtype in (DType.float32, DType.float64)
 
 
 def filter_operand(filter: TensorValue, filter_layout: str, layer: Layer, kernel: str) -> tuple[TensorValue, str]:
-    """Returns the filter as the kernel reads it, and the name of its layout: packed where `compile` can do that."""
-    depthwise = kernel == "depthwise" and filter.device.is_cpu()  # a GPU's kernel takes any layout
+    """Returns the filter as the kernel reads it, packed if `compile` can do that, and the name of its layout."""
+    depthwise = kernel == "depthwise" and filter.device.is_cpu()  # the GPU's kernel reads any layout
     needs_scf = depthwise or (layer.layout == "NLC" and kernel != "lengthwise")
     permuted = needs_scf and filter_layout != "SCF" and not layer.transposed
     if held(filter) and packable(filter.dtype, kernel) and (kernel in PANELS or permuted or layer.transposed):
@@ -350,7 +352,7 @@ def cpu_features() -> frozenset[str]:
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Returns an array that is not filled, at the start of a cache line."""
+    """Returns an uninitialised array that starts on a cache line."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     room = np.empty(size + LINE, np.uint8)
     start = -room.ctypes.data % LINE

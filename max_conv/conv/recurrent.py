@@ -27,7 +27,7 @@ def lstm(
 
     Args:
         x: (N, T, C). N and T may be symbolic, T may be 0.
-        w_ih: (C, 4H): the transpose of PyTorch's `weight_ih`. Gates stand in the order i, f, g, o, as in PyTorch.
+        w_ih: (C, 4H): the transpose of PyTorch's `weight_ih`. The gates are in the order i, f, g, o, as in PyTorch.
         w_hh: (H, 4H): the transpose of PyTorch's `weight_hh`.
         bias: (4H,): the sum of PyTorch's `bias_ih` and `bias_hh`.
         hidden: (N, H), before the first step.
@@ -58,7 +58,7 @@ def lstm(
     if dtype.size_in_bytes < 4:
         operands = [ops.cast(value, DType.float32) for value in operands]
     x, w_ih, w_hh, bias, hidden, cell = operands
-    # A row of padding at the end lets an empty sequence through, which is no input for a convolution.
+    # A row of padding at the end allows an empty sequence, which a convolution would not accept.
     gates = conv1d(x, ops.unsqueeze(w_ih, 0), bias, padding=(0, 1))
     batch, steps, _ = x.shape
     state = TensorType(x.dtype, [batch, units], x.device)

@@ -1,4 +1,4 @@
-"""Convolutions to compare with: NumPy, float64, no speed."""
+"""Reference convolutions to compare with: NumPy, float64, not fast."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def conv1d_ref(
     geometry = Geometry.of(taps, stride, padding, dilation, padding_mode)
     geometry.check_length(length)
 
-    # The padded line, with a row of zeros at the end for the halo to point at.
+    # The padded input. Positions of zero padding index an extra row of zeros at the end.
     rows = [geometry.source(p, length) for p in range(-geometry.left, length + geometry.right)]
     line = np.concatenate([x, np.zeros((batch, 1, x.shape[2]))], axis=1)[:, [length if r is None else r for r in rows]]
 
@@ -101,7 +101,7 @@ def conv_transpose1d_ref(
         geometry = geometry.with_output(length, output_size)
     geometry.check_length(length)
 
-    # Everything that the input reaches, and what output_padding adds; the padding is cut off at the end.
+    # All outputs that the input reaches, and those that output_padding adds; the padding is cut off below.
     reached = np.zeros((batch, (length - 1) * stride + geometry.reach + geometry.output_padding, groups, w.shape[3]))
     parts = x.reshape(batch, length, groups, x.shape[2] // groups).swapaxes(1, 2)
     for k in range(len(w)):

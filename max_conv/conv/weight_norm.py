@@ -1,7 +1,8 @@
 """Layers with weight norm: a filter `weight_g * weight_v / |weight_v|`, which is folded once, in float64.
 
-It is folded when the layer loads its weights, when `max_conv.compile` compiles it, or by `remove_weight_norm`. Only in a
-plain MAX session whose weights a layer around it has loaded nobody can fold it beforehand: the graph does it there.
+It is folded when the layer loads its weights, when `max_conv.compile` compiles it, or by `remove_weight_norm`. One case
+is left: an outer module loaded the weights and the graph runs in a plain MAX session. Then the graph folds it on every
+call.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ TORCH = {"SCF": "FCS", "SFC": "CFS"}
 
 
 class _WeightNorm(ConvolutionLayer):
-    """What weight norm adds to a layer whose filter is the weight named "weight"."""
+    """The part of a layer that weight norm adds; the layer's filter is the weight named "weight"."""
 
     weight_g: Weight
     weight_v: Weight
@@ -33,7 +34,7 @@ class _WeightNorm(ConvolutionLayer):
         super().__init__(*args, **kwargs)
         if dim is not None and dim not in range(-3, 3):
             raise ValueError(f"{self.op}: dim must be None or an axis of the filter, -3 to 2, but is {dim!r}.")
-        self.dim = None if dim in (None, -1) else dim % 3  # -1 is PyTorch's other word for the whole
+        self.dim = None if dim in (None, -1) else dim % 3  # in PyTorch -1 also means one norm of the whole
         self.folded = False
         shape = [int(size) for size in getattr(self, self.filter_attribute).shape]
         sizes = [shape[axis] for axis in permutation(self._order, self._torch_order)]
@@ -51,19 +52,19 @@ class _WeightNorm(ConvolutionLayer):
 
     @property
     def layer_weights(self) -> dict[str, Weight]:
-        """The weights by name: those of weight norm until they are folded, then the filter."""
+        """The weights by name: magnitude and direction until they are folded, then the filter."""
         absent = ("weight_g", "weight_v") if self.folded else ("weight",)
         names = {self._prefix + name for name in absent}
         return {name: weight for name, weight in super().layer_weights.items() if name not in names}
 
     def fold(self, g: Any, v: Any) -> Buffer:
-        """Returns the filter that magnitude and direction stand for, in the layer's layout and dtype."""
+        """Returns the filter that magnitude and direction define, in the layer's layout and dtype."""
         direction = permute(as_float64(v), self._order, self._torch_order)
         folded = fold_weight_norm(as_float64(g), direction, self.dim)
         return as_buffer(permute(folded, self._torch_order, self._order), self.dtype)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], **options: Any) -> None:
-        """Sets the weights, and folds magnitude and direction, in either of PyTorch's spellings."""
+        """Sets the weights, and folds magnitude and direction, which may have either of PyTorch's two namings."""
         state = weight_norm_names(state_dict)
         g, v, filter = (f"{self._prefix}{name}" for name in ("weight_g", "weight_v", "weight"))
         if g in state and v in state:
@@ -98,9 +99,9 @@ class WeightNormConv1D(_WeightNorm, Conv1D):
     """`Conv1D` with weight norm.
 
     Args:
-        args, kwargs: Those of `Conv1D`.
-        dim: The axis of PyTorch's filter (F, C / num_groups, K) that keeps a norm of its own: 0 in nearly every checkpoint,
-            2 in wav2vec 2.0; None for one norm of the whole.
+        args, kwargs: The arguments of `Conv1D`.
+        dim: The axis of PyTorch's filter (F, C / num_groups, K) along which each index has its own norm: 0 in nearly
+            every checkpoint, 2 in wav2vec 2.0; None for one norm of the whole.
 
     Attributes:
         weight_g: The magnitude: (F, 1, 1) for `dim` 0, (1, 1, K) for 2, () for None, whatever the filter's layout.
@@ -122,8 +123,9 @@ class WeightNormConvTranspose1D(_WeightNorm, ConvTranspose1D):
     """`ConvTranspose1D` with weight norm.
 
     Args:
-        args, kwargs: Those of `ConvTranspose1D`.
-        dim: The axis of PyTorch's filter (C, F / num_groups, K) that keeps a norm of its own; None for one of the whole.
+        args, kwargs: The arguments of `ConvTranspose1D`.
+        dim: The axis of PyTorch's filter (C, F / num_groups, K) along which each index has its own norm; None for one
+            norm of the whole.
 
     Attributes:
         weight_g: The magnitude: (C, 1, 1) for `dim` 0, (1, 1, K) for 2, () for None, whatever the filter's layout.
@@ -146,9 +148,9 @@ class WeightNormConvTranspose1d(_WeightNorm, PlainConvTranspose1d):
 
 
 def remove_weight_norm(module: nn.Module) -> None:
-    """Folds the weight norm of every layer of a tree that has loaded its weights: each then has a plain `weight`.
+    """Folds the weight norm of every layer that has loaded its weights: each then has a plain `weight`.
 
-    `max_conv.compile` needs it not; a plain MAX session is spared the folding in each call.
+    `max_conv.compile` does this itself. In a plain MAX session it saves the folding on every call.
 
     >>> import numpy as np
     >>> from max.dtype import DType

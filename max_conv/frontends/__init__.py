@@ -1,7 +1,8 @@
-"""`Conv1d` as PyTorch and MLX spell it.
+"""`Conv1d` and `ConvTranspose1d` with the arguments of PyTorch and of MLX.
 
-`frontends.torch.Conv1d` and `frontends.mlx.Conv1d` take those libraries' arguments, layouts and start values. Called
-with a graph value they emit; called with an array they compile once, with symbolic batch and length, and run.
+The classes of `frontends.torch` and `frontends.mlx` accept those libraries' arguments, and use their layouts and
+initial values. Called with a graph value, a layer emits its operation. Called with an array, it compiles once, with
+symbolic batch and length, and runs.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""What the front ends share: start values, and running on arrays."""
+"""The common part of the front ends: initial values, and running on arrays."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ class _Eager(ConvolutionLayer):
     """A layer that starts with random weights and also runs on arrays."""
 
     def _start(self, fan: int, bias: bool, generator: np.random.Generator | int | None) -> None:
-        """Sets start values: U(-sqrt(1 / fan), sqrt(1 / fan)), of the bias only where `bias` says so, otherwise zeros."""
+        """Sets initial values: U(-sqrt(1 / fan), sqrt(1 / fan)); for the bias only if `bias` is true, else zeros."""
         random = np.random.default_rng(generator)
         bounds = {"weight": fan**-0.5, "bias": fan**-0.5 * bias}
         self.load_state_dict(
@@ -36,10 +36,10 @@ class _Eager(ConvolutionLayer):
         self._models: dict[int, Model] = {}
 
     def _run(self, x: Any, emit: Callable[..., Any], key: int = 0) -> Any:
-        """Runs what `emit` makes of the layer on an array, with or without a batch axis; compiles it once for a `key`.
+        """Runs the operation that `emit` emits on an array, with or without a batch axis; compiles it once per `key`.
 
         Returns:
-            A NumPy array for a NumPy array, or a `max.driver.Buffer`, which speaks DLPack.
+            A NumPy array for a NumPy array, or a `max.driver.Buffer`, which supports DLPack.
         """
         for name, weight in self.layer_weights.items():
             if weight.name != name:
@@ -79,7 +79,7 @@ class EagerConv1D(_Eager, Conv1D):
         random_bias: bool = True,
         **options: Any,
     ) -> None:
-        """Takes the arguments of the front ends; `random_bias` tells whether the bias starts with random values."""
+        """Has the arguments of the front ends; `random_bias` is whether the bias starts with random values."""
         super().__init__(
             one("kernel_size", kernel_size),
             in_channels,
@@ -102,7 +102,7 @@ class EagerConv1D(_Eager, Conv1D):
             x: A graph value, or an array (NumPy or DLPack), in the layer's layout, with or without a batch axis.
 
         Returns:
-            A graph value, a NumPy array for a NumPy array, or a `max.driver.Buffer`, which speaks DLPack.
+            A graph value, a NumPy array for a NumPy array, or a `max.driver.Buffer`, which supports DLPack.
         """
         return super().__call__(x) if isinstance(x, TensorValue) else self._run(x, super().__call__)
 
@@ -127,7 +127,7 @@ class EagerConvTranspose1D(_Eager, ConvTranspose1D):
         name: str | None = None,
         exact: bool = False,
     ) -> None:
-        """Takes the arguments of the front ends."""
+        """Has the arguments of the front ends."""
         super().__init__(
             one("kernel_size", kernel_size, self.op),
             in_channels,
@@ -150,11 +150,11 @@ class EagerConvTranspose1D(_Eager, ConvTranspose1D):
 
         Args:
             x: A graph value, or an array (NumPy or DLPack), in the layer's layout, with or without a batch axis.
-            output_size: L_out, also as a sequence of it alone, or of all of the output's sizes: `output_padding` is then
-                worked out from it.
+            output_size: L_out, from which `output_padding` is then computed. Also a sequence: L_out alone, or all sizes
+                of the output.
 
         Returns:
-            A graph value, a NumPy array for a NumPy array, or a `max.driver.Buffer`, which speaks DLPack.
+            A graph value, a NumPy array for a NumPy array, or a `max.driver.Buffer`, which supports DLPack.
         """
         shape: Any = (x if isinstance(x, TensorValue) else self._memory(x)).shape
         along = self.layout[-len(shape) :].find("L")
@@ -170,7 +170,7 @@ class EagerConvTranspose1D(_Eager, ConvTranspose1D):
 
 
 def one(name: str, value: Any, op: str = "conv1d") -> Any:
-    """Returns the value of an argument that may come as a 1-tuple."""
+    """Returns the value of an argument that may be a 1-tuple."""
     if isinstance(value, tuple | list):
         if len(value) != 1:
             raise ValueError(f"{op}: {name} must be one int or a 1-tuple, but is {value!r}.")
@@ -179,7 +179,7 @@ def one(name: str, value: Any, op: str = "conv1d") -> Any:
 
 
 def as_dtype(dtype: Any, op: str = "conv1d") -> DType:
-    """Returns MAX's dtype for MAX's, PyTorch's, MLX's or NumPy's, or its name; None is float32."""
+    """Returns MAX's dtype for a dtype of MAX, PyTorch, MLX or NumPy, or for a name; None is float32."""
     if isinstance(dtype, DType):
         return dtype
     if dtype is None:

@@ -24,7 +24,8 @@ class Conv1d(EagerConv1D):
         bias: Whether a bias is added.
         dtype: MAX's or NumPy's dtype, or its name; None is float32.
         device: Where the layer runs; None is the CPU.
-        generator: Seeds the start values: the filter is U(-sqrt(k), sqrt(k)), k = groups / (C * kernel_size), the bias is 0.
+        generator: Seeds the initial values: the filter is U(-sqrt(k), sqrt(k)), k = groups / (C * kernel_size), the
+            bias is 0.
         exact: As in `max_conv.conv1d`.
 
     Call:
@@ -101,7 +102,8 @@ class ConvTranspose1d(EagerConvTranspose1D):
         groups: Groups of channels that are convolved separately, as in `mlx.core.conv_transpose1d`.
         dtype: MAX's or NumPy's dtype, or its name; None is float32.
         device: Where the layer runs; None is the CPU.
-        generator: Seeds the start values: the filter is U(-sqrt(k), sqrt(k)), k = groups / (C * kernel_size), the bias is 0.
+        generator: Seeds the initial values: the filter is U(-sqrt(k), sqrt(k)), k = groups / (C * kernel_size), the
+            bias is 0.
         exact: As in `max_conv.conv1d`.
 
     Call:
@@ -149,7 +151,7 @@ class ConvTranspose1d(EagerConvTranspose1D):
 
     @property
     def filter_layout(self) -> TransposedFilterLayout:
-        """The filter's axis order: all filters and the channels of one group."""
+        """The filter's axis order, for all filters and the channels of one group."""
         return "FSC"
 
     def __repr__(self) -> str:

@@ -24,7 +24,7 @@ class Conv1d(EagerConv1D):
         padding_mode: "zeros", "reflect", "replicate" or "circular".
         device: Where the layer runs; None is the CPU.
         dtype: MAX's, PyTorch's or NumPy's dtype, or its name; None is float32.
-        generator: Seeds the start values, which are U(-sqrt(k), sqrt(k)), k = groups / (C * kernel_size).
+        generator: Seeds the initial values, which are U(-sqrt(k), sqrt(k)), k = groups / (C * kernel_size).
         exact: As in `max_conv.conv1d`.
         name: The weights are named `{name}.weight` and `{name}.bias`, without a name `weight` and `bias`.
 
@@ -95,12 +95,12 @@ class ConvTranspose1d(EagerConvTranspose1D):
         padding_mode: "zeros".
         device: Where the layer runs; None is the CPU.
         dtype: MAX's, PyTorch's or NumPy's dtype, or its name; None is float32.
-        generator: Seeds the start values: U(-sqrt(k), sqrt(k)), k = groups / (F * kernel_size).
+        generator: Seeds the initial values: U(-sqrt(k), sqrt(k)), k = groups / (F * kernel_size).
         exact: As in `max_conv.conv1d`.
         name: The weights are named `{name}.weight` and `{name}.bias`, without a name `weight` and `bias`.
 
     Call:
-        x (N, C, L) or (C, L), an array or a graph value; `output_size=` names L_out, alone or behind N and F. Returns
+        x (N, C, L) or (C, L), an array or a graph value; `output_size=` is L_out, alone or after N and F. Returns
         (N, F, L_out) or (F, L_out).
 
     >>> conv = ConvTranspose1d(16, 33, 4, stride=2, padding=1, generator=0)
@@ -159,12 +159,12 @@ class ConvTranspose1d(EagerConvTranspose1D):
 
 
 def _sides(padding: Any) -> Any:
-    """Returns (left, right) as it is, and the value of a 1-tuple."""
+    """Returns (left, right) unchanged, and for a 1-tuple its value."""
     return padding if isinstance(padding, tuple | list) and len(padding) == 2 else one("padding", padding)
 
 
 def _repr(layer: Conv1d | ConvTranspose1d) -> str:
-    """Returns what PyTorch prints for a layer."""
+    """Returns the text that PyTorch prints for a layer."""
     text = f"{layer.in_channels}, {layer.out_channels}, kernel_size=({layer.kernel_size},), stride=({layer.stride},)"
     left, right = layer.padding
     if isinstance(layer._spelled_padding, str):
@@ -187,10 +187,11 @@ def _repr(layer: Conv1d | ConvTranspose1d) -> str:
 def from_torch(
     module: Any, device: DeviceRef | None = None, *, name: str | None = None, exact: bool = False
 ) -> Conv1d | ConvTranspose1d:
-    """Makes a layer of a `torch.nn.Conv1d` or a `torch.nn.ConvTranspose1d`: it computes what `module.eval()` does.
+    """Makes a layer from a `torch.nn.Conv1d` or a `torch.nn.ConvTranspose1d`: it computes the same as `module.eval()`.
 
-    PyTorch's weight norm, spectral norm and pruning are computed, as hooks and as parametrizations, on the weight and on
-    the bias. In train mode PyTorch's spectral norm improves its estimate in each call; here the present one counts.
+    PyTorch's weight norm, spectral norm and pruning are supported, as hooks and as parametrizations, on the weight and
+    on the bias. In train mode PyTorch's spectral norm improves its estimate on every call; here the current one is
+    used.
 
     Args:
         module: The PyTorch layer.
@@ -202,8 +203,8 @@ def from_torch(
         A `Conv1d` or `ConvTranspose1d` with copies of the weights. The module is left as it was.
 
     Raises:
-        TypeError: If the module is something else, or may compute something else: a subclass with a `forward` of its own,
-            other hooks and parametrizations, a quantised or a lazy module. No code but PyTorch's is run.
+        TypeError: If the module is something else, or may compute something else: a subclass that overrides `forward`,
+            other hooks or parametrizations, a quantised or a lazy module. Only PyTorch's code is run.
 
     >>> import torch
     >>> module = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(4, 8, 3))

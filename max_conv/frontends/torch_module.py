@@ -1,4 +1,4 @@
-"""What a `torch.nn.Conv1d` computes with: its values as PyTorch's own hooks would make them; anything else is refused."""
+"""The weights that a `torch.nn.Conv1d` computes with, after PyTorch's own hooks; any other hook is an error."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -29,11 +29,11 @@ USED = [
     "output_padding",
     "kernel_size",
 ]
-"""What a call of PyTorch's module uses: a subclass that has one of them computes something else."""
+"""The attributes that a call of PyTorch's module uses: a subclass that defines one may compute something else."""
 
 
 def check_plain(module: Any, kind: type) -> None:
-    """Raises TypeError unless a call of the module runs PyTorch's code alone, or hooks whose formula is known."""
+    """Raises TypeError unless a call of the module runs only PyTorch's code, and hooks whose formula is known."""
     from torch.nn import parameter
     from torch.nn.modules import module as modules
 
@@ -46,7 +46,7 @@ def check_plain(module: Any, kind: type) -> None:
         own = name in module.__dict__ and callable(getattr(kind, name, None))
         if own or not (inherited or name in parametrized):
             raise TypeError(
-                f"from_torch: the {type(module).__name__} has a {name} of its own, which may compute something else; "
+                f"from_torch: the {type(module).__name__} has its own {name}, which may compute something else; "
                 f"pass a torch.nn.{kind.__name__}."
             )
     everywhere = (modules._global_forward_pre_hooks, modules._global_forward_hooks)
@@ -69,7 +69,7 @@ def check_plain(module: Any, kind: type) -> None:
 
 
 def padding_of(module: Any) -> Any:
-    """Returns the padding that a call uses: for other modes than zeros PyTorch keeps a copy from the constructor."""
+    """Returns the padding that a call uses: for modes other than zeros, PyTorch keeps a copy from the constructor."""
     kept = getattr(module, "_reversed_padding_repeated_twice", None)
     given = module.padding
     if module.padding_mode == "zeros" or isinstance(given, str) or kept is None or tuple(kept) == 2 * tuple(given):
@@ -80,8 +80,8 @@ def padding_of(module: Any) -> Any:
 def values_of(module: Any) -> dict[str, Buffer]:
     """Returns copies of the weight and the bias that a call of `module.eval()` would compute with.
 
-    Formulas are computed in float64, and rounded once. PyTorch's hooks run before each call only: what the module holds
-    until then may be stale.
+    Formulas are computed in float64, and rounded once. The module's own tensors may be out of date, because PyTorch's
+    hooks run only at the start of a call.
     """
     parametrized = _parametrized(module)
     made: dict[str, np.ndarray] = {}
@@ -114,7 +114,7 @@ def _parametrized(module: Any) -> dict[str, Any]:
 
 
 def _origin(module: Any, name: str) -> Any:
-    """Returns a tensor of the dtype of a weight, or of the weight that is made of it."""
+    """Returns a tensor that has the dtype of a weight: the weight, or the tensor that it is made from."""
     if steps := _parametrized(module).get(name):
         return getattr(steps, "original", None) if hasattr(steps, "original") else steps.original0
     for suffix in ("_orig", "_v"):
@@ -132,7 +132,7 @@ def _target(hook: Any) -> str | None:
     if type(hook) in (SpectralNorm, WeightNorm):
         return hook.name
     pruning = prune.BasePruningMethod
-    # Subclasses choose a mask, which is stored: their code does not run in a call.
+    # Subclasses only choose the mask, which is stored: their code does not run during a call.
     if isinstance(hook, pruning) and all(
         getattr(type(hook), name) is getattr(pruning, name) for name in ("__call__", "apply_mask")
     ):
@@ -147,7 +147,7 @@ def _known_step(step: Any) -> bool:
 
 
 def _hooked(hook: Any, module: Any, name: str, made: dict[str, np.ndarray]) -> np.ndarray:
-    """Returns what a hook of `_target` makes; `made` has what hooks before it made."""
+    """Returns the tensor that a hook of `_target` makes; `made` has the tensors that earlier hooks made."""
 
     def part(suffix: str) -> np.ndarray:
         full = name + suffix
@@ -163,7 +163,7 @@ def _hooked(hook: Any, module: Any, name: str, made: dict[str, np.ndarray]) -> n
 
 
 def _parametrization(steps: Iterable[Any], name: str) -> np.ndarray:
-    """Returns what PyTorch's parametrizations make of the tensors that they keep."""
+    """Returns the tensor that PyTorch's parametrizations make from their stored tensors."""
     kept: Any = steps
     first = "original" if hasattr(steps, "original") else "original0"
     value = _float64(getattr(kept, first), name)

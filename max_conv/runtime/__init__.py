@@ -1,4 +1,4 @@
-"""Arrays in, arrays out: compiled models, saved and loaded."""
+"""Compiled models, which are called on arrays, saved and loaded."""
 
 from .session import Model, compile, load, registry
 

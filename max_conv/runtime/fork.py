@@ -1,6 +1,7 @@
-"""Refuses to call MAX in a forked child: MAX's threads are not there, and it would wait for them for ever.
+"""Raises an error in a forked child. MAX's threads do not exist there, so a call of MAX would wait for ever.
 
-They start as MAX is imported, so no child of a process that has imported it can compile, load or run. Graphs can be built.
+The threads start when MAX is imported. So a child of a process that has imported MAX cannot compile, load or run a
+model. It can build graphs.
 """
 
 import os
@@ -18,7 +19,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def check_fork(op: str) -> None:
-    """Raises RuntimeError in a child that was forked after this module, and MAX with it, was imported."""
+    """Raises RuntimeError in a child that was forked after this module was imported, and MAX with it."""
     if _forked:
         raise RuntimeError(
             f"{op}: this process was forked from one that had imported MAX, whose threads do not survive a fork; "

@@ -1,4 +1,4 @@
-"""Keeps MAX's own polling thread from taking a tenth of a core away from the kernels."""
+"""Keeps MAX's polling thread from using a tenth of a core that the kernels need."""
 
 import ctypes
 import threading
@@ -15,12 +15,12 @@ _started = False
 
 
 def first_run(execute: Callable[..., Any], *args: Any) -> Any:
-    """Calls `execute`, which runs a MAX model; in the first call of the process a new thread gets late timers.
+    """Calls `execute`, which runs a MAX model. On the first call, the thread that MAX starts gets late timers.
 
     The first execution in a process starts a thread that waits on a condition for 200 microseconds at a time, for ever.
-    On two cores its 5,000 wakes a second took 12 % of one, and 8 % of the speed of a pointwise convolution. A thread
-    inherits from the one that starts it how late Linux may wake it; with 5 ms it wakes 200 times a second. Nothing
-    changes where there is no `prctl`, and where something else ran a model before.
+    On two cores its 5,000 wake-ups per second used 12 % of one core and made a pointwise convolution 8 % slower. How
+    late Linux may wake a thread is inherited from the thread that starts it; with 5 ms it wakes 200 times per second.
+    Nothing changes if there is no `prctl`, or if other code has already run a model.
     """
     global _started
     if _started:

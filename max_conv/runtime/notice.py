@@ -1,4 +1,4 @@
-"""Says what takes long."""
+"""Messages about slow steps."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ LOG = logging.getLogger("max_conv")
 
 @contextmanager
 def slow_compile(name: str) -> Iterator[None]:
-    """Says once that `name` is being compiled, if that takes over two seconds: to `logging`, and to a terminal."""
+    """Reports once, to `logging` and to a terminal, that `name` is being compiled, if that takes over two seconds."""
     timer = threading.Timer(SECONDS, _say, [name])
     timer.daemon = True
     timer.start()
@@ -30,7 +30,7 @@ def _say(name: str) -> None:
 
 
 def _shown() -> bool:
-    """Tells whether logging writes to stderr already."""
+    """Returns whether logging already writes to stderr."""
     logger: logging.Logger | None = LOG
     while logger is not None and LOG.isEnabledFor(logging.INFO):
         for handler in logger.handlers:

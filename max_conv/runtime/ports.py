@@ -1,4 +1,4 @@
-"""Inputs and outputs of a model: their types, and whether sizes fit them before MAX asks for memory."""
+"""Inputs and outputs of a model: their types, and the check of sizes before MAX allocates memory."""
 
 import ast
 import re
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 LARGEST = 1 << 31
-"""Sizes up to which the least that works is looked for."""
+"""The largest size that the search for the least valid size tries."""
 
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output: its name, dtype, and shape, where a string is a symbolic dimension."""
+    """One input or output: its name, dtype and shape. A string in the shape is a symbolic dimension."""
 
     name: str
     dtype: str
@@ -24,11 +24,11 @@ class Port:
 
 
 def check_inputs(inputs: Sequence[Port], outputs: Sequence[Port], given: Sequence[tuple[Any, Sequence[int]]]) -> None:
-    """Checks the dtypes and shapes of a model's inputs, on their own, against each other, and against its outputs.
+    """Checks the dtypes and shapes of a model's inputs: each one, all against each other, and against the outputs.
 
     Args:
-        inputs, outputs: The model's.
-        given: MAX's dtype and the shape of every input.
+        inputs, outputs: The model's inputs and outputs.
+        given: The dtype (MAX's) and the shape of every array that was passed.
 
     Raises:
         TypeError, ValueError: One sentence that names the input.
@@ -62,13 +62,13 @@ def too_short(shapes: Iterable[Iterable[int | str]], sizes: Mapping[str, int]) -
     """Finds a symbolic dimension whose size would make an output's size negative.
 
     Args:
-        shapes: The outputs': an int, a symbolic dimension, or an expression of them with +, *, // and brackets. Any other is
-            taken to be right.
-        sizes: The symbolic dimensions' sizes.
+        shapes: The outputs' shapes. A size is an int, a symbolic dimension, or an expression of both with +, *, // and
+            brackets. Any other size is assumed to be right.
+        sizes: The sizes of the symbolic dimensions.
 
     Returns:
-        The dimension, and its least size with which no output is negative or empty, None where there is no such size; or
-        None where all is well.
+        None if all sizes are right. Otherwise the dimension, and the least size with which no output is negative or
+        empty, or None in its place if there is no such size.
 
     >>> too_short([("batch", "((length + 1) // 2) + -4")], {"batch": 1, "length": 3})
     ('length', 9)
@@ -84,7 +84,7 @@ def too_short(shapes: Iterable[Iterable[int | str]], sizes: Mapping[str, int]) -
 
 
 def _least(texts: list[str], sizes: Mapping[str, int], name: str) -> int | None:
-    """Returns the least size of a dimension that makes no output negative or empty: sizes only grow with it."""
+    """Returns the least size of a dimension with which no output is negative or empty: outputs grow with it."""
 
     def works(size: int) -> bool:
         values = [_value(text, {**sizes, name: size}) for text in texts if re.search(rf"\b{re.escape(name)}\b", text)]
@@ -100,7 +100,7 @@ def _least(texts: list[str], sizes: Mapping[str, int], name: str) -> int | None:
 
 
 def _value(text: str, sizes: Mapping[str, int]) -> int | None:
-    """Returns the value of an expression, or None where it has anything else in it than sums, products and divisions."""
+    """Returns the value of an expression, or None if it contains anything but sums, products and divisions."""
     try:
         return _evaluate(ast.parse(text, mode="eval").body, sizes)
     except (SyntaxError, KeyError, TypeError, ZeroDivisionError, RecursionError, MemoryError, ValueError):

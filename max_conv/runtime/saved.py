@@ -1,4 +1,4 @@
-"""Compiled models in one file: a zip of what MAX exports, the weights and what machine it was made for."""
+"""Compiled models in one file: a zip of MAX's export, the weights, and the machine that it was made for."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def write(
     inputs: Sequence[Port],
     outputs: Sequence[Port],
 ) -> None:
-    """Writes a compiled model with its weights to one file; it is written beside `path` and renamed."""
+    """Writes a compiled model with its weights to one file: first to a temporary file next to `path`, then renamed."""
     path = Path(path)
     on_gpu = any(port.device != "cpu" for port in (*inputs, *outputs))
     meta = {
@@ -57,7 +57,7 @@ def write(
 
 
 def read(path: str | os.PathLike) -> tuple[Any, dict[str, Buffer], list[Port], list[Port]]:
-    """Returns what `write` wrote: the compiled model, its weights, inputs and outputs.
+    """Reads a file that `write` wrote: returns the compiled model, its weights, inputs and outputs.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -111,7 +111,7 @@ def _bytes_of(buffer: Buffer) -> np.ndarray:
 
 
 def _values(file: IO[bytes], size: int, entry: Mapping[str, Any]) -> Buffer:
-    """Returns the values in a file, which are never in memory twice."""
+    """Returns the values in a file; they are never in memory twice."""
     room = aligned((size,), np.uint8)
     for start in range(0, size, PIECE):
         piece = file.read(min(PIECE, size - start))

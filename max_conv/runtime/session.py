@@ -1,4 +1,4 @@
-"""Arrays in, arrays out: compiled models, saved and loaded."""
+"""Compiled models, which are called on arrays, saved and loaded."""
 
 import functools
 import inspect
@@ -23,7 +23,7 @@ from .idle import first_run
 from .notice import slow_compile
 from .ports import Port, check_inputs
 
-# MAX exports this as it is imported, unseen by `os.environ`: it leads new processes out of their virtual environment.
+# Importing MAX exports this variable, which `os.environ` does not show: new processes would leave the environment.
 if "PYTHONEXECUTABLE" not in os.environ:
     os.unsetenv("PYTHONEXECUTABLE")
 
@@ -35,20 +35,20 @@ class Model:
 
     Attributes:
         inputs: Name, dtype and shape of every input.
-        outputs: The same of every output.
+        outputs: Name, dtype and shape of every output.
     """
 
     def __init__(self, compiled: Any, weights: Mapping[str, Buffer], inputs: Sequence[Port], outputs: Sequence[Port]):
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self._compiled = compiled
-        # MAX borrows the memory of weights: they have to live as long as the model.
+        # MAX uses the memory of the weights in place: they have to live as long as the model.
         self._weights = dict(weights)
-        self._checked: Any = None  # dtypes and shapes of the last inputs, which most often come again
+        self._checked: Any = None  # dtypes and shapes of the last inputs, which are usually the same again
         devices = _accelerators(*inputs, *outputs)
         self._devices = {"cpu": CPU(), **{name: _device(name) for name in devices}}
         model = _session(devices).init(compiled, weights_registry=self._weights)
-        # Behind `execute`, which looks once more at what a call of microseconds has looked at already.
+        # Bypasses `execute`'s own checks of the inputs: `__call__` does them, and a call may take only microseconds.
         self._execute = model._execute_device_tensors
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -56,17 +56,17 @@ class Model:
 
         Args:
             args, kwargs: The inputs, by position or by name: NumPy arrays, or anything with DLPack (tensors of torch, JAX
-                and MLX, `max.driver.Buffer`). NumPy's, torch's and MAX's that are contiguous and writeable are read where
-                they are, others are copied first.
+                and MLX, `max.driver.Buffer`). Contiguous and writeable arrays of NumPy, torch and MAX are not copied;
+                all others are.
 
         Returns:
             One array, or a tuple where the model has several outputs: NumPy arrays for NumPy inputs, otherwise
-            `max.driver.Buffer`, which speaks DLPack. bfloat16 always comes as a Buffer, since NumPy lacks it.
+            `max.driver.Buffer`, which supports DLPack. bfloat16 is always a Buffer, since NumPy lacks it.
 
         Raises:
-            TypeError, ValueError: Before anything runs: wrong count, names, dtypes or shapes of the inputs, or an input that
-                is too short for the network.
-            RuntimeError: In a forked child, where MAX would hang; so do `compile` and `load`.
+            TypeError, ValueError: Before anything runs: wrong number, names, dtypes or shapes of the inputs, or an
+                input that is too short for the network.
+            RuntimeError: In a forked child, where MAX would hang. `compile` and `load` raise it, too.
         """
         check_fork("model")
         values = list(args) if len(args) == len(self.inputs) and not kwargs else self._bind(args, kwargs)
@@ -80,10 +80,10 @@ class Model:
         try:
             results = first_run(self._execute, buffers)
         except (ValueError, RuntimeError) as error:
-            # The kernels' own sentences come wrapped in a page about the graph.
+            # MAX puts the kernels' one-sentence errors into a page of text about the graph.
             if sentence := re.search(r"^(conv1d|conv_transpose1d|lstm|silero_vad): .*$", str(error), re.MULTILINE):
                 raise ValueError(sentence.group()) from None
-            # MAX asks for the memory of an output before its kernel can check sizes.
+            # MAX allocates an output before its kernel can check sizes.
             if "Memory allocation failed" in str(error):
                 raise ValueError(
                     "model: an output does not fit into memory, or would have a negative length because the input is "
@@ -97,7 +97,7 @@ class Model:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the compiled model with its weights to one file, which `load` reads without compiling.
 
-        The file is written beside `path` and renamed, so `path` is never half a model.
+        A temporary file next to `path` is written first and then renamed, so `path` is never half a model.
         """
         saved.write(path, self._compiled, self._weights, self.inputs, self.outputs)
 
@@ -131,23 +131,23 @@ def compile(
 ) -> Model:
     """Compiles a layer, a builder function or a graph into a callable on arrays.
 
-    Filters of a layer, a function or a `PackedGraph` are packed once in the order that the kernels read; in any other
-    graph they stay as they are, and the kernels pack them in each call.
+    Filters of a layer, a function or a `PackedGraph` are packed once, in the order in which the kernels read them. In
+    any other graph they stay as they are, and the kernels pack them on every call.
 
     Args:
         model: A `max.nn.Module`; a function from graph values to one or several; or a finished `Graph`.
-        inputs: The types of the inputs, by name or in order. A module with a method `input_types()`, as `Conv1D`
-            has, needs none: its batch and length are symbolic. For a `Graph` the names alone, where they matter.
-        weights: Arrays by weight name. Layers of this package that have loaded their weights need none, alone, in a
-            function, a `PackedGraph` or a tree. They are kept alive.
-        exact: Whether all layers get direct kernels, as with `conv1d(..., exact=True)`. A finished `Graph` has its kernels:
-            build it so.
+        inputs: The types of the inputs, by name or in order. Not needed for a module with a method `input_types()`,
+            such as `Conv1D`: its batch and length are symbolic. For a `Graph`, optionally the names of its inputs.
+        weights: Arrays by weight name. Not needed for layers of this package that have loaded their weights, whether
+            alone, in a function, in a `PackedGraph` or inside another module. The model keeps the arrays alive.
+        exact: Whether all layers get direct kernels, as with `conv1d(..., exact=True)`. In a finished `Graph` the
+            kernels are chosen already: build it with `exact=True` instead.
 
     Returns:
         A `Model`.
 
     Raises:
-        TypeError, ValueError: Missing input types or weights, in one sentence.
+        TypeError, ValueError: If input types or weights are missing; one sentence.
 
     >>> import numpy as np
     >>> from max.dtype import DType
@@ -172,15 +172,15 @@ def compile(
 
 
 def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:
-    """Returns the weights of a graph as a MAX session takes them: a `PackedGraph`'s packed, any other's as they are.
+    """Returns the weights of a graph for a plain MAX session: packed for a `PackedGraph`, otherwise unchanged.
 
     Args:
-        graph: The graph, whole.
-        weights: Arrays by weight name. What is returned may share their memory and has to outlive the session's model.
+        graph: The finished graph.
+        weights: Arrays by weight name. The result may share their memory, and has to outlive the session's model.
 
     Raises:
-        ValueError: If a weight has no value, or one of another dtype or shape.
-        TypeError: If a value is no array.
+        ValueError: If a weight has no value, or a value of another dtype or shape.
+        TypeError: If a value is not an array.
 
     >>> import numpy as np
     >>> from max.engine import InferenceSession
@@ -201,7 +201,7 @@ def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:
 
 
 def _fitting(wanted: Mapping[str, Weight], weights: Mapping[str, Any]) -> dict[str, Buffer]:
-    """Returns the weights' memory, or raises where it does not fit: MAX would take it as it is."""
+    """Returns the weights' memory, or raises an error if it does not fit: MAX would use it without a check."""
     buffers = {name: buffer_of(value, "compile: weight", name) for name, value in weights.items()}
     for name, weight in wanted.items():
         if name not in buffers:
@@ -249,7 +249,7 @@ def _trace(model: Any, inputs: Any, weights: Any, exact: bool) -> tuple[Graph, l
     if isinstance(model, nn.Module):
         if weights is None:
             weights = _own_weights(name, model)
-        else:  # MAX's own layers keep what they get
+        else:  # MAX's own layers keep the arrays that they are given
             weights = {name: buffer_of(value, "compile: weight", name) for name, value in weights.items()}
         model.load_state_dict(weights)
         weights = model.state_dict(auto_initialize=False)

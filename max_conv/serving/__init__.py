@@ -1,6 +1,6 @@
-"""How a network is served: what each network of the gallery takes and gives, and one object that runs any of them.
+"""How a network is served: the inputs and outputs of each network of the gallery, and one class that runs any of them.
 
-The command line, servers and batch jobs hold on to a `Network`.
+The command line, servers and batch jobs keep a `Network` object.
 """
 
 from typing import TYPE_CHECKING

@@ -16,7 +16,7 @@ def graph_file(name: str) -> Any:
     """Imports the file of a network, "silero-vad" or "silero_vad": Config, LAYERS, TASK, load_weights, build.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is no network of that name.
     """
     module = name.replace("-", "_")
     if module not in gallery():

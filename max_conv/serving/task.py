@@ -1,4 +1,4 @@
-"""What the networks of the gallery are for, and one object that runs any of them."""
+"""The tasks of the gallery's networks, and one class that runs any of them."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +19,7 @@ SOUND = "sound"
 
 
 def call(model: Callable[..., Any], signal: np.ndarray, config: Any) -> Any:
-    """Runs a network whose graph does all the work: the array in, the array out."""
+    """Runs a network whose graph does all the work: the input array goes in, the output array comes out."""
     return model(signal)
 
 
@@ -28,15 +28,15 @@ class Task:
     """What a network does with a signal. Each file of the gallery has one, `TASK`.
 
     Attributes:
-        kind: "speech" finds speech, "pitch" follows a pitch, "vocoder" makes sound of a spectrogram, "codec" makes sound of
-            sound, "features" makes vectors.
+        kind: "speech" finds speech, "pitch" follows a pitch, "vocoder" makes sound from a spectrogram, "codec" codes
+            and decodes sound, "features" makes vectors.
         input: "sound": float32 samples of shape (batch, samples), or (samples,) for speech and pitch, at `config.rate`.
-            Otherwise the field of the config that says how many values a position has: float32 of shape
+            Otherwise the name of the config's field with the number of values per position: float32 of shape
             (batch, length, values).
-        output: What `run` returns, in words, with its shape.
-        run: Computes it: `run(model, signal, config, **options)`.
-        options: The names of the options that `run` has.
-        state: For networks that are called chunk by chunk: the state before the first, `state(batch, config)`.
+        output: A description of what `run` returns, with its shape.
+        run: Computes the output: `run(model, signal, config, **options)`.
+        options: The names of the options of `run`.
+        state: For networks that are called chunk by chunk: the state before the first chunk, `state(batch, config)`.
     """
 
     kind: Kind
@@ -47,10 +47,10 @@ class Task:
     state: Callable[..., np.ndarray] | None = None
 
     def check(self, name: str, values: np.ndarray, config: Any) -> np.ndarray:
-        """Returns the input as float32 with a batch axis, or raises ValueError where it has another shape or dtype.
+        """Returns the input as float32 with a batch axis, or raises ValueError if it has another shape or dtype.
 
         Args:
-            name: What the values are or where they come from, for the error.
+            name: What the values are or where they come from, for the error message.
             values: (length, values) or (batch, length, values); for sound (samples,) or (batch, samples).
             config: The network's config.
         """
@@ -76,7 +76,7 @@ class Network:
     Attributes:
         name: Its file in the gallery.
         task: What it does.
-        config: Its sizes, and with `config.rate` the samples a second of the sound that it hears or makes.
+        config: Its sizes; `config.rate` is the samples per second of the sound that it reads or makes.
         model: The compiled graph.
     """
 
@@ -86,7 +86,7 @@ class Network:
     model: "Model"
 
     def run(self, signal: np.ndarray, **options: Any) -> Any:
-        """Does the task. The signal is what `task.input` says, the result what `task.output` says.
+        """Does the task. `task.input` describes the signal, `task.output` the result.
 
         Raises:
             TypeError: For an option that the network does not have.
@@ -103,7 +103,7 @@ def config_of(name: str, published: Mapping[str, Any] | None = None, **sizes: An
 
     Raises:
         TypeError: If the config has no such size.
-        ValueError: If the published config is of another model, or there is no network of that name.
+        ValueError: If the published config belongs to another model, or there is no network of that name.
     """
     module = graph_file(name)
     known = [field.name for field in fields(module.Config)]
@@ -132,11 +132,11 @@ def open_network(
 
     Args:
         name: Its file in the gallery, such as "silero-vad".
-        config: Its sizes; None are the published ones.
-        weights: What the network's `load_weights` takes; None is its own, where it has some.
-        saved: A file that `Model.save` wrote for this network and config. Nothing is compiled then.
+        config: Its sizes; None means the published ones.
+        weights: A reference for the network's `load_weights`; None means the weights that come with it, if any.
+        saved: A file that `Model.save` wrote for this network and config. Then nothing is compiled.
         exact: As in `max_conv.conv1d`.
-        step: Called with what is done now; returns a context manager around it.
+        step: Called with a description of each step; returns a context manager, in which the step runs.
 
     Raises:
         ValueError: If there is no such network, or the weights do not fit.
@@ -153,7 +153,7 @@ def open_network(
         with step(f"loading {saved}"):
             return Network(name, module.TASK, config, load(saved))
     if weights is None and signature(module.load_weights).parameters["reference"].default is Parameter.empty:
-        raise ValueError(f"{name} has no weights of its own; pass those of a checkpoint, such as hf://ORG/REPO/FILE.")
+        raise ValueError(f"{name} comes without weights; pass a checkpoint's, such as hf://ORG/REPO/FILE.")
     with step("fetching the weights"):
         state = module.load_weights(*([weights] if weights else []), config=config)
     with step("compiling"):

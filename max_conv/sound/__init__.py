@@ -1,4 +1,4 @@
-"""What the networks of the gallery hear and say: sound files, speech turns, pitch tracks, pictures of them."""
+"""The inputs and results of the networks: sound files, speech turns, pitch tracks, and pictures of them."""
 
 from .audio import as_signals, check_sound_file, read_audio, write_audio
 from .picture import draw_pitch, draw_speech

@@ -1,4 +1,4 @@
-"""Sound files in, arrays out, and back."""
+"""Reads sound files into arrays, and writes arrays to sound files."""
 
 import tempfile
 from pathlib import Path
@@ -13,10 +13,10 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
 
     Args:
         path: The file.
-        rate: Samples a second that the result has.
+        rate: Samples per second of the result.
 
     Returns:
-        float32, (channels, samples), full scale is 1. Channels are not mixed: take `.mean(axis=0)` for mono.
+        float32, (channels, samples), full scale is 1. Channels are not mixed: use `.mean(axis=0)` for mono.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -56,12 +56,12 @@ def write_audio(path: str | Path, sound: np.ndarray, rate: int) -> None:
     """Writes sound to a WAV, FLAC, OGG or MP3 file, which appears whole or not at all.
 
     Args:
-        path: The file; its ending tells the format.
+        path: The file; its extension is the format.
         sound: (samples,) or (channels, samples), full scale is 1; what exceeds it is clipped.
-        rate: Samples a second.
+        rate: Samples per second.
 
     Raises:
-        ValueError: If the ending names no format that can be written.
+        ValueError: If files with this extension cannot be written.
         ImportError: If soundfile or soxr is not installed.
 
     >>> import tempfile
@@ -79,7 +79,7 @@ def write_audio(path: str | Path, sound: np.ndarray, rate: int) -> None:
 
 
 def check_sound_file(path: str | Path) -> Path:
-    """Returns `path`, or raises a ValueError where its ending names no format that can be written."""
+    """Returns `path`, or raises a ValueError if files with its extension cannot be written."""
     path = Path(path)
     if path.suffix.lower() not in (".wav", ".flac", ".ogg", ".mp3"):
         raise ValueError(f"audio: {path} must end in .wav, .flac, .ogg or .mp3.")
@@ -87,10 +87,10 @@ def check_sound_file(path: str | Path) -> Path:
 
 
 def as_signals(model: str, audio: Any) -> np.ndarray:
-    """Returns sound that a model is given, one signal or several, as float32 (B, samples).
+    """Returns the sound that was passed to a model, one signal or several, as float32 (B, samples).
 
     Args:
-        model: The model's name, which begins error messages.
+        model: The model's name; error messages begin with it.
         audio: (samples,) or (B, samples), -1 to 1.
 
     Raises:

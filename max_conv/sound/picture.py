@@ -29,16 +29,16 @@ def draw_speech(
     *,
     threshold: float = 0.5,
 ) -> None:
-    """Draws a sound, its speech probability, and the detected and labelled speech turns, one above the other.
+    """Draws a sound, its speech probability, and the detected and labelled speech turns, below each other.
 
     Args:
         path: The picture to write; its suffix names the format. It appears whole or not at all.
         audio: (samples,).
-        rate: Samples a second.
-        probabilities: (T,), each of `hop_seconds`.
-        turns: What was found.
-        labels: What people marked; speakers have a colour each. Without labels there is no row for them.
-        threshold: The probability where speech begins.
+        rate: Samples per second.
+        probabilities: (T,), each for `hop_seconds` of sound.
+        turns: The detected turns.
+        labels: The turns that people marked; each speaker has a colour. Without labels there is no row for them.
+        threshold: The probability from which sound is speech.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -64,13 +64,13 @@ def draw_pitch(
     *,
     threshold: float = 0.5,
 ) -> None:
-    """Draws a sound, how likely each pitch is with the pitch that was found, and the periodicity.
+    """Draws a sound, the probability of each pitch with the detected pitch, and the periodicity.
 
     Args:
         path: The picture to write; its suffix names the format. It appears whole or not at all.
         audio: (samples,).
-        rate: Samples a second.
-        pitch: What was found, of one sound; frames whose periodicity is below `threshold` have no pitch.
+        rate: Samples per second.
+        pitch: The result for one sound; frames whose periodicity is below `threshold` have no pitch.
         threshold: The periodicity from which a frame has a pitch.
 
     Raises:
@@ -114,10 +114,10 @@ def _finish(figure: Any, rows: Sequence[Any], seconds: float, path: str | Path) 
 
 def _draw_pitches(axes: Any, pitch: Pitch, hop: float, threshold: float) -> None:
     track, activations = pitch.track, pitch.activations
-    # Octaves above 1 Hz, in which pitches are evenly spaced.
+    # In octaves above 1 Hz, pitches are evenly spaced.
     low, high = np.log2([pitch.lowest, pitch.highest])
     half = (high - low) / (activations.shape[1] - 1) / 2
-    # A frame is around its time.
+    # A frame's time is its middle.
     extent = (-hop / 2, (len(activations) - 0.5) * hop, low - half, high + half)
     axes.imshow(activations.T, origin="lower", aspect="auto", extent=extent, cmap="Greys", vmin=0, interpolation="none")
     voiced = np.where(track.periodicity >= threshold, np.log2(track.pitch), np.nan)
@@ -132,12 +132,12 @@ def _draw_pitches(axes: Any, pitch: Pitch, hop: float, threshold: float) -> None
 
 
 def _hertz(semitone: int) -> float:
-    """Returns the frequency of a key of MIDI, 69 being A4."""
+    """Returns the frequency of a MIDI note number; 69 is A4."""
     return 440 * 2 ** ((semitone - 69) / 12)
 
 
 def _draw_sound(axes: Any, audio: np.ndarray, rate: int) -> None:
-    # One line from the lowest to the highest sample of each stretch, which is all that a pixel can show.
+    # One line from the lowest to the highest sample of each section: a pixel cannot show more.
     step = max(1, len(audio) // 4000)
     stretches = audio[: len(audio) // step * step].reshape(-1, step)
     times = (np.arange(len(stretches)) + 0.5) * step / rate
@@ -167,7 +167,7 @@ def _draw_probabilities(
 
 def _draw_turns(axes: Any, turns: Iterable[Turn], labels: Sequence[Turn]) -> None:
     rows = [("detected", [(turn, _FOUND) for turn in turns])]
-    # None stands for labels that name no one.
+    # The speaker None means labels without a name.
     speakers = sorted({turn.speaker for turn in labels}, key=lambda name: name or "")
     for i, speaker in enumerate(speakers):
         colour = _SPEAKERS[i % len(_SPEAKERS)]
@@ -185,7 +185,7 @@ def _save(figure: Any, path: Path) -> None:
     os.close(handle)
     try:
         figure.savefig(staging)
-        # A temporary file is private to its owner; the picture gets the usual rights.
+        # Only its owner may read a temporary file; the picture gets the usual permissions.
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(staging, 0o666 & ~mask)

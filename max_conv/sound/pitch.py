@@ -1,4 +1,4 @@
-"""Pitch tracks: the likeliest path through probabilities, stretches that have a pitch, and the names of notes."""
+"""Pitch tracks: the most likely path through probabilities, sections that have a pitch, and the names of notes."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,12 +10,12 @@ _NAMES = ("C", "C♯", "D", "D♯", "E", "F", "F♯", "G", "G♯", "A", "A♯", 
 
 @dataclass(frozen=True)
 class Track:
-    """The pitch of a sound, frame by frame.
+    """The pitch of each frame of a sound.
 
     Attributes:
         times: (T,), seconds from the start.
         pitch: (..., T), Hz.
-        periodicity: (..., T), 0 to 1: how sure it is that there is a pitch.
+        periodicity: (..., T), 0 to 1: how certain it is that there is a pitch.
     """
 
     times: np.ndarray
@@ -24,12 +24,12 @@ class Track:
 
 
 class Pitch(NamedTuple):
-    """What a pitch tracker returns.
+    """The result of a pitch tracker.
 
     Attributes:
         track: The pitch of each frame.
         activations: (..., T, P), how likely each of P pitches is.
-        lowest, highest: Hz of the first and the last of them.
+        lowest, highest: The first and the last of these pitches, in Hz.
     """
 
     track: Track
@@ -40,11 +40,11 @@ class Pitch(NamedTuple):
 
 @dataclass(frozen=True)
 class Stretch:
-    """A stretch of sound that has a pitch, in seconds and Hz.
+    """A section of sound that has a pitch, in seconds and Hz.
 
     Attributes:
         pitch: The median.
-        lowest, highest: What nine tenths of the frames lie between.
+        lowest, highest: The range that holds 90 % of the frames.
         periodicity: The mean.
     """
 
@@ -57,7 +57,7 @@ class Stretch:
 
 
 def note(frequency: float) -> str:
-    """Returns the name of the nearest note of equal temperament, A4 being 440 Hz, and how many cents it is off.
+    """Returns the nearest note of equal temperament, with A4 at 440 Hz, and the difference in cents.
 
     >>> note(440), note(263)
     ('A4', 'C4 +9')
@@ -69,12 +69,12 @@ def note(frequency: float) -> str:
 
 
 def stretches(track: Track, *, threshold: float = 0.5, shortest: float = 0.05) -> list[Stretch]:
-    """Finds the stretches in which every frame's periodicity is at least `threshold`.
+    """Finds the sections of sound in which every frame's periodicity is at least `threshold`.
 
     Args:
-        track: Of one sound.
+        track: The track of one sound.
         threshold: The periodicity from which a frame has a pitch.
-        shortest: Shorter stretches are left out, in seconds.
+        shortest: In seconds; shorter sections are left out.
 
     >>> track = Track(np.arange(4) * 0.1, np.array([100, 200, 220, 90]), np.array([0.1, 0.9, 0.7, 0.2]))
     >>> [(s.start, round(s.end, 2), s.pitch, s.periodicity) for s in stretches(track)]
@@ -96,13 +96,13 @@ def stretches(track: Track, *, threshold: float = 0.5, shortest: float = 0.05) -
 
 
 def viterbi(chances: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Finds the likeliest path of states; all states are as likely at the start.
+    """Finds the most likely path of states; at the start all states are equally likely.
 
     Args:
-        chances: (..., T, S), how likely each state is by what was seen at each time.
-        steps: (2 * R + 1,), how likely a path goes from a state to those R below to R above; it is scaled to a sum of 1
-            for each state. Further steps are next to impossible: as librosa, which takes the smallest normal float32 for
-            a chance of 0.
+        chances: (..., T, S), the probability of each state at each time, given the observation.
+        steps: (2 * R + 1,), the probabilities of going from a state to the states from R below it to R above it; they
+            are scaled to a sum of 1 for each state. Larger steps are nearly impossible: as in librosa, a probability
+            of 0 is replaced by the smallest normal float32.
 
     Returns:
         (..., T), the state of each time.
@@ -115,9 +115,9 @@ def viterbi(chances: np.ndarray, steps: np.ndarray) -> np.ndarray:
     least = float(np.finfo(np.float32).tiny)
     times, states = chances.shape[-2:]
     reach = len(steps) // 2
-    before = np.arange(states)[:, None] + np.arange(-reach, reach + 1)  # (to, the states that it may come from)
+    before = np.arange(states)[:, None] + np.arange(-reach, reach + 1)  # (state, the states before it)
     inside = (before >= 0) & (before < states)
-    # What leaves a state sums to 1: near the first and the last there are fewer to go to.
+    # The probabilities of leaving a state sum to 1: the first and the last states have fewer neighbours.
     totals = np.array([steps[max(0, reach - s) : reach + states - s].sum() for s in range(states)])
     source = np.clip(before, 0, states - 1)
     moves = np.where(inside, np.log(steps[::-1] / totals[source] + least), -np.inf)
@@ -128,7 +128,7 @@ def viterbi(chances: np.ndarray, steps: np.ndarray) -> np.ndarray:
         ways = best[:, source] + moves
         choice = ways.argmax(axis=2)
         value = np.take_along_axis(ways, choice[..., None], axis=2)[..., 0]
-        # A jump from anywhere, which only the best state can be worth.
+        # A jump from any state; only the best state can be worth it.
         jump = best.argmax(axis=1)
         leap = best.max(axis=1)[:, None] + np.log(least)
         came[:, t] = np.where(leap > value, jump[:, None], source[np.arange(states), choice])

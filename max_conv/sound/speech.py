@@ -1,4 +1,4 @@
-"""Speech turns: from probabilities, from label files, and how well two lists of them agree."""
+"""Speech turns: found in probabilities, read from label files, and how well two lists of turns agree."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Turn:
-    """A stretch of speech, in seconds."""
+    """A section of speech, in seconds."""
 
     start: float
     end: float
@@ -25,10 +25,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well detected turns cover labelled ones. Where there is nothing to find or found, a share is 1.
+    """How well detected turns agree with labelled ones. If nothing is labelled or detected, the share is 1.
 
     Attributes:
-        accuracy: Share of all time where both say speech or both say none.
+        accuracy: Share of all time in which both have speech, or both have none.
         precision: Share of the detected time that is labelled.
         recall: Share of the labelled time that is detected.
         missed: Labelled seconds that are not detected.
@@ -61,34 +61,34 @@ def turns(
     speech_pad: float = 0.03,
     max_speech: float = math.inf,
 ) -> list[Turn]:
-    """Finds speech turns in a line of speech probabilities, by the rules that Silero publishes for its network.
+    """Finds speech turns in a sequence of speech probabilities, by the rules that Silero publishes for its network.
 
-    A turn begins with the first probability of at least `threshold`. It ends where probabilities fell below
-    `neg_threshold`, once `min_silence` has gone by since without one of at least `threshold`. Turns of at most
-    `min_speech` are dropped; the others are widened by `speech_pad` on both sides, or to the middle of a shorter gap.
+    A turn begins with the first probability of at least `threshold`. It ends where probabilities fall below
+    `neg_threshold`, if none of at least `threshold` follows within `min_silence`. Turns of at most `min_speech` are
+    dropped. The others are widened by `speech_pad` on both sides, or to the middle of the gap if the gap is shorter.
 
     Args:
-        probabilities: One a hop, between 0 and 1.
+        probabilities: One per hop, between 0 and 1.
         hop: Seconds from one probability to the next.
-        duration: Seconds of the whole signal; by default that of all hops. No turn goes beyond it.
-        rate: Samples a second: turns begin and end on whole samples.
-        threshold: Where speech begins.
-        neg_threshold: Where it ends; by default 0.15 lower, but at least 0.01.
+        duration: Seconds of the whole signal; by default the duration of all hops. No turn ends later.
+        rate: Samples per second: turns begin and end on whole samples.
+        threshold: The probability from which speech begins.
+        neg_threshold: The probability below which it ends; by default 0.15 lower, but at least 0.01.
         min_speech: Seconds.
         min_silence: Seconds.
         speech_pad: Seconds.
-        max_speech: Seconds after which a turn is cut: at its longest inner silence above 98 ms, or else on the spot.
+        max_speech: Seconds after which a turn is cut: at its longest inner silence above 98 ms, otherwise right there.
 
     Returns:
         The turns, in order.
 
     Raises:
-        ValueError: If the probabilities are not one line, or not numbers from 0 to 1.
+        ValueError: If the probabilities have more than one axis, or are not numbers from 0 to 1.
 
     >>> turns([0.0] * 10 + [0.9] * 20 + [0.0] * 10)
     [Turn(start=0.29, end=0.99, speaker=None)]
 
-    Source: `get_speech_timestamps` of https://github.com/snakers4/silero-vad, whose answers these are.
+    Source: `get_speech_timestamps` of https://github.com/snakers4/silero-vad, whose results these are.
     """
     line = np.asarray(probabilities, np.float64)
     if line.ndim != 1:
@@ -99,7 +99,7 @@ def turns(
     end = len(line) * step if duration is None else round(duration * rate)
 
     def samples(seconds: float) -> float:
-        # Silero counts milliseconds: a product of seconds that is off by a rounding would keep turns of exactly 1.001 s.
+        # Silero counts milliseconds. With an unrounded product of seconds, turns of exactly 1.001 s would be kept.
         return round(seconds * rate, 6)
 
     pad = samples(speech_pad)
@@ -119,7 +119,7 @@ def turns(
 
 @dataclass
 class _Finder:
-    """Walks over the probabilities. All times are samples."""
+    """Goes through the probabilities in order. All times are in samples."""
 
     threshold: float
     neg_threshold: float
@@ -130,8 +130,8 @@ class _Finder:
 
     def __post_init__(self) -> None:
         self.spans: list[tuple[int, int]] = []
-        self.start: int | None = None  # of the turn that is open
-        self.quiet: int | None = None  # since when it may have ended
+        self.start: int | None = None  # the start of the open turn
+        self.quiet: int | None = None  # the time at which it may have ended
         self.pauses: list[tuple[int, int]] = []  # (length, start) of its longer inner silences
 
     def push(self, probability: float, now: int) -> None:
@@ -166,9 +166,9 @@ class _Finder:
         self.start, self.quiet, self.pauses = start, None, []
 
     def _cut(self, now: int) -> bool:
-        """Cuts an overlong turn; returns whether a new one is open behind the cut."""
+        """Cuts a turn that is too long; returns whether a new one is open after the cut."""
         assert self.start is not None
-        # Of equally long ones the first.
+        # Of equally long silences, the first.
         length, pause = max(self.pauses, key=lambda pause: pause[0], default=(0, now))
         self.spans.append((self.start, pause))
         self._open(pause + length if length else None)
@@ -190,11 +190,11 @@ def _widen(spans: list[tuple[int, int]], pad: float, end: int) -> list[tuple[int
 
 
 def read_rttm(path: str | Path) -> list[Turn]:
-    """Reads the speaker turns of an RTTM file (Rich Transcription Time Marked), in order of their start.
+    """Reads the speaker turns of an RTTM file (Rich Transcription Time Marked), ordered by start.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a SPEAKER line has no start, duration and name, with the line's number.
+        ValueError: If a SPEAKER line lacks start, duration or name; the message has the line's number.
     """
     labels = []
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
@@ -210,7 +210,7 @@ def read_rttm(path: str | Path) -> list[Turn]:
 
 
 def agreement(found: Iterable[Turn], labels: Iterable[Turn], duration: float) -> Agreement:
-    """Compares detected turns with labelled ones, exactly, over `duration` seconds. Speakers are not told apart.
+    """Compares detected turns with labelled ones, exactly, over `duration` seconds. Speakers are not distinguished.
 
     >>> agreement([Turn(1, 3)], [Turn(2, 4), Turn(2.5, 3.5)], 10)
     Agreement(accuracy=0.8, precision=0.5, recall=0.5, missed=1, false_alarm=1)

@@ -1,4 +1,4 @@
-"""How a network is used live: what its outputs see, and how late they come."""
+"""What matters when a network is used live: its receptive field and its latency."""
 
 from .describe import describe
 from .span import Span

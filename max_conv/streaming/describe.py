@@ -1,4 +1,4 @@
-"""What a network is made of and what it sees: layers, weights, receptive field, hop, latency and cost of a graph."""
+"""Describes a graph: its layers, weights, receptive field, hop, latency and cost."""
 
 import functools
 import re
@@ -16,12 +16,12 @@ class LayerCost:
     """A layer of a graph.
 
     Attributes:
-        name: The weight that holds its filter.
+        name: The weight that is its filter.
         kind: "conv1d", "conv_transpose1d" or "lstm".
         sizes: Its channels, filters and geometry, in words.
-        kernel: The kernel it gets; "" for an LSTM.
-        flops: Two for each multiplication with a weight, an input position of the graph.
-        span: What its outputs see.
+        kernel: The kernel that computes it; "" for an LSTM.
+        flops: Two for each multiplication with a weight, per input position of the graph.
+        span: The inputs that its outputs depend on.
     """
 
     name: str
@@ -34,12 +34,12 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Description:
-    """A graph's layers in order, how many numbers its weights hold, and what an output sees.
+    """A graph's layers in order, the number of its parameters, and the inputs that an output depends on.
 
     Attributes:
         layers: The convolutions and recurrent layers.
-        parameters: Numbers in the weights that the graph takes.
-        span: What an output sees through these layers; attention and norms over the length see more.
+        parameters: How many numbers the graph's weights hold.
+        span: The inputs that an output depends on through these layers; attention and norms over the length see more.
     """
 
     layers: tuple[LayerCost, ...]
@@ -48,14 +48,14 @@ class Description:
 
     @property
     def flops(self) -> Fraction:
-        """Of all layers, an input position."""
+        """FLOPs of all layers, per input position."""
         return sum((layer.flops for layer in self.layers), Fraction(0))
 
     def summary(self, rate: int | None = None) -> dict[str, Any]:
-        """Returns what people ask of a network, in words.
+        """Returns the main facts about a network, in words.
 
         Args:
-            rate: Input positions a second, or, where the network makes sound of fewer positions, samples a second.
+            rate: Input positions per second; if the network makes sound from fewer positions, samples per second.
         """
         span, step = self.span, self.span.step
         a_second = None if rate is None else rate * min(step, Fraction(1))
@@ -66,30 +66,31 @@ class Description:
             seconds = "" if a_second is None else f" ({float(count / a_second) * 1e3:.4g} ms)"
             return f"{float(count):.5g} input position{'' if count == 1 else 's'}{seconds}"
 
-        # An output can be computed when the last input that it sees is there, and all inputs up to the next output's.
+        # An output can be computed when the last input that it depends on has arrived, and all inputs before the next
+        # output's.
         latency = None if span.right is None else span.right + max(step, Fraction(1))
-        cost = {"FLOPs an input position": f"{float(self.flops):.4g}"}
+        cost = {"FLOPs per input position": f"{float(self.flops):.4g}"}
         if a_second is not None:
-            cost = {"FLOPs a second of signal": f"{float(self.flops * a_second):.4g}"}
+            cost = {"FLOPs per second of signal": f"{float(self.flops * a_second):.4g}"}
         return {
             "layers": len(self.layers),
             "parameters": self.parameters,
             "receptive field": positions(span.field),
-            "hop": positions(step) if step >= 1 else f"{float(1 / step):.5g} outputs an input position",
+            "hop": positions(step) if step >= 1 else f"{float(1 / step):.5g} outputs per input position",
             "latency": positions(latency),
         } | cost
 
 
 def describe(graph: PackedGraph, window: int = 1, hop: int = 1) -> Description:
-    """Describes a whole graph, from its operations.
+    """Describes a finished graph from its operations.
 
-    What convolutions, LSTMs and attention do to the length is known; every other operation is taken to keep positions
-    where they are. A convolution whose length is known in the graph runs inside a frame.
+    The effect of convolutions, LSTMs and attention on the length is known. Every other operation is assumed to leave
+    positions where they are. A convolution whose length is known in the graph runs inside a frame.
 
     Args:
-        graph: The graph, whole.
-        window, hop: Of the frames that a graph cuts its input into by other means than a convolution: positions that a
-            frame holds, and from one to the next.
+        graph: The finished graph.
+        window, hop: For a graph that cuts its input into frames without a convolution: the positions in a frame, and
+            from one frame to the next.
 
     >>> from max_conv.graphs import conv1d
     >>> import numpy as np
@@ -106,7 +107,7 @@ def describe(graph: PackedGraph, window: int = 1, hop: int = 1) -> Description:
     answer = begin
     for operation in block.operations:
         own = operation.name == "mo.custom" and "max_conv." in str(operation.attributes["symbol"])
-        # What a layer sees is its first operand; a filter or a bias that was computed has no positions.
+        # A layer's data is its first operand. Computed filters and biases are not counted: they have no positions.
         operands = [operation.operands[0]] if own else operation.operands
         seen = [spans[value] for value in operands if value in spans]
         if not seen:
@@ -126,12 +127,12 @@ def describe(graph: PackedGraph, window: int = 1, hop: int = 1) -> Description:
 
 
 def _over_positions(product: Any) -> bool:
-    """Tells whether a product of two values of the input is attention: a matrix whose size is not known has positions."""
+    """Returns whether a product of two values is attention: a matrix of unknown size has the positions as an axis."""
     return any(not re.search(r"[\[ ]\d+, \d+\]", str(value.type)) for value in product.operands)
 
 
 def _cost(emitted: Emitted, span: Span) -> LayerCost:
-    # A weight that is made of others is named after them, and ends in its dtype.
+    # A weight that is made from others has their name, followed by its dtype.
     name, layer = re.sub(r"\.(float|bfloat)\d+$", "", emitted.name), emitted.layer
     if layer is None:
         flops = 2 * 4 * emitted.units**2 / span.step
@@ -143,7 +144,7 @@ def _cost(emitted: Emitted, span: Span) -> LayerCost:
         flops *= Fraction(emitted.outputs, 1 if layer.transposed is None else geometry.stride) / span.step
     else:
         after = span.through(layer)
-        # A transposed convolution multiplies every input with every tap, a plain one has every tap in every output.
+        # A transposed convolution multiplies every input with every tap; a plain one uses every tap for every output.
         flops /= span.step if layer.transposed else after.step
     arrow = "⇒" if layer.transposed else "→"
     sizes = f"{layer.group_channels * layer.groups}{arrow}{layer.group_filters * layer.groups} k{geometry.kernel_size}"
@@ -154,7 +155,7 @@ def _cost(emitted: Emitted, span: Span) -> LayerCost:
 
 
 def _parameters(graph: PackedGraph) -> int:
-    """Counts the numbers in the weights that are not made of others."""
+    """Counts the numbers in the weights that are not made from others."""
     read = {name: entry.weight for name, entry in graph._weights.items()}
     sources = {source.name: source for entry in graph.derived.values() for source in entry.sources}
     weights = [weight for name, weight in (read | sources).items() if name not in graph.derived]

@@ -1,4 +1,4 @@
-"""Which inputs an output sees, worked out layer by layer."""
+"""Which inputs an output depends on, computed layer by layer."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -9,12 +9,12 @@ from ..conv.dispatch import Layer
 
 @dataclass(frozen=True)
 class Span:
-    """Which inputs an output sees, in positions of the graph's first input.
+    """Which inputs an output depends on, in positions of the graph's first input.
 
     Attributes:
-        step: Inputs from one output to the next; 1/256 for a vocoder that makes 256 samples of a frame.
-        left: How far it sees back, None for without end.
-        right: How far it sees ahead, None for without end.
+        step: Inputs from one output to the next; 1/256 for a vocoder that makes 256 samples from a frame.
+        left: How far it sees back; None means without limit.
+        right: How far it sees ahead; None means without limit.
     """
 
     step: Fraction = Fraction(1)
@@ -23,22 +23,22 @@ class Span:
 
     @property
     def field(self) -> int | None:
-        """The receptive field: how many inputs an output sees at most; None for without end."""
+        """The receptive field: the most inputs that an output depends on; None means without limit."""
         return None if self.left is None or self.right is None else floor(self.left + self.right) + 1
 
     def through(self, layer: Layer) -> "Span":
-        """Returns what the outputs of a convolution see, whose inputs see this."""
+        """Returns the span of a convolution's outputs; its inputs have this span."""
         geometry = layer.transposed or layer.geometry
         before = geometry.left * self.step
         after = (geometry.reach - 1 - geometry.left) * self.step
         if layer.transposed is None:
             return Span(self.step * geometry.stride, _add(self.left, before), _add(self.right, after))
-        # Output o takes input i where o + left = i * stride + k * dilation: taps reach back, the padding ahead.
+        # Output o uses input i if o + left = i * stride + k * dilation: taps reach back, the padding ahead.
         step = self.step / geometry.stride
         return Span(step, _add(self.left, after / geometry.stride), _add(self.right, before / geometry.stride))
 
     def beside(self, other: "Span") -> "Span":
-        """Returns what an output sees that is made of two."""
+        """Returns the span of an output that is computed from two values."""
         return Span(min(self.step, other.step), _most(self.left, other.left), _most(self.right, other.right))
 
 

@@ -1,4 +1,4 @@
-"""How weights get in and out: checkpoints of every kind, conversion to the native layout and back. Never loads MAX."""
+"""Reads checkpoints of every kind, and converts them to the native layout and back. Never imports MAX."""
 
 from .assets import resolve
 from .checkpoint import open_checkpoint, read_layer

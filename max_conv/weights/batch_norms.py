@@ -1,4 +1,4 @@
-"""Which batch norms are folded into which layers, by their names."""
+"""Finds, by their names, the batch norms that are folded into layers."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from .tensors import FLOATS, ROUNDED
 _PARTS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _BEFORE = (
     "a norm before a layer is not folded: it shifts the layer's input before that is padded, and a checkpoint does not "
-    "tell the padding; keep it as it is"
+    "contain the padding; keep it as it is"
 )
 
 
@@ -18,9 +18,9 @@ def fold_norms(plan: Plan, pair: tuple[str, str], what: str) -> None:
     """Folds the batch norms after some layers of a plan into these layers.
 
     Args:
-        plan: Is changed: the norms' tensors go, and layers without a bias get one.
-        pair: The name of a layer and of the batch norm after it, with * or {i}, {i+1} for what changes.
-        what: Begins error messages.
+        plan: Is changed: the norms' tensors are removed, and layers without a bias get one.
+        pair: The name of a layer and of the batch norm after it, with * or {i}, {i+1} for the parts that vary.
+        what: Error messages begin with it.
 
     Raises:
         ValueError: If there is no such layer or norm, or they do not fit each other.
@@ -81,7 +81,7 @@ def _check(plan: Plan, item: Planned, parts: Mapping[str, Planned], norm: str, w
 
 
 def _comes_before(norm: str, layer: str) -> bool:
-    """Returns whether two names differ in one number alone, as in an nn.Sequential, and the norm has the smaller one."""
+    """Returns whether two names differ only in one number, as in an nn.Sequential, and the norm's number is smaller."""
     pairs = [pair for pair in zip(norm.split("."), layer.split("."), strict=False) if pair[0] != pair[1]]
     same = norm.count(".") == layer.count(".") and len(pairs) == 1
     return same and all(part.isdecimal() for part in pairs[0]) and int(pairs[0][0]) < int(pairs[0][1])

@@ -11,24 +11,24 @@ from .planned import ORDERS, Plan, Planned
 from .tensors import Tensor, rounded, values, width
 
 BLOCK = 1 << 19
-"""Values that are rounded at once: rounding takes several arrays of their number."""
+"""The number of values that are rounded at once: rounding needs several arrays of this size."""
 
 
 def build_tensor(checkpoint: Checkpoint, plan: Plan, item: Planned, dtype: str, eps: float = 1e-5) -> Tensor:
-    """Reads what a tensor of the output is made of, and makes it.
+    """Makes a tensor of the output from the tensors of the source.
 
     Args:
         checkpoint: The source.
         plan: The plan that `item` is part of.
         item: The tensor.
         dtype: safetensors' name of its dtype in the output.
-        eps: What batch norms add to the variance.
+        eps: The number that batch norms add to the variance.
 
     Raises:
         ValueError: If a finite value becomes infinite in `dtype`.
     """
     if item.plain:
-        # Cast piece by piece: float64 would take many times the memory of the whole.
+        # Cast piece by piece: the whole tensor in float64 would need many times its memory.
         bits = np.empty(item.shape, f"u{width(dtype)}")
         start = 0
         for piece in _cast(checkpoint, item, dtype):
@@ -42,7 +42,7 @@ def build_tensor(checkpoint: Checkpoint, plan: Plan, item: Planned, dtype: str, 
 
 
 def pieces(checkpoint: Checkpoint, plan: Plan, item: Planned, dtype: str, eps: float = 1e-5) -> Iterator[np.ndarray]:
-    """Yields the bits of a tensor that `build_tensor` returns; tensors that only move are never in memory as a whole."""
+    """Yields the bits of the tensor that `build_tensor` returns. A tensor that only moves is never in memory whole."""
     if item.plain and plan.order(item) is None:
         yield from _cast(checkpoint, item, dtype)
     else:
@@ -50,16 +50,16 @@ def pieces(checkpoint: Checkpoint, plan: Plan, item: Planned, dtype: str, eps: f
 
 
 def _folded(checkpoint: Checkpoint, plan: Plan, item: Planned, eps: float) -> np.ndarray:
-    """Returns the values of a tensor that is made of several, float64, in the source's layout."""
+    """Returns the values of a tensor that is made from several, in float64 and the source's layout."""
     order = ORDERS.get(item.kind, {}).get(plan.source, "")
     parts = {part: values(checkpoint.read(name)) for part, name in item.sources.items()}
     if item.norm == "weight norm":
         whole = fold_weight_norm(parts["g"], parts["v"], weight_norm_dim(parts["g"].shape, parts["v"].shape))
     elif item.norm == "spectral norm":
-        # PyTorch puts the filters first in the matrix, which are the second axis of a transposed filter.
+        # PyTorch's matrix has the filters first; in a transposed filter they are the second axis.
         whole = fold_spectral_norm(parts["w"], parts["u"], parts["v"], order.index("F"))
     elif item.norm:
-        with np.errstate(invalid="ignore"):  # as in PyTorch, what is pruned of an infinity is NaN
+        with np.errstate(invalid="ignore"):  # as in PyTorch, an infinity that is pruned becomes NaN
             whole = parts["w"] * parts["m"]
     else:
         whole = parts.get("w", np.zeros(item.shape))
@@ -75,7 +75,7 @@ def batch_norm(checkpoint: Checkpoint, names: Mapping[str, str], eps: float) -> 
     Args:
         checkpoint: The source.
         names: Its tensors, by the last parts of their names; weight and bias may be missing.
-        eps: What it adds to the variance.
+        eps: The number that it adds to the variance.
     """
     read = {part: values(checkpoint.read(name)) for part, name in names.items() if part != "num_batches_tracked"}
     mean = read["running_mean"]
@@ -84,7 +84,7 @@ def batch_norm(checkpoint: Checkpoint, names: Mapping[str, str], eps: float) -> 
 
 
 def _cast(checkpoint: Checkpoint, item: Planned, dtype: str) -> Iterator[np.ndarray]:
-    """Yields the bits of what is made of one tensor, in row-major order of the source's layout."""
+    """Yields the bits of a tensor that is made from one tensor, in row-major order of the source's layout."""
     for piece in checkpoint.pieces(item.sources["w"]):
         yield piece if item.dtype == dtype else _rounded(values(Tensor(item.dtype, piece)), dtype, item.name).bits
 

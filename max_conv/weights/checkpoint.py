@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries, opened without loading them: names, shapes and metadata at once, tensors one by one."""
+"""Opens checkpoints of other libraries without loading them: names, shapes and metadata at once, tensors one by one."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ INDEX = ".index.json"
 SUFFIXES = (".safetensors", INDEX, ".npz", *TORCH_SUFFIXES)
 PREFERRED = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 PREFIXES = ("module.", "_orig_mod.")
-"""What DataParallel and torch.compile put before every name."""
+"""The prefixes that DataParallel and torch.compile put before every name."""
 
 
 class _File(Protocol):
@@ -46,21 +46,21 @@ class _File(Protocol):
 
 
 class Entry(NamedTuple):
-    """A tensor of an open checkpoint: what it is, and how values `start` to `stop` are read."""
+    """A tensor of an open checkpoint: its dtype and shape, and the function that reads values `start` to `stop`."""
 
     spec: Spec
     load: Callable[[int, int], np.ndarray]
 
 
 class Checkpoint:
-    """An open checkpoint, which holds no tensor in memory; a context manager.
+    """An open checkpoint; a context manager. It keeps no tensor in memory.
 
     Attributes:
         source: The reference that was opened, for messages.
         files: The files that it consists of, an index before its shards.
         metadata: Strings by name, of safetensors files.
-        left_out: The names of entries that are no weights: `None`, and what modules save as `_extra_state`.
-        notes: Sentences about what was taken of the files, where there was a choice.
+        left_out: The names of entries that are not weights: `None`, and the `_extra_state` that modules save.
+        notes: Sentences about which part of the files was used, if there was a choice.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Checkpoint:
             file.close()
 
     def log_notes(self) -> None:
-        """Logs what was taken of the files, where nobody shows `notes`."""
+        """Logs `notes`, for callers that do not show them."""
         for note in self.notes:
             logging.getLogger("max_conv").warning(note)
 
@@ -128,7 +128,7 @@ class Checkpoint:
         """Reads one tensor.
 
         Raises:
-            KeyError: If there is none of this name.
+            KeyError: If there is no tensor of this name.
         """
         spec = self._entries[name].spec
         bits = np.empty(spec.size, f"u{width(spec.dtype)}")
@@ -144,14 +144,15 @@ def open_checkpoint(reference: str | os.PathLike, key: str | None = None) -> Che
 
     Args:
         reference: A `.safetensors` file, a sharded `.index.json`, a PyTorch `.pt`, `.pth`, `.tar`, `.th`, `.bin` or `.ckpt`
-            file, an `.npz` file of NumPy or MLX, a directory that holds one of them, or what `max_conv.weights.resolve`
-            downloads. A "module." or "_orig_mod." before every name is taken off, however often it is there.
-        key: Where the state dict is in what a training script saved, as "net.decoder"; dots that are part of a key may be
-            written `\\.`. None takes one under a usual name, such as "state_dict" or "model".
+            file, an `.npz` file of NumPy or MLX, a directory that holds one of them, or a reference that
+            `max_conv.weights.resolve` downloads. If every name begins with "module." or "_orig_mod.", this prefix is
+            removed, also if it is repeated.
+        key: Where the state dict is in a training script's file, such as "net.decoder"; dots that are part of a key may
+            be written `\\.`. None uses a state dict under a usual name, such as "state_dict" or "model".
 
     Raises:
         FileNotFoundError: If there is no such file, or a shard is missing.
-        ValueError: If the file is of another kind, damaged, or holds anything but tensors.
+        ValueError: If the file is of another kind, is damaged, or holds anything but tensors.
         ImportError: If it is PyTorch's and PyTorch is not installed.
 
     >>> open_checkpoint("model.onnx")
@@ -233,7 +234,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     for shard in shards:
         plain = isinstance(shard, str) and shard.isprintable() and Path(shard).name == shard and "\\" not in shard
         if not plain or shard.endswith(".json"):
-            raise ValueError(f"checkpoint: {path} names the shard {shard!a:.60}, but shards must lie beside it.")
+            raise ValueError(f"checkpoint: {path} names the shard {shard!a:.60}, but shards must be in its folder.")
     return places
 
 
@@ -246,7 +247,7 @@ def _open_sharded(
     metadata: dict[str, str] = {}
     for shard in sorted(set(places.values())):
         beside = path.parent / shard
-        if "://" in reference:  # Each file of a repository is downloaded on its own.
+        if "://" in reference:  # Each file of a repository is downloaded separately.
             beside = resolve(f"{reference.rpartition('/')[0]}/{shard}")
         elif not beside.is_file():
             raise FileNotFoundError(f"checkpoint: there is no file {beside}, a shard of {path.name}.")
@@ -283,8 +284,8 @@ def read_layer(
     Args:
         path, key: As for `open_checkpoint`.
         name: The layer: its tensors are `{name}.weight` and, where there is one, `{name}.bias`.
-        native: Whether the filter is taken for native (SCF) or for PyTorch's (FCS). Files that `max-conv convert` wrote
-            say which they are, and are not taken for the other.
+        native: Whether the filter is native (SCF) or PyTorch's (FCS). For a file that `max-conv convert` wrote, it must
+            agree with the file's marker.
 
     Raises:
         ValueError: If the checkpoint has no such layer, its weight and bias differ in dtype, or it is marked as of the

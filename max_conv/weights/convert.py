@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch's layout into native ones and back, in memory or from file to file, a tensor at a time."""
+"""Converts checkpoints to the native layout and back, in memory or from file to file, one tensor at a time."""
 
 import hashlib
 import json
@@ -26,23 +26,23 @@ from .verify import verify
 __all__ = ["LayerMap", "Options", "Report", "Row", "convert", "read_native", "to_native"]
 
 Progress = Callable[[str, int, int], None]
-"""Told what is done, how many bytes of it were done since the last time, and how many there are."""
+"""Called with the name of the step, the bytes that were done since the last call, and the bytes in all."""
 
 
 def read_native(reference: str | Path, layers: LayerMap, what: str, key: str | None = None) -> dict[str, np.ndarray]:
     """Reads a checkpoint, native or PyTorch's, into native weights.
 
     Args:
-        reference, key: What `max_conv.weights.open_checkpoint` takes.
-        layers: Which of its tensors are filters, and what becomes of the others.
-        what: Begins error messages: the model's name.
+        reference, key: As for `max_conv.weights.open_checkpoint`.
+        layers: Which of its tensors are filters, and what happens to the others.
+        what: The model's name; error messages begin with it.
 
     Returns:
         Arrays by name: filters SCF and SFC, weight norm folded, everything else as it is; 16-bit floats as float32.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, or its tensors are not those that `layers` declares.
+        ValueError: If the file is damaged, or its tensors are not the ones that `layers` declares.
 
     >>> read_native("gone.safetensors", LayerMap(), "hifigan")
     Traceback (most recent call last):
@@ -54,14 +54,14 @@ def read_native(reference: str | Path, layers: LayerMap, what: str, key: str | N
 
 
 def to_native(state: Mapping[str, np.ndarray], layers: LayerMap, what: str) -> dict[str, np.ndarray]:
-    """Turns a state dict in memory into native weights, as `read_native` does with a file.
+    """Converts a state dict in memory to native weights, as `read_native` does for a file.
 
     Args:
         state: PyTorch's names and layouts, such as `{k: v.numpy() for k, v in module.state_dict().items()}`.
         layers, what: As for `read_native`.
 
     Raises:
-        ValueError: If the arrays are not those that `layers` declares.
+        ValueError: If the arrays are not the ones that `layers` declares.
 
     >>> to_native({"up.weight": np.zeros((4, 2, 16))}, LayerMap(conv_transpose=("up.*",)), "net")["up.weight"].shape
     (16, 2, 4)
@@ -83,15 +83,16 @@ class Options:
         dtype: safetensors' name of the dtype that floating tensors are cast to, or None.
         keep: Patterns of names, after renaming, of tensors that are not cast.
         key: Where the state dict is in a PyTorch file, as for `open_checkpoint`.
-        source_layout: The library whose layout filters have that no marker tells of: "torch" (FCS, transposed CFS),
-            "mlx" (FSC) or "keras" (SCF, transposed SFC).
-        batch_norms: Pairs of a layer's name and of the batch norm after it, with `*` for what changes; `{i}` is a number
-            in an nn.Sequential, and `{i+1}` the next.
-        eps: What those batch norms add to the variance.
-        max_shard_size: The most bytes of data in one file, or None. A tensor that is larger has a file of its own.
-        verify: Computes every layer in PyTorch and by the converted file, and compares, before anything appears.
-        dry_run: Writes nothing.
-        force: Overwrites.
+        source_layout: The library whose layout the filters have, if the file has no marker: "torch" (FCS, transposed
+            CFS), "mlx" (FSC) or "keras" (SCF, transposed SFC).
+        batch_norms: Pairs of a layer's name and the name of the batch norm after it, with `*` for the parts that vary;
+            `{i}` is a number in an nn.Sequential, and `{i+1}` the next number.
+        eps: The number that these batch norms add to the variance.
+        max_shard_size: The most bytes of data in one file, or None. A larger tensor gets a separate file.
+        verify: Whether to compute every layer both in PyTorch and from the converted file, and to compare the outputs,
+            before any file appears.
+        dry_run: Whether to write nothing.
+        force: Whether to overwrite files.
     """
 
     strict: bool = True
@@ -108,7 +109,7 @@ class Options:
 
 
 class Row(NamedTuple):
-    """A tensor of the output: what it is made of, its name, shape and dtype there; the layout of filters, or ""."""
+    """A tensor of the output: the tensors it is made from, its name, shape and dtype; a filter's layout, or ""."""
 
     sources: list[str]
     name: str
@@ -120,15 +121,15 @@ class Row(NamedTuple):
 
 @dataclass
 class Report:
-    """What was converted.
+    """The result of a conversion.
 
     Attributes:
         rows: The tensors of the output.
         dropped: The names of the source's tensors, and of other entries, that are not in the output.
-        already: Whether the source had the layout that was wanted.
-        files: The files that were written, the one to open first.
+        already: Whether the source already had the wanted layout.
+        files: The files that were written; the first one is the one to open.
         verified: How many layers were compared with PyTorch's.
-        notes: Sentences about what was taken of the source, where there was a choice.
+        notes: Sentences about which part of the source was used, if there was a choice.
     """
 
     rows: list[Row]
@@ -150,22 +151,23 @@ def convert(
 ) -> Report:
     """Converts a checkpoint to a safetensors file of the other layout, holding about one tensor in memory.
 
-    A file that has the layout already is copied: its marker tells, and no declaration is looked at. The way back needs
-    none either, and gives every bit of the filters and the names back; what was folded stays folded.
+    A file that already has the layout, according to its marker, is copied, and the declaration is ignored. The inverse
+    conversion needs no declaration either. It restores every bit of the filters, and the names; what was folded stays
+    folded.
 
     Args:
-        source: What `max_conv.weights.open_checkpoint` takes.
+        source: A reference, as for `max_conv.weights.open_checkpoint`.
         target: The `.safetensors` file to write. With `max_shard_size` its name gets numbers, NAME-00001-of-00003, and
-            NAME.safetensors.index.json tells what lies where. Files appear whole or not at all, the index last.
-        layers: The declaration; None where the marker tells all.
+            NAME.safetensors.index.json lists the file of each tensor. Files appear whole or not at all, the index last.
+        layers: The declaration; None if the marker is enough.
         to: "native" or "torch".
-        options: The rest.
-        progress: Is told how far it got.
+        options: All other options.
+        progress: Called with the progress.
 
     Raises:
         FileExistsError: If something would be overwritten.
         FileNotFoundError: If the source, or the folder of the target, is missing.
-        ValueError: If the source is damaged, its tensors are not those declared, or a value does not fit a dtype.
+        ValueError: If the source is damaged, its tensors are not the declared ones, or a value does not fit a dtype.
 
     >>> convert("model.pt", "model.bin")
     Traceback (most recent call last):
@@ -193,7 +195,7 @@ def convert(
             for path in reversed(staged):
                 path.replace(target.parent / path.name)
     report.files = [target.parent / path.name for path in staged]
-    # What a former conversion left under these names would be taken for a part of this one.
+    # Files that an earlier conversion left under these names would look like a part of this one.
     for path in old:
         if path not in report.files and path not in checkpoint.files:
             path.unlink(missing_ok=True)
@@ -211,7 +213,7 @@ def _declared(checkpoint: Checkpoint, layers: LayerMap | None, options: Options)
 
 
 def _in_the_way(target: Path) -> list[Path]:
-    """Returns the files that the output would replace, and raises where it cannot be written."""
+    """Returns the files that the output would replace; raises an error if it cannot be written."""
     if target.suffix != ".safetensors":
         raise ValueError(f"convert: the output must end in .safetensors, but is {target}.")
     if not target.parent.is_dir():
@@ -251,7 +253,7 @@ def _rows(plan: Plan, dtypes: Mapping[str, str]) -> list[Row]:
 
 
 def _metadata(checkpoint: Checkpoint, plan: Plan, already: bool, progress: Progress) -> dict[str, str]:
-    """Returns the metadata of the output: the source's, the marker, and what it was made from."""
+    """Returns the metadata of the output: the source's metadata, the marker, and digests of the source's files."""
     if already:
         return checkpoint.metadata
     total = sum(path.stat().st_size for path in checkpoint.files)
@@ -291,7 +293,7 @@ def _write(
     options: Options,
     progress: Progress,
 ) -> list[Path]:
-    """Writes the output to a folder, and returns its files, an index first."""
+    """Writes the output to a folder, and returns its files; an index is the first."""
     items = {item.name: item for item in plan.tensors}
     specs = {item.name: Spec(dtypes[item.name], plan.shape(item)) for item in plan.tensors}
     total = sum(spec.nbytes for spec in specs.values())

@@ -1,4 +1,4 @@
-"""Files that are mistaken for checkpoints, known by how they begin."""
+"""Files that are mistaken for checkpoints, recognised by their first bytes."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _BEGINNINGS = {
 
 
 def check_kind(path: Path) -> None:
-    """Raises ValueError where a file begins as no checkpoint of its ending does, but as what people take for one."""
+    """Raises ValueError if a file begins like a file that is often mistaken for a checkpoint with this extension."""
     with path.open("rb") as file:
         start = file.read(512)
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()

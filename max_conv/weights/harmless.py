@@ -1,22 +1,22 @@
-"""What training scripts pickle beside weights, allowed by name: something empty takes the place of each.
+"""Objects that training scripts pickle next to the weights. They are allowed by name; an empty object replaces each.
 
-Nothing of the real classes is made or called, so that no code of theirs runs and no memory is asked for.
+The real classes are never instantiated or called, so none of their code runs and no memory is allocated.
 """
 
 from typing import Any
 
 
 class Nothing:
-    """Takes the place of an object that is not made."""
+    """Replaces an object, which is not made."""
 
     def __new__(cls, *args: Any) -> "Nothing":
         return super().__new__(cls)
 
     def __init__(self, *args: Any) -> None:
-        """Drops what the object would be made of."""
+        """Ignores the arguments of the object's constructor."""
 
     def __setstate__(self, state: Any) -> None:
-        """Drops what the object would hold."""
+        """Ignores the object's state."""
 
 
 class EmptyDict:
@@ -85,4 +85,4 @@ HARMLESS: dict[str, type] = {
     "builtins.list": EmptyList,
     "collections.deque": EmptyList,
 }
-"""What takes the place of each class and function, by its name in pickles."""
+"""The replacement of each class and function, by its name in pickles."""

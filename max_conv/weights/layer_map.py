@@ -1,4 +1,4 @@
-"""The declaration of a checkpoint's tensors: which are filters, and what becomes of the others."""
+"""The declaration of a checkpoint's tensors: which are filters, and what happens to the others."""
 
 import re
 import tomllib
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LayerMap:
-    """Which tensors of a checkpoint are filters, and what becomes of the others.
+    """Which tensors of a checkpoint are filters, and what happens to the others.
 
     Patterns are shell patterns of names, after renaming and after folding of weight norm: `[0]` is a class of characters,
     and a bracket in a name is written `[[]`.
@@ -19,9 +19,9 @@ class LayerMap:
     Attributes:
         conv: Filters of Conv1d layers, FCS in PyTorch, SCF native.
         conv_transpose: Filters of ConvTranspose1d layers, CFS in PyTorch, SFC native.
-        copy: Every other tensor that the model takes; it stays as it is.
-        ignore: What the model does not take; it is dropped, whatever other patterns name it.
-        rename: Pairs of a regular expression and what `re.sub` puts in its place, in order, before anything else.
+        copy: Every other tensor that the model uses; it stays as it is.
+        ignore: Tensors that the model does not use; they are dropped, even if other patterns name them, too.
+        rename: Pairs of a regular expression and its replacement for `re.sub`; applied in order, before anything else.
         optional: Patterns of `conv`, `conv_transpose` and `copy` that may name nothing.
 
     >>> LayerMap(conv=("conv_pre.weight",), copy=("*.bias",)).kind("conv_pre.weight")
@@ -54,7 +54,7 @@ class LayerMap:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is no TOML, or says something that no declaration says.
+            ValueError: If it is not TOML, or has a key or value that a declaration cannot have.
 
         >>> LayerMap.read("gone.toml")
         Traceback (most recent call last):
@@ -80,7 +80,7 @@ class LayerMap:
         return cls(**found)
 
     def kind(self, name: str) -> str | None:
-        """Returns "ignore", "conv", "conv_transpose", "copy", or None where no pattern names the tensor.
+        """Returns "ignore", "conv", "conv_transpose", "copy", or None if no pattern names the tensor.
 
         Raises:
             ValueError: If it is named as a filter of both kinds.
@@ -93,10 +93,10 @@ class LayerMap:
         return both[0] if both else "copy" if matches(name, self.copy) else None
 
     def renamed(self, name: str) -> str:
-        """Returns a name as the rules of `rename` change it.
+        """Returns a name after the rules of `rename` have changed it.
 
         Raises:
-            ValueError: If a rule is no regular expression.
+            ValueError: If a rule is not a regular expression.
 
         >>> LayerMap(rename=(("^net[.]", ""), ("w$", "weight"))).renamed("net.conv.w")
         'conv.weight'

@@ -8,19 +8,19 @@ from typing import Any, Literal
 MARK = "max_conv.layout"
 """The metadata key of the marker of converted files."""
 SOURCE = "max_conv.source"
-"""The metadata key of what a file was converted from."""
+"""The metadata key for the origin of a converted file."""
 
 Side = Literal["native", "torch"]
 
 
 @dataclass(frozen=True)
 class Marker:
-    """What a converted file says of itself.
+    """The marker in a converted file's metadata.
 
     Attributes:
         layout: "native": conv filters SCF, transposed ones SFC; "torch": FCS and CFS.
         conv, conv_transpose: The names of the filters.
-        renamed: The names that tensors had before, by the names that they have now.
+        renamed: The original names of the tensors, by their present names.
     """
 
     layout: Side
@@ -30,10 +30,10 @@ class Marker:
 
     @classmethod
     def of(cls, metadata: Mapping[str, str], source: str) -> "Marker | None":
-        """Returns the marker in a file's metadata, or None where it has none.
+        """Returns the marker in a file's metadata, or None if there is none.
 
         Raises:
-            ValueError: If there is one that this version does not understand.
+            ValueError: If there is a marker that this version does not understand.
 
         >>> Marker.of({}, "model.safetensors") is None
         True
@@ -52,7 +52,7 @@ class Marker:
         return marker
 
     def text(self) -> str:
-        """Returns what stands in the metadata."""
+        """Returns the marker as text, for the metadata."""
         facts: dict[str, Any] = {"layout": self.layout, "conv": self.conv, "conv_transpose": self.conv_transpose}
         return json.dumps(facts | {"renamed": dict(self.renamed)}, ensure_ascii=False)
 

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint make up one: the parts of weight norm, spectral norm and pruning, by their names."""
+"""Finds, by their names, the tensors that together make one: the parts of weight norm, spectral norm and pruning."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from .planned import ORDERS, Planned, Source
 from .safetensors_file import some
 from .tensors import FLOATS, ROUNDED
 
-# What a tensor is made of, under either of PyTorch's spellings: the norm, the end of its name, the ends of its parts'.
+# A tensor's parts, in both of PyTorch's namings: the norm, the end of the tensor's name, the ends of the parts' names.
 _PARTS = (
     ("weight norm", "weight", {"g": "weight_g", "v": "weight_v"}),
     (
@@ -34,21 +34,21 @@ _PARTS = (
     ("pruning", "bias", {"w": "bias_orig", "m": "bias_mask"}),
 )
 _SINGLE = {"weight_orig": "weight_u or weight_mask", "bias_orig": "bias_mask"}
-"""First parts that do not tell what they are the first part of, and the parts that would."""
+"""First parts that belong to several norms, and the further parts that would decide between them."""
 
 
 def assemble(
     checkpoint: Checkpoint, now: Mapping[str, str], layers: LayerMap, source: Source, strict: bool, what: str
 ) -> tuple[dict[str, Planned], list[str]]:
-    """Returns the tensors by their names, those of norms put together where they are declared, and what is dropped.
+    """Returns the tensors by their names, declared ones with a norm put together, and the names that are dropped.
 
     Args:
-        checkpoint: What is converted.
+        checkpoint: The source.
         now: The old names by the new ones.
         layers: The declaration of the tensors.
-        source: Whose layout they have.
+        source: The library whose layout they have.
         strict: Whether tensors that no pattern names are errors.
-        what: Begins error messages.
+        what: Error messages begin with it.
 
     Raises:
         ValueError: If parts are missing, do not fit each other, or cannot be folded.
@@ -65,7 +65,7 @@ def assemble(
         kind = layers.kind(whole)
         if kind is None and whole.endswith("bias") and layers.kind(f"{whole.removesuffix('bias')}weight"):
             kind = "copy"
-        # Undeclared, or copied part by part: the parts are tensors like others.
+        # Not declared, or copied part by part: the parts are treated like any other tensor.
         if kind is None or (norm == "spectral norm" and kind == "copy" and not strict):
             continue
         taken.update(parts.values())
@@ -83,7 +83,7 @@ def assemble(
 
 
 def _norm(name: str, now: Mapping[str, str]) -> tuple[str, str, dict[str, str]] | None:
-    """Returns the norm, the name of what it makes, and the names of all parts, where `name` is the first part of one."""
+    """Returns the norm whose first part is `name`, the name of the tensor that it makes, and the names of all parts."""
     fitting = []
     for norm, whole, ends in _PARTS:
         end = next(iter(ends.values()))
@@ -91,7 +91,7 @@ def _norm(name: str, now: Mapping[str, str]) -> tuple[str, str, dict[str, str]] 
             stem = name.removesuffix(end)
             parts = {part: stem + end for part, end in ends.items()}
             fitting.append((sum(part in now for part in parts.values()), (norm, stem + whole, parts)))
-    # Of several with the same first part, the one that has most of its parts.
+    # Of several norms with the same first part, the one with most of its parts present.
     return max(fitting, key=lambda entry: entry[0])[1] if fitting else None
 
 
@@ -104,7 +104,7 @@ def _check_parts(
     now: Mapping[str, str],
     what: str,
 ) -> None:
-    """Raises ValueError unless all parts are there, and what they make is not."""
+    """Raises ValueError unless all parts are there, and the tensor that they make is not."""
     if whole in now:
         raise ValueError(f"{what}: {checkpoint.source} has both {whole} and its parts {some(list(parts.values()))}.")
     missing = [part for part in parts.values() if part not in now]

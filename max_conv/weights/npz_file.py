@@ -1,4 +1,4 @@
-"""NumPy's .npz archives, of which one array at a time is in memory, and none that is pickled."""
+"""Reads NumPy's .npz archives, with one array in memory at a time. Pickled arrays are never loaded."""
 
 import io
 import math
@@ -16,9 +16,9 @@ from .tensors import CODES, of_array
 HEADER = 1 << 16
 """The most bytes of an array's header that are read."""
 SMALL = 32 << 20
-"""What arrays may have together in any case, in bytes."""
+"""Bytes that all arrays together may always have."""
 SWOLLEN = 128
-"""How many times the size of the file its arrays may have together beyond that: some archives are compressed."""
+"""Above that, all arrays together may have this many times the file's size: some archives are compressed."""
 
 
 class _Place(NamedTuple):
@@ -33,7 +33,7 @@ class NpzFile:
     """An open .npz archive: `specs` from the headers of its arrays, data on request.
 
     Raises:
-        ValueError: If the file is no archive of plain arrays, is damaged, or claims more data than it can have.
+        ValueError: If the file is not an archive of plain arrays, is damaged, or claims more data than it can have.
     """
 
     metadata: Mapping[str, str] = {}
@@ -44,7 +44,7 @@ class NpzFile:
         self.path = path
         try:
             self._archive = zipfile.ZipFile(path)
-        except Exception as error:  # zipfile raises whatever the damage leads to
+        except Exception as error:  # for damaged files zipfile may raise anything
             raise self._damaged(error) from None
         try:
             self._places = self._read_headers()
@@ -87,7 +87,7 @@ class NpzFile:
             check_name(name, self.path)
             if name == entry.filename or name in places:
                 raise self._damaged(f"{entry.filename!a:.60} is no array, or is there twice")
-            # What else zipfile unpacks it unpacks without a limit.
+            # zipfile unpacks other kinds of compression without a limit.
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise self._damaged(f"{entry.filename!a:.60} is compressed in a way that numpy.savez never uses")
             places[name] = self._place(name, entry)

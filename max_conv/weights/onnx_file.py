@@ -1,4 +1,4 @@
-"""The weights of an ONNX file, read without the package onnx; nothing in the file is run.
+"""Reads the weights of an ONNX file without the package onnx; nothing in the file is run.
 
 The formats: https://protobuf.dev/programming-guides/encoding and https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 """
@@ -13,17 +13,17 @@ import numpy as np
 from .safetensors_file import AXES_LIMIT, check_name
 
 DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 10: np.dtype("<f2"), 11: np.dtype("<f8")}
-"""ONNX's numbers of the types of weights."""
+"""The weights' dtypes, by ONNX's numbers."""
 
 DEPTH_LIMIT = 16
-"""The most graphs inside each other, the bodies of conditions and loops."""
+"""The deepest nesting of graphs, which are the bodies of conditions and loops."""
 
 _NUMBER, _BYTES = 0, 2  # protobuf's wire types
 _FIXED = {1: 8, 5: 4}  # and the bytes of two more
 
 
 def read_onnx(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads the weights of an ONNX file: initializers, and the values of Constant nodes, in the branches, too.
+    """Reads the weights of an ONNX file: initializers, and the values of Constant nodes, also inside branches.
 
     Args:
         path: The file.
@@ -72,7 +72,7 @@ def _graph(graph: memoryview, depth: int) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _node(node: memoryview, depth: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the value of a NodeProto that is a Constant, under the name of its output, and the weights of graphs in it."""
+    """Yields the value of a NodeProto that is a Constant, with its output's name, and the weights of graphs in it."""
     output = kind = b""
     for key, value in _fields(node):
         if key == (2, _BYTES):
@@ -117,7 +117,7 @@ def _weight(tensor: memoryview, output: bytes = b"") -> Iterator[tuple[str, np.n
 
 
 def _fields(data: memoryview) -> Iterator[tuple[tuple[int, int], Any]]:
-    """Yields a message's fields: their numbers and wire types, and their values, ints or bytes."""
+    """Yields a message's fields: the number and wire type, and the value, an int or bytes."""
     at = 0
     while at < len(data):
         tag, at = _number(data, at)
@@ -148,7 +148,7 @@ def _numbers(data: memoryview) -> list[int]:
 
 
 def _number(data: memoryview, at: int) -> tuple[int, int]:
-    """Reads a number of seven bits a byte; returns it, and where it ends."""
+    """Reads a number that is stored with seven bits per byte; returns it, and the position of its end."""
     number = 0
     for i, byte in enumerate(data[at : at + 10]):
         number |= (byte & 127) << 7 * i

@@ -1,4 +1,4 @@
-"""What becomes of every tensor of a checkpoint: decided from names alone, before any of them is read."""
+"""Plans what happens to every tensor of a checkpoint, from names alone, before any tensor is read."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,20 +24,20 @@ def plan_native(
     batch_norms: Sequence[tuple[str, str]] = (),
     source: Source = "torch",
 ) -> Plan:
-    """Plans the conversion of a library's layout, or the reading of a native file that is known to fit the same layers.
+    """Plans the conversion of a file of a library's layout, or the reading of a native file for the same layers.
 
     Args:
-        checkpoint: What is converted.
+        checkpoint: The source.
         layers: The declaration of its tensors.
-        what: Begins error messages.
+        what: Error messages begin with it.
         strict: Whether tensors that no pattern names are errors; otherwise they are copied.
-        batch_norms: Pairs of patterns of a layer's name and of the batch norm after it that is folded into it; what
-            each `*` is in the first it is in the second, too.
-        source: The library whose layout the filters have, where no marker tells it.
+        batch_norms: Pairs of patterns: a layer's name, and the name of the batch norm after it, which is folded into
+            it. Each `*` matches the same text in both.
+        source: The library whose layout the filters have, if the file has no marker.
 
     Raises:
-        ValueError: If a tensor has no place, a pattern names nothing or no filter, parts of a norm are missing, or a bias
-            does not fit its filter.
+        ValueError: If no pattern names a tensor, a pattern names no tensor or not a filter, parts of a norm are
+            missing, or a bias does not fit its filter.
     """
     if source not in ORDERS["conv"]:
         raise ValueError(f"{what}: source_layout must be one of {', '.join(ORDERS['conv'])}, but is {source!a:.60}.")
@@ -81,11 +81,11 @@ def plan_native(
 
 
 def plan_marked(checkpoint: Checkpoint, target: Side) -> Plan:
-    """Plans what needs no declaration, because the marker knows the filters and the names that they had.
+    """Plans a conversion without a declaration, from the marker, which has the filters and their original names.
 
     Args:
         checkpoint: A file that `max-conv convert` wrote.
-        target: "torch", or the layout that the file has already.
+        target: "torch", or the layout that the file already has.
 
     Raises:
         ValueError: If the file has no marker, or one that does not fit.
@@ -115,8 +115,8 @@ def plan_marked(checkpoint: Checkpoint, target: Side) -> Plan:
 
 
 def _check_biases(plan: Plan, checkpoint: Checkpoint, what: str) -> None:
-    """Raises ValueError where a bias has not one value for each filter: then the filter is declared as what it is not."""
-    # A network declares its layers itself: there the file is wrong.
+    """Raises ValueError if a bias does not have one value per filter: then the filter's declaration is wrong."""
+    # A network declares its own layers: then the file is wrong.
     advice = "declare the filter's true kind and layout" if what == "convert" else "pass a file of this network"
     by_name = {item.name: item for item in plan.tensors}
     for item in plan.tensors:
@@ -129,7 +129,7 @@ def _check_biases(plan: Plan, checkpoint: Checkpoint, what: str) -> None:
 
 
 def bias_name(name: str) -> str:
-    """Returns the name that the bias of a filter has, in PyTorch, MLX or Keras, or "".
+    """Returns the name of a filter's bias in PyTorch, MLX or Keras, or "".
 
     >>> bias_name("up.weight"), bias_name("conv/kernel:0"), bias_name("embedding")
     ('up.bias', 'conv/bias:0', '')
@@ -143,7 +143,7 @@ def _size(checkpoint: Checkpoint, name: str) -> tuple[tuple[int, ...], str]:
 
 
 def _rename(checkpoint: Checkpoint, layers: LayerMap, what: str) -> dict[str, str]:
-    """Returns the old names by the new ones."""
+    """Returns the old names, by the new names."""
     found: dict[str, str] = {}
     for old in checkpoint.names:
         new = layers.renamed(old)

@@ -1,4 +1,4 @@
-"""What is planned for the tensors of a checkpoint, and the axis orders of their filters."""
+"""The plan for the tensors of a checkpoint, and the axis orders of their filters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ ORDERS: dict[str, dict[str, str]] = {
     "conv": {"torch": "FCS", "native": "SCF", "mlx": "FSC", "keras": "SCF"},
     "conv_transpose": {"torch": "CFS", "native": "SFC", "mlx": "FSC", "keras": "SFC"},
 }
-"""The axis order of filters in native files and in each library; MLX's transposed ones are of one group."""
+"""The axis order of filters in native files and in each library; MLX's transposed filters have one group."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Planned:
 
     Attributes:
         name: Its name in the output.
-        sources: The names of the tensors it is made of, by their part: "w" alone is the tensor itself.
+        sources: The names of the tensors it is made from, by their part: "w" alone is the tensor itself.
         kind: What it is.
         shape: Its shape in the source's layout.
         dtype: safetensors' name of its dtype, before a cast.
-        norm: What is folded, "weight norm", "spectral norm", "pruning" or "".
+        norm: The norm that is folded, "weight norm", "spectral norm", "pruning" or "".
         batch_norm: The names of the batch norm's tensors, by their last part, or None.
         declared: Whether a pattern names it.
     """
@@ -42,13 +42,13 @@ class Planned:
 
     @property
     def plain(self) -> bool:
-        """Whether its values are those of one tensor of the source."""
+        """Whether its values are the same as in one tensor of the source."""
         return not self.norm and self.batch_norm is None
 
 
 @dataclass
 class Plan:
-    """Every tensor of the output, in order; the sides that filters come from and go to; what was dropped."""
+    """Every tensor of the output, in order; the source's and the target's layout; the names that were dropped."""
 
     tensors: list[Planned]
     source: Source
@@ -57,17 +57,17 @@ class Plan:
     renamed: dict[str, str] = field(default_factory=dict)
 
     def order(self, item: Planned) -> tuple[str, str] | None:
-        """Returns the axis orders of a filter before and after, or None for what is no filter."""
+        """Returns a filter's axis orders in the source and in the output, or None if the tensor is not a filter."""
         if item.kind == "copy":
             return None
         return ORDERS[item.kind][self.source], ORDERS[item.kind][self.target]
 
     def filters(self, item: Planned) -> int:
-        """Returns the size of a filter's axis F; of PyTorch's and native transposed ones, the filters of one group."""
+        """Returns the size of a filter's axis F; in PyTorch's and native transposed filters it is that of one group."""
         return item.shape[ORDERS[item.kind][self.source].index("F")]
 
     def groups(self, item: Planned, count: int) -> int:
-        """Returns the groups of a layer with `count` filters, or 0 where its filter does not fit that number.
+        """Returns the groups of a layer with `count` filters, or 0 if its filter does not fit that number.
 
         >>> plan = Plan([], "torch", "native")
         >>> plan.groups(Planned("up.weight", {}, "conv_transpose", (6, 4, 5), "F32"), 8)
@@ -76,7 +76,7 @@ class Plan:
         filters = self.filters(item)
         if count == filters:
             return 1
-        # A transposed filter tells the filters of one group: their number follows from the bias or the batch norm.
+        # A transposed filter has one group's filters: the number of groups follows from the bias or the batch norm.
         grouped = item.kind == "conv_transpose" and self.source in ("torch", "native")
         channels = item.shape[ORDERS[item.kind][self.source].index("C")]
         groups = count // filters if grouped and filters and count and not count % filters else 0

@@ -1,4 +1,4 @@
-"""safetensors files, read and written a piece at a time; headers are checked before a byte of data is believed.
+"""Reads and writes safetensors files, one piece at a time; the header is checked before any data is used.
 
 The format: https://huggingface.co/docs/safetensors/index#format
 """
@@ -15,13 +15,13 @@ import numpy as np
 from .tensors import DTYPES, width
 
 HEADER_LIMIT = 32 << 20
-"""The most bytes of a header: over 200,000 tensors; as JSON it would take many times as much memory."""
+"""The most bytes of a header: enough for over 200,000 tensors. Parsed, it needs many times as much memory."""
 AXES_LIMIT = 32
-"""The most axes that every NumPy takes."""
+"""The most axes that all versions of NumPy support."""
 
 
 class Spec(NamedTuple):
-    """What a header says of a tensor: safetensors' name of its dtype, and its shape."""
+    """A tensor's entry in a header: safetensors' name of its dtype, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class SafetensorsFile:
     """An open safetensors file: `specs` and `metadata` from its header, data on request.
 
     Raises:
-        ValueError: If the file is no safetensors file, or its header is damaged or claims what cannot be.
+        ValueError: If the file is not a safetensors file, or its header is damaged or impossible.
     """
 
     left_out: Sequence[str] = ()
@@ -58,7 +58,7 @@ class SafetensorsFile:
         self._file.close()
 
     def load(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Returns values `start` to `stop` of a tensor, counted along its memory, as unsigned ints."""
+        """Returns values `start` to `stop` of a tensor, in the order of its memory, as unsigned ints."""
         each = width(self.specs[name].dtype)
         data = np.empty((stop - start) * each, np.uint8)
         self._file.seek(self._starts[name] + start * each)
@@ -100,7 +100,7 @@ class SafetensorsFile:
         if not _naturals(shape) or len(shape) > AXES_LIMIT or math.prod(n for n in shape if n) >= 1 << 59:
             raise self._damaged(f"{name} has the shape {_short(shape)}")
         if not _naturals(offsets) or len(offsets) != 2:
-            raise self._damaged(f"{name} lies at {_short(offsets)}")
+            raise self._damaged(f"{name} has the data_offsets {_short(offsets)}")
         spec = Spec(dtype, tuple(shape))
         if offsets[1] - offsets[0] != spec.nbytes:
             raise self._damaged(
@@ -109,7 +109,7 @@ class SafetensorsFile:
         return spec, offsets[0], offsets[1]
 
     def _check_cover(self, places: Mapping[str, tuple[Spec, int, int]], total: int) -> None:
-        """Raises unless tensors follow each other without holes or overlaps to the end of the file."""
+        """Raises an error unless the tensors fill the file to its end, without gaps or overlaps."""
         end = 0
         for name, (_, start, stop) in sorted(places.items(), key=lambda item: item[1][1:]):
             if start != end:
@@ -123,7 +123,7 @@ class SafetensorsFile:
 
 
 def check_name(name: Any, path: Path) -> None:
-    """Raises ValueError unless a tensor's name can be printed on one line, and is free for tensors."""
+    """Raises ValueError unless a tensor's name can be printed on one line and is not reserved."""
     if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 1000 or name == "__metadata__":
         raise ValueError(f"checkpoint: {path} names a tensor {_short(name)}, which is no name of a weight.")
 
@@ -140,7 +140,7 @@ def some(names: Sequence[str]) -> str:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands there twice")
+        raise ValueError("a name occurs twice")
     return found
 
 
@@ -159,13 +159,13 @@ def write_safetensors(
     metadata: Mapping[str, str],
     pieces: Callable[[str], Iterable[np.ndarray]],
 ) -> None:
-    """Writes a safetensors file: the header at once, then every tensor piece by piece.
+    """Writes a safetensors file: first the header, then every tensor piece by piece.
 
     Args:
         file: Open for writing, at its start.
         specs: The tensors. Wide dtypes come first in the file, so that each tensor is aligned.
         metadata: Strings by name.
-        pieces: Returns the bits of a tensor, in arrays of unsigned ints that follow each other.
+        pieces: Returns the bits of a tensor, as successive arrays of unsigned ints.
 
     >>> import io
     >>> file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Folders in which files are written before they appear, and what a run that was killed left of them."""
+"""Temporary folders in which files are written before they appear, and the removal of folders that killed runs left."""
 
 import contextlib
 import os
@@ -15,10 +15,10 @@ LOCK = ".max_conv.lock"
 
 @contextlib.contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """Yields an empty folder next to `target`, which is gone in the end, and removes those that killed runs left there.
+    """Yields an empty folder next to `target`, which is removed at the end. Also removes folders that killed runs left.
 
-    The system lets a lock go when a process ends, however it ends: a folder whose lock is free belongs to nobody. Where the
-    system has no such locks nothing is removed.
+    The system frees a lock when its process ends, however it ends: a folder whose lock is free is not in use. On a
+    system without such locks nothing is removed.
     """
     _remove_leftovers(target.parent)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -26,7 +26,7 @@ def staging(target: Path) -> Iterator[Path]:
         new = folder / "lock"
         new.touch()
         with _locked(new):
-            new.rename(folder / LOCK)  # It is locked before anybody looks for it.
+            new.rename(folder / LOCK)  # It is locked before another process can find it.
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -44,7 +44,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Holds the lock of a file where it is free; yields whether it is held."""
+    """Holds the lock of a file if it is free; yields whether it holds it."""
     fcntl: Any
     try:
         import fcntl
@@ -53,7 +53,7 @@ def _locked(path: Path) -> Iterator[bool]:
         return
     held, number = False, -1
     try:
-        with contextlib.suppress(OSError):  # somebody holds it, it may not be read, or the file system has no locks
+        with contextlib.suppress(OSError):  # another process holds it, it is not readable, or locks do not exist
             number = os.open(path, os.O_RDONLY)
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = True

@@ -1,4 +1,4 @@
-"""Where the state dict is in what a training script saved."""
+"""Finds the state dict in the file that a training script saved."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,24 +7,24 @@ from typing import Any
 from .safetensors_file import some
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "generator", "model_g", "module")
-"""Names under which training scripts keep the state dict, besides optimizers, steps and hyper-parameters."""
+"""Names under which training scripts keep the state dict, next to optimizers, steps and hyper-parameters."""
 
 DEPTH = 6
-"""How deep state dicts are looked for."""
+"""How deep the search for state dicts goes."""
 
 
 def find_state_dict(found: Any, path: Path, key: str | None, tensor: type) -> tuple[dict[Any, Any], list[str]]:
-    """Returns a state dict out of what a file holds, and sentences about what else could have been taken.
+    """Returns a state dict from a file's contents, and sentences about other state dicts that could have been used.
 
     Args:
-        found: What the file holds.
+        found: The file's contents.
         path: The file, for messages.
-        key: The keys that lead to the state dict, with dots between them; dots in a key may be written `\\\\.`. None takes
-            what is there under one of `WRAPPERS`.
+        key: The keys that lead to the state dict, with dots between them; dots in a key may be written `\\\\.`. None
+            uses the state dict under one of `WRAPPERS`.
         tensor: The class of tensors.
 
     Raises:
-        ValueError: If there is none, with the keys that there are.
+        ValueError: If there is none; the message lists the keys that exist.
 
     >>> find_state_dict({"net": {"a": 1.5}}, Path("m.pt"), "net", float)
     ({'a': 1.5}, [])
@@ -39,7 +39,7 @@ def find_state_dict(found: Any, path: Path, key: str | None, tensor: type) -> tu
     else:
         for _ in WRAPPERS:
             inside = [name for name in WRAPPERS if isinstance(found, dict) and isinstance(found.get(name), dict)]
-            # A dict of settings may have such a name, too.
+            # A dict of settings may also have such a name.
             full = [name for name in inside if any(_below(f"{taken}{name}", place) for place in there)]
             if not (full or inside):
                 break
@@ -63,7 +63,7 @@ def find_state_dict(found: Any, path: Path, key: str | None, tensor: type) -> tu
 
 
 def is_extra(name: Any, value: Any) -> bool:
-    """Returns whether an entry of a state dict is no weight, but what modules save besides them.
+    """Returns whether an entry of a state dict is not a weight, but extra data that modules save.
 
     >>> is_extra("layer._extra_state", {"version": 1}), is_extra("layer.bias", None)
     (True, True)
@@ -72,7 +72,7 @@ def is_extra(name: Any, value: Any) -> bool:
 
 
 def _state_dicts(found: Any, tensor: type, seen: set[int], depth: int = DEPTH) -> list[str]:
-    """Returns the keys, with dots between them, of the state dicts that there are; each dict is looked at once."""
+    """Returns the keys, with dots between them, of all state dicts; each dict is visited once."""
     if not isinstance(found, dict) or not depth or id(found) in seen:
         return []
     seen.add(id(found))
@@ -89,7 +89,7 @@ def _state_dicts(found: Any, tensor: type, seen: set[int], depth: int = DEPTH) -
 
 
 def _ways(found: Any, key: str) -> Iterator[Any]:
-    """Yields what is at a key, of the ways to read its dots those with the shortest names first."""
+    """Yields the values at a key. Its dots can be read in several ways; those with the shortest names come first."""
     if isinstance(found, Mapping):
         entries = {str(name): value for name, value in found.items()}
     else:
@@ -104,7 +104,7 @@ def _ways(found: Any, key: str) -> Iterator[Any]:
 
 
 def _type(value: Any) -> str:
-    """Returns the name of a value's type; what pickles hold of other types was not made."""
+    """Returns the name of a value's type; objects of other types in a pickle were not made."""
     return type(value).__name__ if type(value).__module__ in ("builtins", "collections", "torch") else "pickled object"
 
 
@@ -113,7 +113,7 @@ def _below(place: str, other: str) -> bool:
 
 
 def _keys(found: Any, there: list[str]) -> str:
-    """Returns what can be named: the state dicts, or the keys that there are."""
+    """Returns a sentence part with the possible keys: of state dicts, or otherwise of the file."""
     if there:
         return f"--key takes {some(there)}"
     names = [f"{name!a:.60}" for name in found] if isinstance(found, dict) else []

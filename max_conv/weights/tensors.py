@@ -43,7 +43,7 @@ _EXACT = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 class Tensor:
     """A tensor's bits: safetensors' name of its dtype, and an array of unsigned ints as wide as the dtype.
 
-    Bits are moved, never values: conversion is lossless for dtypes that NumPy does not know, too.
+    Bits are moved, not values: so conversion is lossless, also for dtypes that NumPy does not have.
     """
 
     dtype: str
@@ -63,7 +63,7 @@ def of_array(array: np.ndarray) -> Tensor:
     """Returns an array as bits.
 
     Args:
-        array: Any shape; of NumPy's dtypes, or of one with PyTorch's name, such as the bfloat16 of ml_dtypes.
+        array: Any shape; a dtype of NumPy, or one with PyTorch's name, such as the bfloat16 of ml_dtypes.
 
     Raises:
         TypeError: If checkpoints have no such dtype.
@@ -83,7 +83,7 @@ def as_array(tensor: Tensor) -> np.ndarray:
     """Returns a tensor as an array that NumPy can compute with: float16, bfloat16 and 8-bit floats become float32.
 
     Raises:
-        ValueError: If the dtype has no values that NumPy knows.
+        ValueError: If NumPy cannot represent the dtype's values.
 
     >>> as_array(Tensor("BF16", np.array([0x3FC0], np.uint16))).tolist()
     [1.5]
@@ -91,13 +91,13 @@ def as_array(tensor: Tensor) -> np.ndarray:
     if tensor.dtype in FLOATS and tensor.dtype not in ("F64", "F32"):
         return values(tensor).astype(np.float32)
     name = DTYPES[tensor.dtype][0]
-    if name.startswith("float8"):  # NumPy knows some of them once ml_dtypes is imported, and cannot compute with them
+    if name.startswith("float8"):  # with ml_dtypes imported NumPy has some of these, but cannot compute with them
         raise ValueError(f"tensors: NumPy has no {name}; leave such tensors out.")
     return tensor.bits.view(name)
 
 
 def values(tensor: Tensor) -> np.ndarray:
-    """Returns a floating tensor's values in float64, which holds them all exactly.
+    """Returns a floating tensor's values in float64, which represents all of them exactly.
 
     >>> values(Tensor("F8_E4M3", np.array([0x38, 0x7F], np.uint8))).tolist()
     [1.0, nan]
@@ -140,7 +140,7 @@ def rounded(array: np.ndarray, dtype: str) -> Tensor:
 
 
 def _bfloat16(array: np.ndarray) -> np.ndarray:
-    """Rounds through float32, to odd where that is inexact, so that the second rounding sees on which side it was."""
+    """Rounds to float32 first, to odd if inexact, so that the second rounding knows the direction of the first."""
     single = array.astype(np.float32)
     bits = single.view(np.uint32).copy()
     wide = single.astype(np.float64)
@@ -148,7 +148,7 @@ def _bfloat16(array: np.ndarray) -> np.ndarray:
     bits += (inexact & (np.abs(wide) < np.abs(array))).astype(np.uint32)
     bits -= (inexact & (np.abs(wide) > np.abs(array))).astype(np.uint32)
     halves = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-    # A NaN's payload may lie in the bits that are cut off: it must not become an infinity.
+    # A NaN's payload may be only in the bits that are cut off: the NaN must not become an infinity.
     return np.where(np.isnan(array), (bits >> 16).astype(np.uint16) | np.uint16(0x40), halves)
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's files of weights, mapped instead of loaded, and never with code that they would run."""
+"""Reads PyTorch's files of weights: maps them instead of loading them, and never runs code in them."""
 
 import contextlib
 import ctypes
@@ -19,19 +19,19 @@ from .state_dicts import find_state_dict, is_extra
 from .tensors import CODES, width
 
 SMALL = 32 << 20
-"""What tensors may have together in any case, in bytes."""
+"""Bytes that all tensors together may always have."""
 TIED = 128
-"""How many times the size of the file its tensors may have together beyond that: some share their values."""
+"""Above that, all tensors together may have this many times the file's size: some share their values."""
 
 _LOADING = threading.Lock()
 
-_PAGEOUT = 21  # Linux's MADV_PAGEOUT: gives mapped pages back to the file, and loses nothing where they are not mapped.
+_PAGEOUT = 21  # Linux's MADV_PAGEOUT: gives mapped pages back to their file; other pages keep their contents.
 
 
 class TorchFile:
     """An open PyTorch file: `specs` of the tensors of its state dict, data on request.
 
-    Files of PyTorch 1.6 and newer are mapped: they take memory only while a piece is read. Older ones are loaded.
+    Files of PyTorch 1.6 and newer are mapped: they use memory only while a piece is read. Older ones are loaded.
 
     Raises:
         ImportError: If PyTorch is not installed.
@@ -53,7 +53,7 @@ class TorchFile:
         self._tensors = {name: tensor.detach(value) for name, value in found.items() if not is_extra(name, value)}
         try:
             self.specs = {name: self._spec(name, value) for name, value in self._tensors.items()}
-        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:  # tensors of odd kinds
+        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:  # tensors of unusual kinds
             raise _damaged(path, _reason(str(error))) from None
         claimed, there = sum(spec.nbytes for spec in self.specs.values()), path.stat().st_size
         if claimed > max(SMALL, TIED * there):
@@ -69,7 +69,7 @@ class TorchFile:
         kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[each]
         value = self._tensors[name]
         bits = value.view(kind).numpy().view(f"u{each}")
-        # Slicing and flat both copy what they return.
+        # Both return a copy.
         found = bits.reshape(-1)[start:stop].copy() if value.is_contiguous() else bits.flat[start:stop]
         if self._mapped and sys.platform == "linux":
             _page_out(value)
@@ -106,7 +106,7 @@ def _torch(path: Path) -> Any:
 
 
 def _check_pickles(path: Path, mapped: bool) -> None:
-    """Raises ValueError where loading would unpack something, or make a few bytes into many."""
+    """Raises ValueError if loading would decompress something, or would turn a few bytes into many."""
     try:
         if mapped:
             with zipfile.ZipFile(path) as archive:
@@ -114,7 +114,7 @@ def _check_pickles(path: Path, mapped: bool) -> None:
         else:
             with path.open("rb") as file:
                 wrong = _wrong_in_pickle(file)
-    # zipfile raises whatever the damage leads to.
+    # For damaged files zipfile may raise anything.
     except Exception as error:
         raise _damaged(path, _reason(str(error) or type(error).__name__)) from None
     if wrong:
@@ -125,7 +125,7 @@ def _wrong_in_zip(archive: zipfile.ZipFile) -> str:
     if any(name.endswith("/constants.pkl") for name in archive.namelist()):
         return "it is a TorchScript archive, which holds code; save the state_dict() of what torch.jit.load returns"
     for entry in archive.infolist():
-        # What is mapped must lie in the file as it is.
+        # Data that is mapped must be stored uncompressed.
         if entry.file_size != entry.compress_size or entry.compress_type != zipfile.ZIP_STORED:
             return f"{entry.filename!a:.60} is compressed, which torch.save never does"
         if entry.filename.endswith(".pkl"):
@@ -136,7 +136,7 @@ def _wrong_in_zip(archive: zipfile.ZipFile) -> str:
 
 
 def _wrong_in_pickle(file: IO[bytes]) -> str:
-    """Finds what PyTorch's own restrictions let through, although it fills any memory with zeros."""
+    """Finds a bytearray, which PyTorch's own restrictions allow, although it can fill any memory with zeros."""
     before = b""
     while block := file.read(1 << 20):
         if b"\nbytearray\n" in before + block:
@@ -151,7 +151,7 @@ def _load(path: Path, mapped: bool) -> Any:
         with warnings.catch_warnings(), _harmless(torch.serialization):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    # Damaged pickles raise whatever the damage leads to.
+    # Damaged pickles may raise anything.
     except Exception as error:
         text = str(error) or type(error).__name__
         if code := re.search(r"GLOBAL ([\w.]+)", text):
@@ -164,7 +164,7 @@ def _load(path: Path, mapped: bool) -> Any:
 
 @contextlib.contextmanager
 def _harmless(serialization: Any) -> Iterator[None]:
-    """Lets pickles name what is harmless, and nothing that somebody else allowed in this process."""
+    """Allows pickles to name harmless classes, and none that other code in this process has allowed."""
     with _LOADING:
         before = serialization.get_safe_globals()
         serialization.clear_safe_globals()
@@ -177,7 +177,7 @@ def _harmless(serialization: Any) -> Iterator[None]:
 
 
 def _reason(text: str) -> str:
-    """Returns what is wrong, of the paragraphs that PyTorch says, without its advice on how to run code after all."""
+    """Returns the reason from PyTorch's long message, without its advice on how to run the code anyway."""
     inner = text.rpartition("WeightsUnpickler error:")[2] or text
     line = next((line.strip() for line in inner.splitlines() if line.strip()), "")
     if line.startswith("Unsupported operand"):
@@ -186,7 +186,7 @@ def _reason(text: str) -> str:
 
 
 def _page_out(value: Any) -> None:
-    """Gives the memory of a mapped tensor back to its file."""
+    """Gives the pages of a mapped tensor back to its file."""
     page = 4096
     begin = value.data_ptr() // page * page
     size = value.untyped_storage().nbytes() - value.storage_offset() * value.element_size()

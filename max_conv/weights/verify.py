@@ -1,4 +1,4 @@
-"""The check of a converted file: every layer in PyTorch, from the source, beside the reference, from the output."""
+"""Checks a converted file: compares PyTorch on the source with the reference on the output, for every layer."""
 
 from typing import Any
 
@@ -14,27 +14,27 @@ from .tensors import FLOATS, Tensor, values
 _EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 _SMALLEST = {"F64": 2.0**-1074, "F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}
 _EXTRA = 4
-"""Positions of the input beyond the filter's length: enough to tell any tap from any other."""
+"""Positions of the input beyond the filter's length: enough to distinguish all taps."""
 
 
 def verify(source: Checkpoint, plan: Plan, target: Checkpoint, eps: float = 1e-5) -> int:
-    """Compares the layers of a converted file with what PyTorch makes of the source, on random sound.
+    """Compares the layers of a converted file with PyTorch's layers from the source, on random input.
 
-    Each output may be off by `4 eps (|x| * |w| + |b|)`, eps being that of the dtype in the output. What was only copied
-    must be the same in every bit.
+    Each output may be off by `4 eps (|x| * |w| + |b|)`, where eps belongs to the output's dtype. Tensors that were only
+    copied must be the same in every bit.
 
     Args:
-        source: What was converted.
-        plan: How.
-        target: What was written, read back.
-        eps: What folded batch norms add to the variance.
+        source: The checkpoint that was converted.
+        plan: The plan of the conversion.
+        target: The files that were written, read back.
+        eps: The number that folded batch norms add to the variance.
 
     Returns:
         The number of layers.
 
     Raises:
         ImportError: If PyTorch is not installed.
-        ValueError: If a layer's output is another, with its name.
+        ValueError: If a layer's output differs; the message names the layer.
     """
     torch = _torch()
     items = {item.name: item for item in plan.tensors}
@@ -48,7 +48,7 @@ def verify(source: Checkpoint, plan: Plan, target: Checkpoint, eps: float = 1e-5
                 )
             try:
                 _check_layer(torch, source, plan, items, item, target, eps)
-            except (RuntimeError, NotImplementedError) as error:  # PyTorch's: a page of what it could have done
+            except (RuntimeError, NotImplementedError) as error:  # PyTorch's message is a page of alternatives
                 line = (str(error).splitlines() or [type(error).__name__])[0]
                 raise ValueError(
                     f"verify: PyTorch cannot compute the layer of {item.name}, of shape {item.shape} ({line:.120}); "
@@ -101,7 +101,7 @@ def _check_layer(
 
 
 def _source_values(torch: Any, source: Checkpoint, item: Planned, order: str) -> Any:
-    """Returns the values that PyTorch's layer has, in float64, in the source's layout."""
+    """Returns the weight of PyTorch's layer, in float64 and the source's layout."""
     parts = {part: torch.from_numpy(_numbers(source.read(name))) for part, name in item.sources.items()}
     if item.norm == "weight norm":
         g, v = parts["g"], parts["v"]
@@ -119,13 +119,13 @@ def _source_values(torch: Any, source: Checkpoint, item: Planned, order: str) ->
 def _reference(
     item: Planned, plan: Plan, x: np.ndarray, filter: np.ndarray, bias: np.ndarray | None, groups: int
 ) -> np.ndarray:
-    """Returns the output (N, F, L) of the reference, of a filter of the output's layout."""
+    """Returns the reference's output (N, F, L), for a filter of the output's layout."""
     function: Any = conv1d_ref if item.kind == "conv" else conv_transpose1d_ref
     return function(x, filter, bias, groups=groups, layout="NCL", filter_layout=ORDERS[item.kind][plan.target])
 
 
 def _numbers(tensor: Tensor) -> np.ndarray:
-    """Returns values, or for dtypes that have none here the bits as numbers, which a copy has in common."""
+    """Returns the values; for dtypes without values here, the bits as numbers, which are the same in a copy."""
     return values(tensor) if tensor.dtype in FLOATS else tensor.bits.astype(np.float64)
 
 

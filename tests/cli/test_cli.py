@@ -49,10 +49,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("model", "lines"),
     [
-        ("hifigan", ["receptive field           27 input positions (313.5 ms)", "layers                    78"]),
-        ("silero-vad", ["hop                       512 input positions (32 ms)", "without end"]),
-        ("crepe", ["receptive field           1024 input positions (64 ms)", "latency                   160 input"]),
-        ("tcn", ["receptive field          1531 input positions", "hop                      1 input position\n"]),
+        ("hifigan", ["receptive field             27 input positions (313.5 ms)", "layers                      78"]),
+        ("silero-vad", ["hop                         512 input positions (32 ms)", "without end"]),
+        (
+            "crepe",
+            ["receptive field             1024 input positions (64 ms)", "latency                     160 input"],
+        ),
+        ("tcn", ["receptive field           1531 input positions", "hop                       1 input position\n"]),
     ],
 )
 def test_info_of_a_network(model: str, lines: list[str]) -> None:

@@ -156,7 +156,7 @@ def test_a_layer_on_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (TypeError, "explain: a Geometry needs channels=... and filters=... beside it.", {"length": 3}),
+        (TypeError, "explain: a Geometry needs channels=... and filters=... as well.", {"length": 3}),
         (ValueError, "conv1d: length must be at least 1, but is 0.", {"length": 0, "channels": 1, "filters": 1}),
         (
             ValueError,

@@ -241,12 +241,12 @@ ROWS: dict[str, Row] = {
     "bias-shape": (
         op(bias=(12,)),
         ValueError,
-        "conv1d: the bias must have shape (8,), one value a filter, but has (12,).",
+        "conv1d: the bias must have shape (8,), one value per filter, but has (12,).",
     ),
     "bias-rank": (
         op(bias=(1, 8)),
         ValueError,
-        "conv1d: the bias must have shape (8,), one value a filter, but has (1, 8).",
+        "conv1d: the bias must have shape (8,), one value per filter, but has (1, 8).",
     ),
     "groups-filters": (
         op(w=(3, 4, 8), groups=3),
@@ -277,7 +277,7 @@ ROWS: dict[str, Row] = {
     "two layers without a name": (
         two_layers,
         ValueError,
-        "conv1d: the graph has another weight named 'weight'; give each layer a name of its own with name=.",
+        "conv1d: the graph has another weight named 'weight'; give each layer a different name with name=.",
     ),
     "limit": (
         op(dilation=2**62),
@@ -345,7 +345,7 @@ ROWS: dict[str, Row] = {
     "transposed-bias": (
         transposed(bias=(8,), groups=2),
         ValueError,
-        "conv_transpose1d: the bias must have shape (16,), one value a filter, but has (8,).",
+        "conv_transpose1d: the bias must have shape (16,), one value per filter, but has (8,).",
     ),
     "transposed-padding": (
         transposed(padding="same"),

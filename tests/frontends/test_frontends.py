@@ -254,13 +254,13 @@ def _plus_one(*values: Any) -> Any:
 
 
 REFUSED_MODULES: dict[str, tuple[Callable[[], Any], str]] = {
-    "forward": (lambda: Causal(4, 4, 3), r"the Causal has a forward of its own"),
-    "_conv_forward": (lambda: Standardised(4, 4, 3), r"the Standardised has a _conv_forward of its own"),
-    "__call__": (lambda: Called(4, 4, 3), r"the Called has a __call__ of its own"),
-    "property": (lambda: Masked(4, 4, 3), r"the Masked has a weight of its own"),
+    "forward": (lambda: Causal(4, 4, 3), r"the Causal has its own forward"),
+    "_conv_forward": (lambda: Standardised(4, 4, 3), r"the Standardised has its own _conv_forward"),
+    "__call__": (lambda: Called(4, 4, 3), r"the Called has its own __call__"),
+    "property": (lambda: Masked(4, 4, 3), r"the Masked has its own weight"),
     "forward of the object": (
         lambda: changed(lambda m: setattr(m, "forward", abs)),
-        r"the Conv1d has a forward of its own, which may compute something else; pass a torch\.nn\.Conv1d\.",
+        r"the Conv1d has its own forward, which may compute something else; pass a torch\.nn\.Conv1d\.",
     ),
     "hook": (
         lambda: changed(lambda m: m.register_forward_hook(_plus_one)),
@@ -285,7 +285,7 @@ REFUSED_MODULES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "quantised later": (
         lambda: torch.ao.nn.qat.Conv1d(4, 4, 3, qconfig=torch.ao.quantization.default_qconfig),
-        r"the Conv1d has a forward of its own",
+        r"the Conv1d has its own forward",
     ),
     "subclass of tensors": (
         lambda: changed(lambda m: setattr(m, "weight", torch.nn.Parameter(m.weight.detach().as_subclass(Strange)))),

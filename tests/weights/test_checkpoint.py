@@ -152,7 +152,7 @@ HEADERS = {
     "no text": ((2).to_bytes(8, "little") + b"\xff\xfe", "its header is not JSON"),
     "deep": (header("[" * 200_000), "its header is not JSON: too deeply nested"),
     "deep object": (header('{"a":' * 200_000), "its header is not JSON: too deeply nested"),
-    "twice": (header(entry()[:-1] + "," + entry()[1:], b"12"), "a name stands there twice"),
+    "twice": (header(entry()[:-1] + "," + entry()[1:], b"12"), "a name occurs twice"),
     "overlap": (
         header(entry()[:-1] + "," + entry((2,), (1, 3), name="b")[1:], b"123"),
         "b begins at byte 1 of the data, where 2 was expected",
@@ -171,7 +171,7 @@ HEADERS = {
     "wrong size": (header(entry((3,), (0, 2)), b"12"), "a should have 3 bytes, but its place has 2"),
     "no offsets": (header('{"a":{"dtype":"U8","shape":[1]}}'), "a lacks dtype, shape and data_offsets alone"),
     "more": (header(entry(evil=1), b"12"), "a lacks dtype, shape and data_offsets alone"),
-    "one offset": (header(entry(offsets=(2,)), b"12"), r"a lies at \[2\]"),
+    "one offset": (header(entry(offsets=(2,)), b"12"), r"a has the data_offsets \[2\]"),
     "dtype": (header(entry(dtype="F4"), b"12"), "'F4', which is not supported"),
     "dtype list": (header(entry(dtype=["U8"]), b"12"), "which is not supported"),
     "metadata": (header('{"__metadata__":{"a":1}}'), "its metadata are not strings by name"),
@@ -302,10 +302,10 @@ PLACES: dict[str, tuple[str, type[Exception], str]] = {
     "index": ("bad.index.json", ValueError, r"checkpoint: .* is not an index of shards: it has no weight_map\."),
     "no names": ("list.index.json", ValueError, r"checkpoint: .* is not an index of shards: it has no weight_map\."),
     "deep": ("deep.index.json", ValueError, r"checkpoint: .* is not an index of shards: it has no weight_map\."),
-    "itself": ("self.index.json", ValueError, r"checkpoint: .* the shard 'self\.index\.json', but shards must lie"),
-    "outside": ("up.index.json", ValueError, r"checkpoint: .* the shard '\.\./x\.safetensors', but shards must lie"),
-    "absolute": ("abs.index.json", ValueError, r"checkpoint: .* the shard '/etc/x\.safetensors', but shards must lie"),
-    "number": ("num.index.json", ValueError, r"checkpoint: .* names the shard 3, but shards must lie beside it\."),
+    "itself": ("self.index.json", ValueError, r"checkpoint: .* the shard 'self\.index\.json', but shards must be"),
+    "outside": ("up.index.json", ValueError, r"checkpoint: .* the shard '\.\./x\.safetensors', but shards must be"),
+    "absolute": ("abs.index.json", ValueError, r"checkpoint: .* the shard '/etc/x\.safetensors', but shards must be"),
+    "number": ("num.index.json", ValueError, r"checkpoint: .* names the shard 3, but shards must be in its folder\."),
     "short": ("short.index.json", ValueError, r"checkpoint: m\.safetensors lacks 'gone', which short\.index\.json"),
     "no shard": ("no.index.json", FileNotFoundError, r"checkpoint: there is no file .*x\.safetensors, a shard of no\."),
     "marks": ("marks.index.json", ValueError, r"checkpoint: the shards of .* differ in their layout marker; convert"),
@@ -348,7 +348,7 @@ def test_refuses_places(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_sharded_checkpoint_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every shard is fetched, too: the hub's files need not lie beside each other."""
+    """Every shard is fetched, too: the hub's files need not be in one folder."""
     index = write_shards(tmp_path, state())
 
     def resolve(reference: str) -> Path:
