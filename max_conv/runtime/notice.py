@@ -23,7 +23,7 @@ def slow_compile(name: str) -> Iterator[None]:
 
 
 def _say(name: str) -> None:
-    sentence = f"compiling {name} takes over {SECONDS:g} s; the next time it comes from MAX's cache."
+    sentence = f"compiling {name} takes over {SECONDS:g} s; the next time it comes from the cache."
     LOG.info(sentence)
     if sys.stderr is not None and sys.stderr.isatty() and not _shown():
         print(f"max_conv: {sentence}", file=sys.stderr, flush=True)
