@@ -20,7 +20,7 @@ FOLDERS = {
     "serving": "runtime streaming sound",
     "frontends": "runtime conv",
     "streaming": "runtime conv",
-    "runtime": "conv",
+    "runtime": "conv cache",
     "weights": "conv cache",
     "sound": "",
     "conv": "cache",
