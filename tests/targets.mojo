@@ -10,7 +10,7 @@ from kernels.geometry import CIRCULAR, Geometry, REFLECT, REPLICATE, ZEROS
 from kernels.lanes import PACK, FilterSteps, Memory, Operands, accumulator
 from kernels.lengthwise import conv1d_lengthwise
 from kernels.paired import conv1d_paired, has_pairs
-from kernels.silero import FREQUENCIES, Frames, Layer as FramesLayer, convolve, fold, spectrum
+from kernels.models.silero_vad import FREQUENCIES, Frames, Layer as FramesLayer, convolve, fold, spectrum
 from kernels.transposed import Transposed, conv_transpose1d
 from kernels.winograd import conv1d_winograd
 

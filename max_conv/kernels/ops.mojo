@@ -1,7 +1,7 @@
 """Registers the operations that graphs call. Run-time sizes are checked before any memory is touched."""
 
 import extensibility
-from extensibility import InputTensor, OutputTensor, _FusedOutputTensor as FusedOutputTensor
+from extensibility import InputTensor, _FusedOutputTensor as FusedOutputTensor
 from std.utils.index import IndexList
 from max.gpu.host import DeviceContext
 from max.gpu.host.info import is_cpu
@@ -11,8 +11,6 @@ from .dispatch import convolve
 from .geometry import Geometry
 from .gpu import conv1d_gpu, conv_transpose1d_gpu
 from .lanes import FilterSteps, Operands
-from .lstm import GATES, Lstm, lstm_cpu, lstm_gpu
-from .silero import Network, silero_vad
 from .transposed import LANES, Transposed, conv_transpose1d
 
 
@@ -193,109 +191,3 @@ struct ConvTranspose1d:
         else:
             comptime assert not made
             conv_transpose1d_gpu[write, nlc](t, steps, group_step, o, ctx)
-
-
-@extensibility.register("max_conv.lstm")
-struct LongShortTermMemory:
-    """The recurrent part of an LSTM over (N, T, 4H) gates that hold the input's share, of at least T rows each."""
-
-    @staticmethod
-    def execute[
-        target: StaticString
-    ](
-        output: OutputTensor[rank=3, ...],
-        last_hidden: OutputTensor[dtype=output.dtype, rank=2, ...],
-        last_cell: OutputTensor[dtype=output.dtype, rank=2, ...],
-        x: InputTensor[dtype=output.dtype, rank=3, ...],
-        w: InputTensor[dtype=output.dtype, rank=2, ...],
-        hidden: InputTensor[dtype=output.dtype, rank=2, ...],
-        cell: InputTensor[dtype=output.dtype, rank=2, ...],
-        ctx: DeviceContext,
-    ) raises:
-        comptime assert output.dtype == DType.float32 or output.dtype == DType.float64
-        var batch = output.dim_size(0)
-        var units = output.dim_size(2)
-        if (
-            x.dim_size(0) != batch
-            or x.dim_size(1) < output.dim_size(1)
-            or x.dim_size(2) != GATES * units
-            or w.dim_size(0) != units
-            or w.dim_size(1) != GATES * units
-        ):
-            raise Error("lstm: the gates and the weights do not fit an output of ", units, " units")
-        if (
-            hidden.dim_size(0) != batch
-            or cell.dim_size(0) != batch
-            or hidden.dim_size(1) != units
-            or cell.dim_size(1) != units
-        ):
-            raise Error("lstm: hidden and cell must both have shape (", batch, ", ", units, ")")
-        if batch == 0:
-            return
-        var s = Lstm[output.dtype](
-            x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            hidden.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            cell.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            output.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            last_hidden.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            last_cell.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            batch=batch,
-            steps=output.dim_size(1),
-            rows=x.dim_size(1),
-            units=units,
-        )
-        comptime if is_cpu[target]():
-            lstm_cpu(s)
-        else:
-            lstm_gpu(s, ctx)
-
-
-@extensibility.register("max_conv.silero_vad")
-struct SileroVad:
-    """Silero's network over (N, T, hop) chunks, on a CPU. `graphs/silero_vad.py` makes what it reads.
-
-    `sizes` has taps, stride, padding and filters of each layer, `weights` its panels and its bias, `head` the last
-    layer's filter and its bias. A row of `state` holds the samples before the first chunk, the hidden and the cell state.
-    """
-
-    @staticmethod
-    def execute(
-        probability: OutputTensor[dtype=DType.float32, rank=2, ...],
-        last_state: OutputTensor[dtype=DType.float32, rank=2, ...],
-        chunks: InputTensor[dtype=DType.float32, rank=3, ...],
-        state: InputTensor[dtype=DType.float32, rank=2, ...],
-        sizes: InputTensor[dtype=DType.int64, rank=2, ...],
-        weights: InputTensor[dtype=DType.float32, rank=1, ...],
-        w_hh: InputTensor[dtype=DType.float32, rank=2, ...],
-        head: InputTensor[dtype=DType.float32, rank=1, ...],
-        reflected: Scalar[DType.int64],
-    ) raises:
-        var batch = chunks.dim_size(0)
-        var steps = chunks.dim_size(1)
-        var units = w_hh.dim_size(0)
-        if steps == 0:
-            raise Error("silero_vad: chunks must hold at least one chunk of each signal.")
-        var net = Network(
-            chunks.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            state.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            state.dim_size(1),
-            steps,
-            chunks.dim_size(2),
-            state.dim_size(1) - 2 * units,
-            Int(reflected),
-            [],
-        )
-        var next = weights.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-        for i in range(sizes.dim_size(0)):
-            next = net.add(Int(sizes[i, 0]), Int(sizes[i, 1]), Int(sizes[i, 2]), Int(sizes[i, 3]), next)
-        if next != weights.unsafe_ptr().unsafe_offset(weights.dim_size(0)):
-            raise Error("silero_vad: the weights do not fit their sizes")
-        var w = w_hh.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-        silero_vad(
-            net,
-            Lstm[DType.float32](w, w, w, w, w, w, w, batch=batch, steps=steps, rows=steps, units=units),
-            head.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            probability.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            last_state.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-        )

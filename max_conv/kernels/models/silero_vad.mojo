@@ -11,9 +11,9 @@ from std.sys.info import simd_width_of
 
 from max.algorithm import sync_parallelize
 
-from .dense import VECTORS, accumulate, tile_rows
-from .lanes import PACK, Memory, Queue, Scratch, load, spread, store, workers
-from .lstm import GATES, Lstm, Sequence, lstm_cpu, sigmoid
+from ..dense import VECTORS, accumulate, tile_rows
+from ..lanes import PACK, Memory, Queue, Scratch, load, spread, store, workers
+from ..recurrent.lstm import GATES, Lstm, Sequence, lstm_cpu, sigmoid
 
 comptime F32 = DType.float32
 comptime WIDTH = simd_width_of[F32]()

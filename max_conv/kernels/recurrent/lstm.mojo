@@ -15,7 +15,7 @@ from std.utils.numerics import isnan
 from max.gpu import barrier, block_dim, block_idx, thread_idx
 from max.gpu.host import DeviceContext
 
-from .lanes import BLOCK, Memory, load, rounds, spread, store, workers
+from ..lanes import BLOCK, Memory, load, rounds, spread, store, workers
 
 comptime GATES = 4
 comptime ITEMS = 4
