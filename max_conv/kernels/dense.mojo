@@ -8,7 +8,8 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, PACK, Memory, Operands, Panels, Scratch, Write, accumulator, load, put, spread, workers
+from .lanes import BLOCK, PACK, Memory, Operands, Panels, Scratch, Write, accumulator, load, put
+from .tasks import spread, workers
 from .window import Rows, Window
 
 comptime VECTORS = 2

@@ -10,7 +10,8 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, Memory, Operands, Scratch, Write, accumulator, load, put, spread, workers
+from .lanes import BLOCK, Memory, Operands, Scratch, Write, accumulator, load, put
+from .tasks import spread, workers
 from .turn import turn_out
 from .window import Window
 

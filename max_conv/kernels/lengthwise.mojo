@@ -9,7 +9,8 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, FilterSteps, Memory, Operands, Scratch, Write, accumulator, put, spread, workers
+from .lanes import BLOCK, FilterSteps, Memory, Operands, Scratch, Write, accumulator, put
+from .tasks import spread, workers
 
 comptime WIDE = 6
 """Vectors of positions in a tile of one filter."""

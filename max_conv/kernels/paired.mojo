@@ -11,7 +11,8 @@ from std.sys.info import CompilationTarget, simd_width_of, size_of
 
 from .geometry import Geometry
 from .lanes import PACK, FilterSteps, Memory, Operands, Scratch, Write, gathered
-from .lanes import panels_at_a_time, phases, put, spread, workers
+from .lanes import panels_at_a_time, put
+from .tasks import phases, spread, workers
 from .turn import turn_out
 from .window import Window
 

@@ -12,8 +12,9 @@ from std.utils.numerics import isfinite, isnan
 from .careful import calm_filter, restored
 from .dispatch import convolve
 from .geometry import Geometry, ZEROS
-from .lanes import BLOCK, PACK, FilterSteps, Memory, Operands, Panels, Scratch, Write, accumulator, put, spread, workers
+from .lanes import BLOCK, PACK, FilterSteps, Memory, Operands, Panels, Scratch, Write, accumulator, put
 from .points import Plan
+from .tasks import spread, workers
 
 comptime LANES = 16
 """The filters of a phase are filled up to a multiple of it, so that no vector holds two phases: the widest vector."""

@@ -12,8 +12,9 @@ from .careful import Source, calm_filter, direct, gather_taps, restore_taps
 from .dense import tile_rows
 from .geometry import Geometry
 from .lanes import FilterSteps, Memory, Operands, Scratch, Write, accumulator
-from .lanes import PACK, Panels, panels_at_a_time, phases, put, spread, workers
+from .lanes import PACK, Panels, panels_at_a_time, put
 from .points import Plan, POINTS, QUAD, first_output, outputs
+from .tasks import phases, spread, workers
 from .transforms import VECTORS, transform_block, transform_filter
 from .turn import turn_out
 from .window import Window

@@ -9,11 +9,10 @@ Filters stand in panels, (panels, taps * channels, 32), those of the spectrum as
 from std.math import ceildiv, sqrt
 from std.sys.info import simd_width_of
 
-from max.algorithm import sync_parallelize
-
 from ..dense import VECTORS, accumulate, tile_rows
-from ..lanes import PACK, Memory, Queue, Scratch, load, spread, store, workers
+from ..lanes import PACK, Memory, Scratch, load, store
 from ..recurrent.lstm import GATES, Lstm, Sequence, lstm_cpu, sigmoid
+from ..tasks import Queue, together, workers
 
 comptime F32 = DType.float32
 comptime WIDTH = simd_width_of[F32]()
@@ -360,10 +359,7 @@ def silero_vad(net: Network, var s: Lstm[F32], head: Memory[F32], probability: M
             some(room, next)
         _ = room^
 
-    if threads == 1:
-        work(0)
-    else:
-        sync_parallelize(work, threads)
+    together(work, threads)
     if s.batch > 1:
         lstm_cpu(s)
     for i in range(chunks):

@@ -15,7 +15,8 @@ from std.utils.numerics import isnan
 from max.gpu import barrier, block_dim, block_idx, thread_idx
 from max.gpu.host import DeviceContext
 
-from ..lanes import BLOCK, Memory, load, rounds, spread, store, workers
+from ..lanes import BLOCK, Memory, load, store
+from ..tasks import rounds, spread, workers
 
 comptime GATES = 4
 comptime ITEMS = 4
@@ -232,7 +233,7 @@ def compute[dtype: DType, //, items: Int](s: Lstm[dtype], threads: Int):
             var end = s.units if i == threads - 1 else min((i + 1) * share, s.units)
             sequence.step(t, min(i * share, end), end, 0, s.batch)
 
-        rounds(some_units, s.steps, threads, threads)
+        rounds(some_units, s.steps, threads, threads, threads)
     else:
 
         def some_items(i: Int) {imm}:
