@@ -9,6 +9,7 @@ from std.utils.numerics import isnan
 from std.sys.info import simd_width_of
 
 from .geometry import Geometry
+from .grid import Part
 from .lanes import BLOCK, FilterSteps, Memory, gathered
 from .points import Plan, QUAD, first_output
 
@@ -111,19 +112,18 @@ def direct[
     g: Geometry,
     plan: Plan,
     source: Source[dtype],
-    first: Int,
-    count: Int,
+    part: Part,
     taps: Memory[acc],
     sums: Memory[acc],
     output_size: Int,
 ):
-    """Sums the products of `count` quads and some vectors of filters. The outputs of a quad stand `output_size` apart."""
+    """Sums the products of a part's quads and some vectors of filters. The outputs of a quad stand `output_size` apart."""
     comptime width = simd_width_of[acc]()
     comptime panel = vectors * width
     var channels = g.group_channels()
-    for q in range(count):
+    for q in range(part.count):
         for k in range(QUAD):
-            var position = (first_output(plan, first + q) + k * plan.spacing) * g.stride - g.pad_left
+            var position = (first_output(plan, part.first + q) + k * plan.spacing) * g.stride - g.pad_left
             var total = SIMD[acc, panel](0)
             for tap in range(g.kernel):
                 var row = source.row[nlc](g, position + tap * g.dilation)

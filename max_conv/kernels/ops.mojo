@@ -10,7 +10,8 @@ from .checks import check, check_depthwise, check_shape, check_transposed, packe
 from .dispatch import convolve
 from .geometry import Geometry
 from .gpu import conv1d_gpu, conv_transpose1d_gpu
-from .lanes import FilterSteps, Operands
+from .lanes import Operands
+from .tensors import DataAxes, FilterAxes, memory
 from .transposed import LANES, Transposed, conv_transpose1d
 
 
@@ -46,57 +47,42 @@ struct Conv1d:
         ctx: DeviceContext,
     ) raises:
         comptime dtype = output.dtype
-        comptime nlc = layout == "NLC"
-        comptime length = 1 if nlc else 2
-        comptime channel = 3 - length
-        comptime packed = filter_layout == "packed"
-        comptime tap_axis = 0 if packed else filter_layout.find("S")
-        comptime channel_axis = 1 if packed else filter_layout.find("C")
-        comptime filter_axis = 2 if packed else filter_layout.find("F")
+        comptime data = DataAxes[layout]
+        comptime axes = FilterAxes[filter_layout]
+        comptime packed = axes.made
         var g = Geometry(
             batch=x.dim_size(0),
-            length=x.dim_size(length),
-            out_length=output.dim_size(length),
-            channels=x.dim_size(channel),
-            filters=output.dim_size(channel) if packed else w.dim_size(filter_axis),
+            length=x.dim_size(data.length),
+            out_length=output.dim_size(data.length),
+            channels=x.dim_size(data.channel),
+            filters=output.dim_size(data.channel) if packed else w.dim_size(axes.filter),
             groups=Int(groups),
-            kernel=Int(kernel_size) if packed else w.dim_size(tap_axis),
+            kernel=Int(kernel_size) if packed else w.dim_size(axes.tap),
             stride=Int(stride),
             dilation=Int(dilation),
             pad_left=Int(pad_left),
             mode=Int(mode),
         )
-        check(g, Int(pad_right), g.channels // max(1, g.groups) if packed else w.dim_size(channel_axis))
+        check(g, Int(pad_right), g.channels // max(1, g.groups) if packed else w.dim_size(axes.channel))
         comptime if packed:
             check_shape("conv1d", w.shape(), packed_shape[kernel](g))
         if g.batch == 0:
             return
-        var o = Operands[dtype](
-            x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            bias.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            bias.dim_size(0) > 0,
-        )
+        var o = Operands[dtype](memory(x), memory(w), memory(bias), bias.dim_size(0) > 0)
 
         @__parameter
         @always_inline
         def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
-            comptime if nlc:
-                output._lambda_store[width=width, element_alignment=1](IndexList[3](n, position, filter), value)
-            else:
-                output._lambda_store[width=width, element_alignment=1](IndexList[3](n, filter, position), value)
+            output._lambda_store[width=width, element_alignment=1](data.index(n, position, filter), value)
 
-        var inner = w.dim_size(2)
-        var outer = w.dim_size(1) * inner
-        var size = [outer, inner, 1]
-        var steps = FilterSteps(size[tap_axis], size[channel_axis], size[filter_axis])
+        var steps = axes.steps(w.shape())
         comptime if is_cpu[target]():
             comptime if kernel == "depthwise":
                 check_depthwise("conv1d", g.channels, g.filters, g.groups)
-            convolve[write, kernel, least, whole, nlc, packed, filter_layout == "SCF"](g, steps, o)
+            convolve[write, kernel, least, whole, data.nlc, packed, filter_layout == "SCF"](g, steps, o)
         else:
             comptime assert not packed
-            conv1d_gpu[write, nlc](g, steps, o, ctx)
+            conv1d_gpu[write, data.nlc](g, steps, o, ctx)
 
 
 @extensibility.register("max_conv.conv_transpose1d")
@@ -131,28 +117,24 @@ struct ConvTranspose1d:
         ctx: DeviceContext,
     ) raises:
         comptime dtype = output.dtype
-        comptime nlc = layout == "NLC"
-        comptime length = 1 if nlc else 2
-        comptime channel = 3 - length
-        comptime made = filter_layout == "packed" or filter_layout == "phased"
+        comptime data = DataAxes[layout]
+        comptime axes = FilterAxes[filter_layout]
+        comptime made = axes.made
         comptime by_filter = filter_layout == "FSC"
-        comptime tap_axis = 0 if made else filter_layout.find("S")
-        comptime channel_axis = 1 if made else filter_layout.find("C")
-        comptime filter_axis = 2 if made else filter_layout.find("F")
         var parts = max(1, Int(groups))
-        var group_channels = x.dim_size(channel) // parts if made else w.dim_size(channel_axis)
-        var filters = output.dim_size(channel) if made else w.dim_size(filter_axis)
+        var group_channels = x.dim_size(data.channel) // parts if made else w.dim_size(axes.channel)
+        var filters = output.dim_size(data.channel) if made else w.dim_size(axes.filter)
         comptime if not by_filter and not made:
             group_channels //= parts
             filters *= parts
         var t = Transposed(
             batch=x.dim_size(0),
-            length=x.dim_size(length),
-            out_length=output.dim_size(length),
-            channels=x.dim_size(channel),
+            length=x.dim_size(data.length),
+            out_length=output.dim_size(data.length),
+            channels=x.dim_size(data.channel),
             filters=filters,
             groups=Int(groups),
-            kernel=Int(kernel_size) if made else w.dim_size(tap_axis),
+            kernel=Int(kernel_size) if made else w.dim_size(axes.tap),
             stride=Int(stride),
             dilation=Int(dilation),
             pad_left=Int(pad_left),
@@ -165,29 +147,19 @@ struct ConvTranspose1d:
             check_shape("conv_transpose1d", w.shape(), shape)
         if t.batch == 0:
             return
-        var o = Operands[dtype](
-            x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            bias.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            bias.dim_size(0) > 0,
-        )
+        var o = Operands[dtype](memory(x), memory(w), memory(bias), bias.dim_size(0) > 0)
 
         @__parameter
         @always_inline
         def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
-            comptime if nlc:
-                output._lambda_store[width=width, element_alignment=1](IndexList[3](n, position, filter), value)
-            else:
-                output._lambda_store[width=width, element_alignment=1](IndexList[3](n, filter, position), value)
+            output._lambda_store[width=width, element_alignment=1](data.index(n, position, filter), value)
 
-        var inner = w.dim_size(2)
-        var size = [w.dim_size(1) * inner, inner, 1]
-        var steps = FilterSteps(size[tap_axis], size[channel_axis], size[filter_axis])
+        var steps = axes.steps(w.shape())
         var group_step = t.group_filters() * steps.filter if by_filter else t.group_channels() * steps.channel
         comptime if is_cpu[target]():
             comptime if kernel == "depthwise":
                 check_depthwise("conv_transpose1d", t.channels, t.filters, t.groups)
-            conv_transpose1d[write, kernel, least, whole, full, nlc, filter_layout](t, steps, group_step, o)
+            conv_transpose1d[write, kernel, least, whole, full, data.nlc, filter_layout](t, steps, group_step, o)
         else:
             comptime assert not made
-            conv_transpose1d_gpu[write, nlc](t, steps, group_step, o, ctx)
+            conv_transpose1d_gpu[write, data.nlc](t, steps, group_step, o, ctx)

@@ -4,6 +4,7 @@ import extensibility
 from extensibility import InputTensor, OutputTensor
 
 from ..recurrent.lstm import Lstm
+from ..tensors import memory
 from .silero_vad import Network, silero_vad
 
 
@@ -33,8 +34,8 @@ struct SileroVad:
         if steps == 0:
             raise Error("silero_vad: chunks must hold at least one chunk of each signal.")
         var net = Network(
-            chunks.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            state.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            memory(chunks),
+            memory(state),
             state.dim_size(1),
             steps,
             chunks.dim_size(2),
@@ -42,16 +43,16 @@ struct SileroVad:
             Int(reflected),
             [],
         )
-        var next = weights.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+        var next = memory(weights)
         for i in range(sizes.dim_size(0)):
             next = net.add(Int(sizes[i, 0]), Int(sizes[i, 1]), Int(sizes[i, 2]), Int(sizes[i, 3]), next)
         if next != weights.unsafe_ptr().unsafe_offset(weights.dim_size(0)):
             raise Error("silero_vad: the weights do not fit their sizes.")
-        var w = w_hh.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+        var w = memory(w_hh)
         silero_vad(
             net,
             Lstm[DType.float32](w, w, w, w, w, w, w, batch=batch, steps=steps, rows=steps, units=units),
-            head.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            probability.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            last_state.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            memory(head),
+            memory(probability),
+            memory(last_state),
         )

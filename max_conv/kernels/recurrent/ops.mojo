@@ -5,6 +5,7 @@ from extensibility import InputTensor, OutputTensor
 from max.gpu.host import DeviceContext
 from max.gpu.host.info import is_cpu
 
+from ..tensors import memory
 from .lstm import GATES, Lstm, lstm_cpu, lstm_gpu
 
 
@@ -46,13 +47,13 @@ struct LongShortTermMemory:
         if batch == 0:
             return
         var s = Lstm[output.dtype](
-            x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            hidden.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            cell.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            output.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            last_hidden.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            last_cell.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
+            memory(x),
+            memory(w),
+            memory(hidden),
+            memory(cell),
+            memory(output),
+            memory(last_hidden),
+            memory(last_cell),
             batch=batch,
             steps=output.dim_size(1),
             rows=x.dim_size(1),
