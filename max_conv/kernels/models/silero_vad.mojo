@@ -9,10 +9,11 @@ Filters stand in panels, (panels, taps * channels, 32), those of the spectrum as
 from std.math import ceildiv, sqrt
 from std.sys.info import simd_width_of
 
-from ..dense import VECTORS, accumulate, tile_rows
+from ..dense import VECTORS, Taps, accumulate, tile_rows
 from ..lanes import PACK, Memory, Scratch, load, store
 from ..recurrent.lstm import GATES, Lstm, Sequence, lstm_cpu, sigmoid
 from ..tasks import Queue, together, workers
+from ..window import Rows
 
 comptime F32 = DType.float32
 comptime WIDTH = simd_width_of[F32]()
@@ -246,7 +247,7 @@ def tile[rows: Int, relu: Bool](p: Product, row: Int, panel: Int):
             sum[i * PANEL_VECTORS + j] = bias
     var x = p.x.unsafe_offset(row * p.x_step)
     var w = p.w.unsafe_offset(panel * p.panel_size)
-    accumulate[rows, PANEL_VECTORS, False](sum, x, 0, p.x_step, w, 0, PACK, 1, p.terms, WIDTH)
+    accumulate[rows, PANEL_VECTORS, False](sum, Rows(x, p.x_step, 0), Taps(w, 0, PACK), 1, p.terms, WIDTH)
     comptime for i in range(rows):
         comptime for j in range(PANEL_VECTORS):
             var value = sum[i * PANEL_VECTORS + j]
