@@ -9,7 +9,7 @@ from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
 from .grid import Grid, Part
-from .lanes import BLOCK, PACK, Memory, Operands, Panels, Scratch, Write, accumulator, load, put
+from .lanes import SUM_TERMS, PACK, Memory, Operands, Panels, Scratch, Write, accumulator, load, put
 from .tasks import spread, workers
 from .window import Rows, Window
 
@@ -66,7 +66,8 @@ def accumulate[
         for c in range(channels):
             var b = Array[SIMD[acc, width], vectors](fill=SIMD[acc, width](0))
             comptime for j in range(vectors):
-                b[j] = load[acc, width, partial and j == vectors - 1](wk.unsafe_offset(c * w.row_size + j * width), rest)
+                comptime cut = partial and j == vectors - 1
+                b[j] = load[acc, width, cut](wk.unsafe_offset(c * w.row_size + j * width), rest)
             comptime for i in range(rows):
                 var a = SIMD[acc, width](xk[unsafe_offset=i * x.output_step + c])
                 comptime for j in range(vectors):
@@ -84,15 +85,16 @@ def sum_of_taps[
     comptime if short:
         accumulate[rows, vectors, partial](total, x, w, taps, channels, rest)
     else:
-        var channel_block = min(channels, BLOCK)
-        var tap_block = BLOCK // max(1, channel_block)
+        var channel_block = min(channels, SUM_TERMS)
+        var tap_block = SUM_TERMS // max(1, channel_block)
         for tap in range(0, taps, tap_block):
             for channel in range(0, channels, channel_block):
                 var sum = Array[SIMD[acc, width], size](fill=SIMD[acc, width](0))
                 var from_ = Rows(x.data.unsafe_offset(tap * x.tap_step + channel), x.output_step, x.tap_step)
                 var by = Taps(w.data.unsafe_offset(tap * w.tap_size + channel * w.row_size), w.tap_size, w.row_size)
                 var some_taps = min(tap_block, taps - tap)
-                accumulate[rows, vectors, partial](sum, from_, by, some_taps, min(channel_block, channels - channel), rest)
+                var some_channels = min(channel_block, channels - channel)
+                accumulate[rows, vectors, partial](sum, from_, by, some_taps, some_channels, rest)
                 comptime for i in range(size):
                     total[i] += sum[i]
 
@@ -178,7 +180,7 @@ def pack[
 
 
 def block[
-    dtype: DType, //, write: Write[dtype], short: Bool, whole: Bool, packed: Bool
+    dtype: DType, //, write: Write[dtype], short: Bool, fills_panels: Bool, packed: Bool
 ](g: Geometry, o: Operands[dtype], part: Part):
     """Computes a part."""
     comptime acc = accumulator[dtype]
@@ -198,7 +200,7 @@ def block[
     var copy = room.data()
     var left = part
     while left.lanes() > 0:
-        var fills = whole or left.lanes() >= panel
+        var fills = fills_panels or left.lanes() >= panel
         for tap in range(0, g.kernel, taps):
             var end = min(tap + taps, g.kernel)
             var w = Panel[acc](copy, panel, tap, end, copy.unsafe_offset(copy_size))
@@ -217,7 +219,7 @@ def block[
             if fills:
                 column[write, short, VECTORS, False, packed](g, data, w, o, left)
             else:
-                comptime if not whole:
+                comptime if not fills_panels:
                     var vector = left.by(left.filter, min(left.lanes(), width))
                     column[write, short, 1, True, packed](g, data, w, o, vector)
         left.filter += panel if fills else width
@@ -226,11 +228,11 @@ def block[
 
 
 def conv1d_dense[
-    dtype: DType, //, write: Write[dtype], short: Bool, whole: Bool = False, packed: Bool = False
+    dtype: DType, //, write: Write[dtype], short: Bool, fills_panels: Bool = False, packed: Bool = False
 ](g: Geometry, o: Operands[dtype]):
     """Computes a convolution of NLC data with an SCF filter, or a `packed` one; with `short`, in one running sum.
 
-    `whole` says that the filters of a group are a multiple of 32, and leaves the tiles for others uncompiled.
+    `fills_panels` says that the filters of a group are a multiple of 32, and leaves the tiles for others uncompiled.
     """
     comptime acc = accumulator[dtype]
     comptime rows = tile_rows[acc]()
@@ -252,6 +254,6 @@ def conv1d_dense[
     var grid = Grid(g.batch, g.groups, blocks, splits, rows, g.out_length, split, g.group_filters())
 
     def task(i: Int) {imm}:
-        block[write, short, whole, packed](g, o, grid.part(i))
+        block[write, short, fills_panels, packed](g, o, grid.part(i))
 
     spread(task, grid.tasks(), threads)

@@ -11,7 +11,7 @@ from std.sys.info import simd_width_of
 
 from .geometry import Geometry
 from .grid import Grid, Part
-from .lanes import BLOCK, Memory, Operands, Scratch, Write, accumulator, load, put
+from .lanes import SUM_TERMS, Memory, Operands, Scratch, Write, accumulator, load, put
 from .tasks import spread, workers
 from .turn import turned
 from .window import Window
@@ -51,9 +51,9 @@ def tile[
     var lanes = part.lanes()
     var total = Array[SIMD[acc, width], rows](fill=o.bias_at[acc, width](part.filter, lanes))
     var end_tap = g.end_tap(part.first)
-    for tap in range(g.first_tap(part.first, rows), end_tap, BLOCK):
+    for tap in range(g.first_tap(part.first, rows), end_tap, SUM_TERMS):
         var sum = Array[SIMD[acc, width], rows](fill=SIMD[acc, width](0))
-        for k in range(tap, min(tap + BLOCK, end_tap)):
+        for k in range(tap, min(tap + SUM_TERMS, end_tap)):
             var wk = load[acc, width, partial](o.w.unsafe_offset(k * g.filters + part.filter), lanes)
             var xk = x.unsafe_offset(k * tap_step)
             comptime for i in range(rows):

@@ -8,7 +8,7 @@ from .geometry import Geometry
 
 comptime Memory[dtype: DType] = Pointer[Scalar[dtype], MutUntrackedOrigin]
 
-comptime BLOCK = 128
+comptime SUM_TERMS = 128
 """Terms in one running sum. Sums of blocks keep the rounding error near sqrt(terms) instead of growing with terms."""
 
 comptime PACK = 32
@@ -34,7 +34,7 @@ def load[dtype: DType, //, acc: DType, width: Int, partial: Bool](
 
 
 @always_inline
-def gathered[
+def load_strided[
     dtype: DType, //, acc: DType, width: Int
 ](p: Memory[dtype], step: Int, lanes: Int) -> SIMD[acc, width]:
     """Loads `lanes` values that stand `step` apart, and zeros after them."""

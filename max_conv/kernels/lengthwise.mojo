@@ -10,15 +10,15 @@ from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
 from .grid import Grid, Part
-from .lanes import BLOCK, FilterSteps, Memory, Operands, Scratch, Write, accumulator, put
+from .lanes import SUM_TERMS, FilterSteps, Memory, Operands, Scratch, Write, accumulator, put
 from .tasks import spread, workers
 
-comptime WIDE = 6
+comptime WIDE_VECTORS = 6
 """Vectors of positions in a tile of one filter."""
-comptime TILE = 3
+comptime TILE_VECTORS = 3
 """Vectors of positions in a tile of several filters."""
-comptime LONG = 40
-comptime SHORT = 4
+comptime LONG_TILES = 40
+comptime SHORT_TILES = 4
 """Wide tiles in a block: of one channel's line, and of many channels' lines, which share a cache."""
 comptime TASK = 1 << 20
 """Multiplications in a task that takes several groups."""
@@ -35,34 +35,34 @@ struct Lines(ImplicitlyCopyable, TrivialRegisterPassable):
     """How the rows of a block are laid out for each channel: `count` lines of `length` values.
 
     Entry i of line q is the input at `first + i * stride + shift(q)`. Lines are residues of the stride, or taps
-    (`gathered`) where that takes less room.
+    (`by_tap`) where that takes less room.
     """
 
     var first: Int
     var count: Int
     var length: Int
-    var gathered: Bool
+    var by_tap: Bool
 
     @staticmethod
     def of(g: Geometry, first_output: Int, positions: Int) -> Self:
         var reach = (g.kernel - 1) * g.dilation
         var length = positions + reach // g.stride
-        var gathered = g.stride * length > g.kernel * positions
+        var by_tap = g.stride * length > g.kernel * positions
         return Self(
             first_output * g.stride - g.pad_left,
-            g.kernel if gathered else g.stride,
-            positions if gathered else length,
-            gathered,
+            g.kernel if by_tap else g.stride,
+            positions if by_tap else length,
+            by_tap,
         )
 
     @always_inline
     def shift(self, g: Geometry, line: Int) -> Int:
-        return line * g.dilation if self.gathered else line
+        return line * g.dilation if self.by_tap else line
 
     @always_inline
     def tap(self, g: Geometry, k: Int) -> Int:
         """Returns where tap k of the block's first output stands."""
-        if self.gathered:
+        if self.by_tap:
             return k * self.length
         var reach = k * g.dilation
         return reach % g.stride * self.length + reach // g.stride
@@ -122,8 +122,9 @@ struct Laid[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 def tile[
     dtype: DType, acc: DType, //, write: Write[dtype], filters: Int, vectors: Int, nlc: Bool
 ](g: Geometry, x: Laid[acc], steps: FilterSteps, o: Operands[dtype], part: Part, skip: Int):
-    """Computes the first `vectors` vectors of a part's positions, or what is there of them, by `filters` filters, of which the
-    first `skip` are not stored.
+    """Computes the first `vectors` vectors of a part's positions, or what is there of them, by `filters` filters.
+
+    The first `skip` filters are not stored.
     """
     comptime width = simd_width_of[acc]()
     var filter = part.column(g)
@@ -140,8 +141,8 @@ def tile[
     var tap_step = steps.tap
     if g.kernel == 1:  # the inner loop runs over channels, of which there are more
         first_tap, end_tap, tap_step, channels = 0, channels, steps.channel, 1
-    var tap_block = min(max(1, end_tap), BLOCK)
-    var channel_block = BLOCK // tap_block
+    var tap_block = min(max(1, end_tap), SUM_TERMS)
+    var channel_block = SUM_TERMS // tap_block
     for channel in range(0, channels, channel_block):
         for tap in range(first_tap, end_tap, tap_block):
             var sum = Array[SIMD[acc, width], filters * vectors](fill=SIMD[acc, width](0))
@@ -199,29 +200,29 @@ def band[
 
 @always_inline
 def bands[
-    dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool, whole: Bool
+    dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool, fills_panels: Bool
 ](g: Geometry, x: Laid[acc], steps: FilterSteps, o: Operands[dtype], part: Part):
     """Computes a part from its group's lines."""
     comptime filters = tile_filters[acc]()
     var left = part
     while left.lanes() > 0:
-        if whole or left.lanes() >= filters:
-            band[write, filters, TILE, nlc](g, x, steps, o, left)
+        if fills_panels or left.lanes() >= filters:
+            band[write, filters, TILE_VECTORS, nlc](g, x, steps, o, left)
             left.filter += filters
             continue
-        comptime if not whole:
+        comptime if not fills_panels:
             if left.lanes() > 2 and g.group_filters() >= filters:
                 # A tile that takes filters from before the rest costs as much as three filters on their own.
                 var skip = filters - left.lanes()
                 left.filter -= skip
-                band[write, filters, TILE, nlc](g, x, steps, o, left, skip)
+                band[write, filters, TILE_VECTORS, nlc](g, x, steps, o, left, skip)
                 return
-            band[write, 1, WIDE, nlc](g, x, steps, o, left)
+            band[write, 1, WIDE_VECTORS, nlc](g, x, steps, o, left)
             left.filter += 1
 
 
 def block[
-    dtype: DType, //, write: Write[dtype], nlc: Bool, whole: Bool
+    dtype: DType, //, write: Write[dtype], nlc: Bool, fills_panels: Bool
 ](g: Geometry, steps: FilterSteps, o: Operands[dtype], part: Part, end_group: Int):
     """Computes a part, and the same of the groups behind it up to `end_group`."""
     comptime acc = accumulator[dtype]
@@ -229,7 +230,7 @@ def block[
     var lines = Lines.of(g, part.first, part.count)
     var channel_size = lines.count * lines.length
     # Tiles may run past the part: what they read there is never stored, but must be memory.
-    var scratch = Scratch[acc](channels * channel_size + WIDE * simd_width_of[acc]())
+    var scratch = Scratch[acc](channels * channel_size + WIDE_VECTORS * simd_width_of[acc]())
     var table = List[Int](capacity=g.kernel)
     if g.kernel == 1:
         for c in range(channels):
@@ -243,24 +244,24 @@ def block[
     while left.group < end_group:
         var offset = part.n * g.length * g.channels + left.group * channels * (1 if nlc else g.length)
         lines.fill[nlc](g, o.x.unsafe_offset(offset), x.data)
-        bands[write, nlc, whole](g, x, steps, o, left)
+        bands[write, nlc, fills_panels](g, x, steps, o, left)
         left.group += 1
     _ = scratch^
     _ = table^
 
 
 def conv1d_lengthwise[
-    dtype: DType, //, write: Write[dtype], nlc: Bool, whole: Bool = False
+    dtype: DType, //, write: Write[dtype], nlc: Bool, fills_panels: Bool = False
 ](g: Geometry, steps: FilterSteps, o: Operands[dtype]):
     """Computes a convolution of NLC or NCL data with a filter of any layout.
 
-    `whole` says that the filters of a group are a multiple of 32, and leaves the tiles of one filter uncompiled.
+    `fills_panels` says that the filters of a group are a multiple of 32, and leaves the tiles of one filter uncompiled.
     """
     comptime acc = accumulator[dtype]
-    comptime lanes = WIDE * simd_width_of[acc]()
+    comptime lanes = WIDE_VECTORS * simd_width_of[acc]()
     var threads = workers(g.batch * g.out_length * g.filters * g.kernel * g.group_channels())
     var room = WINDOW_BYTES // (g.group_channels() * g.stride * size_of[Scalar[acc]]())
-    var columns = max(1, min(LONG if g.group_channels() == 1 else SHORT, room // lanes))
+    var columns = max(1, min(LONG_TILES if g.group_channels() == 1 else SHORT_TILES, room // lanes))
     columns = max(1, min(columns, g.batch * g.groups * ceildiv(g.out_length, lanes) // (4 * threads)))
     var positions = columns * lanes
     var blocks = ceildiv(g.out_length, positions)
@@ -282,6 +283,6 @@ def conv1d_lengthwise[
         var part = grid.part(i)
         var end_group = (part.group + 1) * g.groups // bundles
         part.group = part.group * g.groups // bundles
-        block[write, nlc, whole](g, steps, o, part, end_group)
+        block[write, nlc, fills_panels](g, steps, o, part, end_group)
 
     spread(task, grid.tasks(), threads)

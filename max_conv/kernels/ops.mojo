@@ -6,13 +6,14 @@ from std.utils.index import IndexList
 from max.gpu.host import DeviceContext
 from max.gpu.host.info import is_cpu
 
+from .by_phase import conv_transpose1d
 from .checks import check, check_depthwise, check_shape, check_transposed, packed_shape
 from .dispatch import convolve
 from .geometry import Geometry
 from .gpu import conv1d_gpu, conv_transpose1d_gpu
 from .lanes import Operands
 from .tensors import DataAxes, FilterAxes, memory
-from .transposed import LANES, Transposed, conv_transpose1d
+from .transposed import LANES, Transposed
 
 
 @extensibility.register("max_conv.conv1d")

@@ -11,7 +11,7 @@ from std.sys.info import CompilationTarget, simd_width_of, size_of
 
 from .geometry import Geometry
 from .grid import Grid, Part, by_chunks
-from .lanes import PACK, FilterSteps, Memory, Operands, Panels, Scratch, Write, gathered, panels_at_a_time, put
+from .lanes import PACK, FilterSteps, Memory, Operands, Panels, Scratch, Write, load_strided, panels_at_a_time, put
 from .tasks import spread, workers
 from .turn import turned
 from .window import Rows, Window
@@ -21,7 +21,7 @@ comptime VECTORS = 2
 comptime PANEL = VECTORS * WIDTH
 comptime ROWS = 14
 comptime SHORT_ROWS = 4
-comptime PAIRS = 64
+comptime SUM_PAIRS = 64
 """Pairs in one running sum."""
 comptime BLOCK_BYTES = 256 * 1024
 """Rows of a block's window."""
@@ -50,10 +50,10 @@ def pack[
     for c in range(0, channels, 2):
         comptime for j in range(VECTORS):
             var from_ = w.unsafe_offset(tap * steps.tap + c * steps.channel + j * WIDTH * steps.filter)
-            var even = gathered[dtype, WIDTH](from_, steps.filter, lanes - j * WIDTH)
+            var even = load_strided[dtype, WIDTH](from_, steps.filter, lanes - j * WIDTH)
             var odd = SIMD[dtype, WIDTH](0)
             if c + 1 < channels:
-                odd = gathered[dtype, WIDTH](from_.unsafe_offset(steps.channel), steps.filter, lanes - j * WIDTH)
+                odd = load_strided[dtype, WIDTH](from_.unsafe_offset(steps.channel), steps.filter, lanes - j * WIDTH)
             target.unsafe_offset(c * PANEL + j * 2 * WIDTH).unsafe_store(even.interleave(odd))
 
 
@@ -74,9 +74,9 @@ def tile[
     for k in range(g.first_tap(part.first, rows), g.end_tap(part.first)):
         var xk = x.data.unsafe_offset(k * x.tap_step)
         var wk = w.unsafe_offset(k * pairs * 2 * PANEL)
-        for pair in range(0, pairs, PAIRS):
+        for pair in range(0, pairs, SUM_PAIRS):
             var sum = Array[SIMD[acc, WIDTH], rows * VECTORS](fill=SIMD[acc, WIDTH](0))
-            for p in range(pair, min(pair + PAIRS, pairs)):
+            for p in range(pair, min(pair + SUM_PAIRS, pairs)):
                 var b = Array[SIMD[dtype, 2 * WIDTH], VECTORS](fill=SIMD[dtype, 2 * WIDTH](0))
                 comptime for j in range(VECTORS):
                     b[j] = wk.unsafe_offset((p * VECTORS + j) * 2 * WIDTH).unsafe_load[width=2 * WIDTH]()

@@ -6,7 +6,7 @@ from std.utils.numerics import nan
 from .careful import Source, limit
 from .geometry import Geometry
 from .grid import Part
-from .lanes import FilterSteps, Memory, gathered, load
+from .lanes import FilterSteps, Memory, load_strided, load
 from .points import Plan, QUAD, TAPS, data_points, filter_points, first_output
 
 comptime VECTORS = 2
@@ -57,7 +57,7 @@ def transform_filter[
         comptime for j in range(VECTORS):
             var values = Array[SIMD[acc, width], size](fill=SIMD[acc, width](0))
             comptime for k in range(size):
-                values[k] = gathered[acc, width](
+                values[k] = load_strided[acc, width](
                     taps.unsafe_offset(c * steps.channel + k * tap_step + j * width * steps.filter),
                     steps.filter,
                     lanes - j * width,
@@ -109,7 +109,7 @@ def transform_data[
 def transform_block[
     dtype: DType, acc: DType, //, nlc: Bool
 ](g: Geometry, plan: Plan, source: Source[dtype], part: Part, planes: Planes[acc]) -> Bool:
-    """Writes the data of a part's quads to the planes, and tells whether all of it is finite and small enough for that."""
+    """Writes the data of a part's quads to the planes; tells whether all of it is finite and small enough for that."""
     var channels = g.group_channels()
     var squares = SIMD[acc, simd_width_of[acc]()](0)
     for i in range(part.count):

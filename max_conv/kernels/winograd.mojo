@@ -19,12 +19,12 @@ from .transforms import VECTORS, Planes, transform_block, transform_filter
 from .turn import turned
 from .window import Window
 
-comptime SUM = 32
+comptime POINT_TERMS = 32
 """Terms in one running sum. Transforms cost accuracy, shorter sums win it back."""
-comptime NEAR = PrefetchOptions().for_read().high_locality().to_data_cache()
+comptime TO_CACHE = PrefetchOptions().for_read().high_locality().to_data_cache()
 comptime AHEAD = 24
-"""Channels between the filter's values that are multiplied and those that are asked for: a filter that is far away came 15 to
-25 % faster, others alike."""
+"""Channels between the filter's values that are multiplied and those that are asked for: a filter that is far away came
+15 to 25 % faster, others alike."""
 comptime DATA_BYTES = 320 * 1024
 """Transformed data of one block."""
 comptime MOST_BYTES = 720 * 1024
@@ -38,7 +38,7 @@ def tile[
 ](data: Planes[acc], filter: Memory[acc], filter_row: Int, channels: Int, groups: Int, sums: Memory[acc]):
     """Sums the products of `rows` quads and some vectors of filters at one point, over channels and groups of taps."""
     comptime width = simd_width_of[acc]()
-    var step = ceildiv(channels, ceildiv(channels, SUM))
+    var step = ceildiv(channels, ceildiv(channels, POINT_TERMS))
     var first = True
     for group in range(groups):
         var x = data.at(group, 0).data
@@ -48,7 +48,7 @@ def tile[
             for c in range(channel, min(channel + step, channels)):
                 var b = Array[SIMD[acc, width], vectors](fill=SIMD[acc, width](0))
                 comptime for j in range(vectors):
-                    prefetch[NEAR](w.unsafe_offset((c + AHEAD) * filter_row + j * width))
+                    prefetch[TO_CACHE](w.unsafe_offset((c + AHEAD) * filter_row + j * width))
                     b[j] = w.unsafe_offset(c * filter_row + j * width).unsafe_load[width=width]()
                 comptime for i in range(rows):
                     var a = SIMD[acc, width](x[unsafe_offset=i * data.row_size + c])
@@ -85,7 +85,7 @@ struct Block[dtype: DType, acc: DType](ImplicitlyCopyable, TrivialRegisterPassab
 
 
 def block[
-    dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool, whole: Bool, packed: Bool
+    dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool, fills_panels: Bool, packed: Bool
 ](g: Geometry, plan: Plan, steps: FilterSteps, part: Part, filter: Panels[acc], o: Operands[dtype]):
     """Computes a part, whose positions are quads."""
     comptime width = simd_width_of[acc]()
@@ -112,11 +112,11 @@ def block[
     var b = Block[dtype, acc](part, source, calm, planes, planes.at(products, 0).data)
 
     while b.part.lanes() > 0:
-        if whole or b.part.lanes() > width:
+        if fills_panels or b.part.lanes() > width:
             panel[write, nlc, packed, VECTORS](g, plan, steps, b, filter, o)
             b.part.filter += VECTORS * width
         else:
-            comptime if not whole:
+            comptime if not fills_panels:
                 panel[write, nlc, packed, 1](g, plan, steps, b, filter, o)
                 b.part.filter += width
     _ = scratch^
@@ -258,11 +258,11 @@ def quads_of_a_block[acc: DType, packed: Bool, nlc: Bool](g: Geometry, plan: Pla
 
 
 def conv1d_winograd[
-    dtype: DType, //, write: Write[dtype], nlc: Bool, packed: Bool = False, whole: Bool = False
+    dtype: DType, //, write: Write[dtype], nlc: Bool, packed: Bool = False, fills_panels: Bool = False
 ](g: Geometry, steps: FilterSteps, o: Operands[dtype]):
     """Computes a convolution of NLC or NCL data with a filter of any layout, or one that is `packed`.
 
-    `whole` says that the filters of a group are a multiple of 32, and leaves the tiles for others uncompiled.
+    `fills_panels` says that the filters of a group are a multiple of 32, and leaves the tiles for others uncompiled.
     """
     comptime acc = accumulator[dtype]
     var plan = Plan(g)
@@ -283,7 +283,7 @@ def conv1d_winograd[
         def in_place(i: Int) {imm}:
             var part = grid.part(i)
             var panels = Panels[acc].packed(g, part.group, o.w.unsafe_bitcast[Scalar[acc]](), filter_rows)
-            block[write, nlc, whole, packed](g, plan, steps, part, panels, o)
+            block[write, nlc, fills_panels, packed](g, plan, steps, part, panels, o)
 
         spread(in_place, grid.tasks(), threads)
     else:
@@ -300,7 +300,7 @@ def conv1d_winograd[
                     transform_filter[count](g, plan, taps, w, steps, filters - filter, target)
 
         def work(part: Part, panels: Panels[acc]) {imm}:
-            block[write, nlc, whole, packed](g, plan, steps, part, panels, o)
+            block[write, nlc, fills_panels, packed](g, plan, steps, part, panels, o)
 
         var held = Panels[acc](room.data(), panel, filter_rows)
         by_chunks(g, grid, chunk, held, prepare, len(plan.sizes), work, threads)

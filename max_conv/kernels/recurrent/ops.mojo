@@ -36,14 +36,20 @@ struct LongShortTermMemory:
             or w.dim_size(0) != units
             or w.dim_size(1) != GATES * units
         ):
-            raise Error("lstm: the gates and the weights do not fit an output of ", units, " units; pass what the graph was built for.")
+            raise Error(
+                "lstm: the gates and the weights do not fit an output of ", units,
+                " units; pass what the graph was built for.",
+            )
         if (
             hidden.dim_size(0) != batch
             or cell.dim_size(0) != batch
             or hidden.dim_size(1) != units
             or cell.dim_size(1) != units
         ):
-            raise Error("lstm: hidden and cell must both have shape (", batch, ", ", units, "); pass states of the gates' batch and units.")
+            raise Error(
+                "lstm: hidden and cell must both have shape (", batch, ", ", units,
+                "); pass states of the gates' batch and units.",
+            )
         if batch == 0:
             return
         var s = Lstm[output.dtype](
