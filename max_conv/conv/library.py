@@ -35,8 +35,8 @@ def library_path() -> Path:
 def kernel_key() -> str:
     """Returns the name of the compiled kernels: a digest of their sources, the Mojo version and the machine's type."""
     digest = hashlib.sha256(f"{version('mojo-compiler')} {platform.machine()}".encode())
-    for source in sorted(SOURCES.glob("*.mojo")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    for source in sorted(SOURCES.rglob("*.mojo")):
+        digest.update(source.relative_to(SOURCES).as_posix().encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -4,14 +4,15 @@ from std.math import ceildiv, cos, gcd, pi, sin, sqrt
 from std.sys import exit
 from std.utils.numerics import inf, isnan, nan
 
+from kernels.by_phase import conv_transpose1d
 from kernels.dense import conv1d_dense
 from kernels.depthwise import conv1d_depthwise
 from kernels.geometry import CIRCULAR, Geometry, REFLECT, REPLICATE, ZEROS
 from kernels.lanes import PACK, FilterSteps, Memory, Operands, accumulator
 from kernels.lengthwise import conv1d_lengthwise
 from kernels.paired import conv1d_paired, has_pairs
-from kernels.silero import FREQUENCIES, Frames, Layer as FramesLayer, convolve, fold, spectrum
-from kernels.transposed import Transposed, conv_transpose1d
+from kernels.models.silero_vad import FREQUENCIES, Frames, Layer as FramesLayer, convolve, fold, spectrum
+from kernels.transposed import Transposed
 from kernels.winograd import conv1d_winograd
 
 comptime WRONG = 0
@@ -59,7 +60,8 @@ def factor(point: Int, size: Int, tap: Int) -> Float64:
 def packed[dtype: DType, //, points: Bool](g: Geometry, w: List[Scalar[dtype]]) -> List[Scalar[dtype]]:
     """Packs an SCF filter: (group and panel, tap or product, channel, filter), as `max_conv/packing.py` does."""
     var step = g.stride // gcd(g.stride, g.dilation)
-    # Groups of three, two and one taps of a phase; a product a point that they use, of all groups before the next point.
+    # Groups of three, two and one taps of a phase; a product for each point that they use, of all groups before the
+    # next point.
     var first = List[Int]()
     var sizes = List[Int]()
     for size in [3, 2, 1]:
@@ -297,7 +299,9 @@ def compare_transposed[dtype: DType, kernel: StaticString, nlc: Bool](t: Transpo
     return WRONG
 
 
-def compare_frames[relu: Bool](chunks: Int, positions: Int, channels: Int, taps: Int, stride: Int, filters: Int) -> Bool:
+def compare_frames[
+    relu: Bool
+](chunks: Int, positions: Int, channels: Int, taps: Int, stride: Int, filters: Int) -> Bool:
     """Runs a layer of Silero's network on frames of noise, and tells whether it is right."""
     var state = UInt64(11)
     var pad = taps // 2

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,14 +31,24 @@ def test_several_processes_at_once(tmp_path: Path) -> None:
 
 
 def test_the_key_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for source in library.SOURCES.glob("*.mojo"):
-        (tmp_path / source.name).write_bytes(source.read_bytes())
+    shutil.copytree(library.SOURCES, tmp_path, dirs_exist_ok=True)
     key = library.kernel_key.__wrapped__
     before = key()
     monkeypatch.setattr(library, "SOURCES", tmp_path)
     assert key() == before
-    (tmp_path / "dense.mojo").write_text("# another")
-    assert key() != before
+    for name in ("dense.mojo", "recurrent/lstm.mojo"):
+        source = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_text("# another")
+        assert key() != before
+        (tmp_path / name).write_bytes(source)
+    assert key() == before
+
+
+def test_no_kernel_knows_a_model() -> None:
+    folder = library.SOURCES
+    others = [path for path in folder.rglob("*.mojo") if folder / "models" not in path.parents]
+    assert (folder / "models").is_dir() and len(others) > 15
+    assert [path.name for path in others if re.search(r"^\s*(from|import)\b.*\bmodels\b", path.read_text(), re.M)] == []
 
 
 def test_kernels_that_do_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,22 +1,24 @@
 """Direct sums in Winograd's place, where a value is not finite or too large for its transforms.
 
-A transform mixes six inputs into four outputs, so that a NaN or an infinity would reach outputs that do not see it, and a value
-of 1e17 would move them by its rounding error. The transforms tell of such values, which they have in registers anyway; what a block
-cannot multiply at the points, it sums here, tap by tap.
+A transform mixes six inputs into four outputs, so that a NaN or an infinity would reach outputs that do not see it,
+and a value of 1e17 would move them by its rounding error. The transforms tell of such values, which they have in
+registers anyway; what a block cannot multiply at the points, it sums here, tap by tap.
 """
 
 from std.utils.numerics import isnan
 from std.sys.info import simd_width_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, FilterSteps, Memory, gathered
+from .grid import Part
+from .lanes import SUM_TERMS, FilterSteps, Memory, load_strided
 from .points import Plan, QUAD, first_output
 
 
 @always_inline
 def limit[acc: DType]() -> Scalar[acc]:
-    """Returns what the squares of values stay below that cannot overflow on their way through the points: 2^54 in float32,
-    2^500 in float64. `LIMIT` in `max_conv/packing.py` is its twin.
+    """Returns what the squares of values stay below that cannot overflow on their way through the points.
+
+    The values are 2^54 in float32 and 2^500 in float64: `LIMIT` in `max_conv/packing.py`.
     """
     comptime if acc == DType.float64:
         return Scalar[acc](2.0) ** 1000
@@ -47,7 +49,7 @@ struct Source[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 def calm_filter[
     acc: DType, //
 ](plan: Plan, w: Memory[acc], channels: Int, filter_row: Int) -> Bool:
-    """Tells whether a panel of the transformed filter is one: NaN in place of the first products says that it is not."""
+    """Tells whether a panel could be transformed: NaN in place of its first products says that it could not."""
     for part in range(len(plan.sizes)):
         if isnan(w[unsafe_offset=part * channels * filter_row]):
             return False
@@ -98,7 +100,7 @@ def gather_taps[
     var channels = g.group_channels()
     for tap in range(g.kernel):
         for c in range(channels):
-            var values = gathered[acc, panel](
+            var values = load_strided[acc, panel](
                 w.unsafe_offset(tap * steps.tap + c * steps.channel), steps.filter, lanes
             )
             target.unsafe_offset((tap * channels + c) * panel).unsafe_store(values)
@@ -111,26 +113,28 @@ def direct[
     g: Geometry,
     plan: Plan,
     source: Source[dtype],
-    first: Int,
-    count: Int,
+    part: Part,
     taps: Memory[acc],
     sums: Memory[acc],
     output_size: Int,
 ):
-    """Sums the products of `count` quads and some vectors of filters. The outputs of a quad stand `output_size` apart."""
+    """Sums the products of a part's quads and some vectors of filters.
+
+    The outputs of a quad stand `output_size` apart.
+    """
     comptime width = simd_width_of[acc]()
     comptime panel = vectors * width
     var channels = g.group_channels()
-    for q in range(count):
+    for q in range(part.count):
         for k in range(QUAD):
-            var position = (first_output(plan, first + q) + k * plan.spacing) * g.stride - g.pad_left
+            var position = (first_output(plan, part.first + q) + k * plan.spacing) * g.stride - g.pad_left
             var total = SIMD[acc, panel](0)
             for tap in range(g.kernel):
                 var row = source.row[nlc](g, position + tap * g.dilation)
                 var w = taps.unsafe_offset(tap * channels * panel)
-                for channel in range(0, channels, BLOCK):
+                for channel in range(0, channels, SUM_TERMS):
                     var sum = SIMD[acc, panel](0)
-                    for c in range(channel, min(channel + BLOCK, channels)):
+                    for c in range(channel, min(channel + SUM_TERMS, channels)):
                         var value = SIMD[acc, panel](row[unsafe_offset=c].cast[acc]())
                         sum = value.fma(w.unsafe_offset(c * panel).unsafe_load[width=panel](), sum)
                     total += sum

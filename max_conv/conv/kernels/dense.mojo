@@ -8,7 +8,9 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, PACK, Memory, Operands, Panels, Scratch, Write, accumulator, load, put, spread, workers
+from .grid import Grid, Part
+from .lanes import SUM_TERMS, PACK, Memory, Operands, Panels, Scratch, Write, accumulator, load, put
+from .tasks import spread, workers
 from .window import Rows, Window
 
 comptime VECTORS = 2
@@ -38,147 +40,125 @@ struct Panel[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
     var sums: Memory[Self.acc]
     """Of each position of the block, where the taps do not all fit into one slab."""
 
+    @always_inline
+    def after(self, sums: Int) -> Self:
+        """Returns the same panel for positions behind some sums."""
+        return Self(self.data, self.row_size, self.first_tap, self.end_tap, self.sums.unsafe_offset(sums))
+
+
+@fieldwise_init
+struct Taps[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
+    """Filters side by side: a row for each channel of each tap."""
+
+    var data: Memory[Self.acc]
+    var tap_size: Int
+    var row_size: Int
+
 
 @always_inline
 def accumulate[
     acc: DType, width: Int, size: Int, //, rows: Int, vectors: Int, partial: Bool
-](
-    mut sum: Array[SIMD[acc, width], size],
-    x: Memory[acc],
-    tap_step: Int,
-    output_step: Int,
-    w: Memory[acc],
-    tap_size: Int,
-    row_size: Int,
-    taps: Int,
-    channels: Int,
-    rest: Int,
-):
+](mut sum: Array[SIMD[acc, width], size], x: Rows[acc], w: Taps[acc], taps: Int, channels: Int, rest: Int):
     """Adds the products of some taps and channels to the sums of a tile. `rest` lanes of the last vector are there."""
     for k in range(taps):
-        var xk = x.unsafe_offset(k * tap_step)
-        var wk = w.unsafe_offset(k * tap_size)
+        var xk = x.data.unsafe_offset(k * x.tap_step)
+        var wk = w.data.unsafe_offset(k * w.tap_size)
         for c in range(channels):
             var b = Array[SIMD[acc, width], vectors](fill=SIMD[acc, width](0))
             comptime for j in range(vectors):
-                b[j] = load[acc, width, partial and j == vectors - 1](wk.unsafe_offset(c * row_size + j * width), rest)
+                comptime cut = partial and j == vectors - 1
+                b[j] = load[acc, width, cut](wk.unsafe_offset(c * w.row_size + j * width), rest)
             comptime for i in range(rows):
-                var a = SIMD[acc, width](xk[unsafe_offset=i * output_step + c])
+                var a = SIMD[acc, width](xk[unsafe_offset=i * x.output_step + c])
                 comptime for j in range(vectors):
                     sum[i * vectors + j] = a.fma(b[j], sum[i * vectors + j])
 
 
 @always_inline
-def tile[
-    dtype: DType, acc: DType, //, write: Write[dtype], short: Bool, rows: Int, vectors: Int, partial: Bool, packed: Bool
-](
-    g: Geometry,
-    x: Rows[acc],
-    w: Panel[acc],
-    o: Operands[dtype],
-    n: Int,
-    first: Int,
-    valid: Int,
-    filter: Int,
-    lanes: Int,
-    sums: Memory[acc],
-):
-    """Computes `valid` of `rows` positions from `first` on, by `lanes` of `vectors * width` filters from `filter` on.
+def sum_of_taps[
+    acc: DType, width: Int, size: Int, //, short: Bool, rows: Int, vectors: Int, partial: Bool
+](mut total: Array[SIMD[acc, width], size], x: Rows[acc], w: Taps[acc], taps: Int, channels: Int, rest: Int):
+    """Adds the products of some taps and channels to the totals of a tile.
 
     With `short` a running sum is not cut into blocks, so that it needs no second set of registers.
     """
+    comptime if short:
+        accumulate[rows, vectors, partial](total, x, w, taps, channels, rest)
+    else:
+        var channel_block = min(channels, SUM_TERMS)
+        var tap_block = SUM_TERMS // max(1, channel_block)
+        for tap in range(0, taps, tap_block):
+            for channel in range(0, channels, channel_block):
+                var sum = Array[SIMD[acc, width], size](fill=SIMD[acc, width](0))
+                var from_ = Rows(x.data.unsafe_offset(tap * x.tap_step + channel), x.output_step, x.tap_step)
+                var by = Taps(w.data.unsafe_offset(tap * w.tap_size + channel * w.row_size), w.tap_size, w.row_size)
+                var some_taps = min(tap_block, taps - tap)
+                var some_channels = min(channel_block, channels - channel)
+                accumulate[rows, vectors, partial](sum, from_, by, some_taps, some_channels, rest)
+                comptime for i in range(size):
+                    total[i] += sum[i]
+
+
+@always_inline
+def tile[
+    dtype: DType, acc: DType, //, write: Write[dtype], short: Bool, rows: Int, vectors: Int, partial: Bool, packed: Bool
+](g: Geometry, x: Rows[acc], w: Panel[acc], o: Operands[dtype], part: Part):
+    """Computes the first `rows` positions of a part, or as many as there are, by `vectors` vectors of filters."""
     comptime width = simd_width_of[acc]()
     comptime last = vectors - 1
-    var rest = lanes - last * width
+    var filter = part.column(g)
+    var rest = part.lanes() - last * width
     var total = Array[SIMD[acc, width], rows * vectors](fill=SIMD[acc, width](0))
     if short or w.first_tap == 0:
         comptime for j in range(vectors):
-            var b = o.bias_at[acc, width](filter + j * width, lanes - j * width)
+            var b = o.bias_at[acc, width](filter + j * width, part.lanes() - j * width)
             comptime for i in range(rows):
                 total[i * vectors + j] = b
     else:
         comptime for i in range(rows * vectors):
-            total[i] = sums.unsafe_offset(i * width).unsafe_load[width=width]()
+            total[i] = w.sums.unsafe_offset(i * width).unsafe_load[width=width]()
 
     var channels = g.group_channels()
-    var tap_step = x.tap_step
-    var first_tap = max(g.first_tap(first, rows), w.first_tap)
-    var end_tap = min(g.end_tap(first), w.end_tap)
-    var xt = x.data.unsafe_offset(first_tap * tap_step)
-    var wt = w.data.unsafe_offset((first_tap - w.first_tap) * channels * w.row_size)
+    var first_tap = max(g.first_tap(part.first, rows), w.first_tap)
+    var end_tap = min(g.end_tap(part.first), w.end_tap)
     var taps = max(0, end_tap - first_tap)
-    if tap_step == channels:  # taps and channels are one long row
+    var from_ = Rows(x.data.unsafe_offset(first_tap * x.tap_step), x.output_step, x.tap_step)
+    var wt = w.data.unsafe_offset((first_tap - w.first_tap) * channels * w.row_size)
+    if x.tap_step == channels:  # taps and channels are one long row
         channels *= taps
         taps = min(taps, 1)
-    comptime if short:
-        var tap_size = channels * w.row_size
-        accumulate[rows, vectors, partial and not packed](
-            total, xt, tap_step, x.output_step, wt, tap_size, w.row_size, taps, channels, rest
-        )
-    else:
-        var channel_block = min(channels, BLOCK)
-        var tap_block = BLOCK // max(1, channel_block)
-        for tap in range(0, taps, tap_block):
-            for channel in range(0, channels, channel_block):
-                var sum = Array[SIMD[acc, width], rows * vectors](fill=SIMD[acc, width](0))
-                accumulate[rows, vectors, partial and not packed](
-                    sum,
-                    xt.unsafe_offset(tap * tap_step + channel),
-                    tap_step,
-                    x.output_step,
-                    wt.unsafe_offset((tap * channels + channel) * w.row_size),
-                    channels * w.row_size,
-                    w.row_size,
-                    min(tap_block, taps - tap),
-                    min(channel_block, channels - channel),
-                    rest,
-                )
-                comptime for i in range(rows * vectors):
-                    total[i] += sum[i]
+    var by = Taps(wt, channels * w.row_size, w.row_size)
+    sum_of_taps[short, rows, vectors, partial and not packed](total, from_, by, taps, channels, rest)
 
     if not short and w.end_tap < g.kernel:
         comptime for i in range(rows * vectors):
-            sums.unsafe_offset(i * width).unsafe_store(total[i])
+            w.sums.unsafe_offset(i * width).unsafe_store(total[i])
         return
     comptime for i in range(rows):
-        if i < valid:
+        if i < part.count:
             comptime for j in range(vectors):
                 comptime if partial and j == last:
-                    put[write, True](n, first + i, filter + j * width, total[i * vectors + j], rest)
+                    put[write, True](part.n, part.first + i, filter + j * width, total[i * vectors + j], rest)
                 else:
-                    write[width](n, first + i, filter + j * width, total[i * vectors + j].cast[dtype]())
+                    var value = total[i * vectors + j].cast[dtype]()
+                    write[width](part.n, part.first + i, filter + j * width, value)
 
 
 @always_inline
 def column[
     dtype: DType, acc: DType, //, write: Write[dtype], short: Bool, vectors: Int, partial: Bool, packed: Bool
-](
-    g: Geometry,
-    x: Rows[acc],
-    w: Panel[acc],
-    o: Operands[dtype],
-    n: Int,
-    first: Int,
-    count: Int,
-    filter: Int,
-    lanes: Int,
-):
-    """Computes `count` positions from `first` on, by `lanes` filters from `filter` on."""
+](g: Geometry, x: Rows[acc], w: Panel[acc], o: Operands[dtype], part: Part):
+    """Computes a part of at most `vectors` vectors of filters."""
     comptime rows = tile_rows[acc]()
-    comptime width = simd_width_of[acc]()
+    comptime size = vectors * simd_width_of[acc]()
     var done = 0
-    while done < count:
-        var left = count - done
-        var sums = w.sums.unsafe_offset(done * vectors * width)
-        if left > 2 * SHORT_ROWS:
-            tile[write, short, rows, vectors, partial, packed](
-                g, x.skip(done), w, o, n, first + done, min(left, rows), filter, lanes, sums
-            )
+    while done < part.count:
+        var left = part.after(done)
+        if left.count > 2 * SHORT_ROWS:
+            tile[write, short, rows, vectors, partial, packed](g, x.skip(done), w.after(done * size), o, left)
             done += rows
         else:
-            tile[write, short, SHORT_ROWS, vectors, partial, packed](
-                g, x.skip(done), w, o, n, first + done, min(left, SHORT_ROWS), filter, lanes, sums
-            )
+            tile[write, short, SHORT_ROWS, vectors, partial, packed](g, x.skip(done), w.after(done * size), o, left)
             done += SHORT_ROWS
 
 
@@ -200,69 +180,59 @@ def pack[
 
 
 def block[
-    dtype: DType, //, write: Write[dtype], short: Bool, whole: Bool, packed: Bool
-](
-    g: Geometry,
-    o: Operands[dtype],
-    n: Int,
-    group: Int,
-    first: Int,
-    count: Int,
-    first_filter: Int,
-    end_filter: Int,
-):
-    """Computes `count` positions from `first` on, of one group's filters `first_filter .. end_filter - 1`."""
+    dtype: DType, //, write: Write[dtype], short: Bool, fills_panels: Bool, packed: Bool
+](g: Geometry, o: Operands[dtype], part: Part):
+    """Computes a part."""
     comptime acc = accumulator[dtype]
     comptime width = simd_width_of[acc]()
     comptime panel = VECTORS * width
     comptime rows = tile_rows[acc]()
     var channels = g.group_channels()
-    # Tiles may run past `count`: the rows that they read must exist all the same.
-    var window = Window.of(g, first, count + rows)
-    var x = o.x.unsafe_offset(n * g.length * g.channels + group * channels)
+    # Tiles may run past the part: the rows that they read must exist all the same.
+    var window = Window.of(g, part.first, part.count + rows)
+    var x = o.x.unsafe_offset(part.n * g.length * g.channels + part.group * channels)
     var scratch = Scratch[acc](0)
     var data = Rows[acc].of(window, g, x, channels, scratch)
     var taps = g.kernel if short else min(g.kernel, max(1, SLAB // channels))
     var in_slabs = taps < g.kernel or dtype != acc
     var copy_size = 0 if packed or not in_slabs else taps * channels * panel
-    var room = Scratch[acc](copy_size + (count + rows) * panel if in_slabs else 0)
+    var room = Scratch[acc](copy_size + (part.count + rows) * panel if in_slabs else 0)
     var copy = room.data()
-    var sums = copy.unsafe_offset(copy_size)
-    var f = first_filter
-    while f < end_filter:
-        var filter = group * g.group_filters() + f
-        var lanes = end_filter - f
+    var left = part
+    while left.lanes() > 0:
+        var fills = fills_panels or left.lanes() >= panel
         for tap in range(0, g.kernel, taps):
             var end = min(tap + taps, g.kernel)
-            var w = Panel[acc](copy, panel, tap, end, sums)
+            var w = Panel[acc](copy, panel, tap, end, copy.unsafe_offset(copy_size))
             comptime if packed:
                 comptime assert dtype == acc
-                var panels = Panels[acc].packed(g, group, o.w.unsafe_bitcast[Scalar[acc]](), g.kernel * channels)
-                w.data = panels.at(f).unsafe_offset(tap * channels * PACK)
+                var panels = Panels[acc].packed(g, part.group, o.w.unsafe_bitcast[Scalar[acc]](), g.kernel * channels)
+                w.data = panels.at(left.filter).unsafe_offset(tap * channels * PACK)
                 w.row_size = PACK
             else:
-                var in_place = o.w.unsafe_offset(tap * channels * g.filters + filter)
+                var in_place = o.w.unsafe_offset(tap * channels * g.filters + left.column(g))
                 if in_slabs:
-                    pack(in_place, g.filters, (end - tap) * channels, lanes, copy)
+                    pack(in_place, g.filters, (end - tap) * channels, left.lanes(), copy)
                 else:
                     w.data = in_place.unsafe_bitcast[Scalar[acc]]()
                     w.row_size = g.filters
-            if whole or lanes >= panel:
-                column[write, short, VECTORS, False, packed](g, data, w, o, n, first, count, filter, lanes)
+            if fills:
+                column[write, short, VECTORS, False, packed](g, data, w, o, left)
             else:
-                comptime if not whole:
-                    column[write, short, 1, True, packed](g, data, w, o, n, first, count, filter, min(lanes, width))
-        f += panel if whole or lanes >= panel else width
+                comptime if not fills_panels:
+                    var vector = left.by(left.filter, min(left.lanes(), width))
+                    column[write, short, 1, True, packed](g, data, w, o, vector)
+        left.filter += panel if fills else width
     _ = scratch^
     _ = room^
 
 
 def conv1d_dense[
-    dtype: DType, //, write: Write[dtype], short: Bool, whole: Bool = False, packed: Bool = False
+    dtype: DType, //, write: Write[dtype], short: Bool, fills_panels: Bool = False, packed: Bool = False
 ](g: Geometry, o: Operands[dtype]):
     """Computes a convolution of NLC data with an SCF filter, or a `packed` one; with `short`, in one running sum.
 
-    `whole` says that the filters of a group are a multiple of 32, and leaves the tiles for others uncompiled.
+    `fills_panels` says that the filters of a group are a multiple of 32, and leaves the tiles for others uncompiled.
     """
     comptime acc = accumulator[dtype]
     comptime rows = tile_rows[acc]()
@@ -281,16 +251,9 @@ def conv1d_dense[
     var splits = min(panels, ceildiv(target, g.batch * g.groups * blocks))
     var split = ceildiv(panels, splits) * panel
     splits = ceildiv(g.group_filters(), split)
-    var tasks = g.batch * g.groups * blocks * splits
+    var grid = Grid(g.batch, g.groups, blocks, splits, rows, g.out_length, split, g.group_filters())
 
     def task(i: Int) {imm}:
-        var part = i % splits
-        var index = i // splits % blocks
-        var group = i // (splits * blocks) % g.groups
-        var n = i // (splits * blocks * g.groups)
-        var first = index * tiles // blocks * rows
-        var end = min((index + 1) * tiles // blocks * rows, g.out_length)
-        var end_filter = min((part + 1) * split, g.group_filters())
-        block[write, short, whole, packed](g, o, n, group, first, end - first, part * split, end_filter)
+        block[write, short, fills_panels, packed](g, o, grid.part(i))
 
-    spread(task, tasks, threads)
+    spread(task, grid.tasks(), threads)

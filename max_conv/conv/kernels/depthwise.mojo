@@ -10,8 +10,10 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, Memory, Operands, Scratch, Write, accumulator, load, put, spread, workers
-from .turn import turn_out
+from .grid import Grid, Part
+from .lanes import SUM_TERMS, Memory, Operands, Scratch, Write, accumulator, load, put
+from .tasks import spread, workers
+from .turn import turned
 from .window import Window
 
 comptime ROWS = 16
@@ -43,104 +45,87 @@ def fill[
 @always_inline
 def tile[
     dtype: DType, acc: DType, //, write: Write[dtype], rows: Int, partial: Bool
-](
-    g: Geometry,
-    x: Memory[acc],
-    tap_step: Int,
-    o: Operands[dtype],
-    n: Int,
-    first: Int,
-    valid: Int,
-    channel: Int,
-    lanes: Int,
-):
-    """Computes `valid` of `rows` positions from `first` on, of one vector of channels."""
+](g: Geometry, x: Memory[acc], tap_step: Int, o: Operands[dtype], part: Part):
+    """Computes the first `rows` positions of a part, or as many as there are, of one vector of filters."""
     comptime width = simd_width_of[acc]()
-    var total = Array[SIMD[acc, width], rows](fill=o.bias_at[acc, width](channel, lanes))
-    var end_tap = g.end_tap(first)
-    for tap in range(g.first_tap(first, rows), end_tap, BLOCK):
+    var lanes = part.lanes()
+    var total = Array[SIMD[acc, width], rows](fill=o.bias_at[acc, width](part.filter, lanes))
+    var end_tap = g.end_tap(part.first)
+    for tap in range(g.first_tap(part.first, rows), end_tap, SUM_TERMS):
         var sum = Array[SIMD[acc, width], rows](fill=SIMD[acc, width](0))
-        for k in range(tap, min(tap + BLOCK, end_tap)):
-            var wk = load[acc, width, partial](o.w.unsafe_offset(k * g.filters + channel), lanes)
+        for k in range(tap, min(tap + SUM_TERMS, end_tap)):
+            var wk = load[acc, width, partial](o.w.unsafe_offset(k * g.filters + part.filter), lanes)
             var xk = x.unsafe_offset(k * tap_step)
             comptime for i in range(rows):
                 sum[i] = xk.unsafe_offset(i * width).unsafe_load[width=width]().fma(wk, sum[i])
         comptime for i in range(rows):
             total[i] += sum[i]
     comptime for i in range(rows):
-        if i < valid:
+        if i < part.count:
             comptime if partial:
-                put[write, True](n, first + i, channel, total[i], lanes)
+                put[write, True](part.n, part.first + i, part.filter, total[i], lanes)
             else:
-                write[width](n, first + i, channel, total[i].cast[dtype]())
+                write[width](part.n, part.first + i, part.filter, total[i].cast[dtype]())
 
 
 @always_inline
 def column[
     dtype: DType, acc: DType, //, write: Write[dtype], partial: Bool
-](
-    g: Geometry,
-    x: Memory[acc],
-    tap_step: Int,
-    o: Operands[dtype],
-    n: Int,
-    first: Int,
-    count: Int,
-    channel: Int,
-    lanes: Int,
-):
-    """Computes `count` positions from `first` on, of one vector of channels."""
+](g: Geometry, x: Memory[acc], tap_step: Int, o: Operands[dtype], part: Part):
+    """Computes a part of one vector of filters."""
     comptime width = simd_width_of[acc]()
     var done = 0
-    while done < count:
-        var left = count - done
+    while done < part.count:
         var xt = x.unsafe_offset(done * width)
-        if left > SHORT_ROWS:
-            tile[write, ROWS, partial](g, xt, tap_step, o, n, first + done, left, channel, lanes)
+        var left = part.after(done)
+        if left.count > SHORT_ROWS:
+            tile[write, ROWS, partial](g, xt, tap_step, o, left)
             done += ROWS
         else:
-            tile[write, SHORT_ROWS, partial](g, xt, tap_step, o, n, first + done, left, channel, lanes)
+            tile[write, SHORT_ROWS, partial](g, xt, tap_step, o, left)
             done += SHORT_ROWS
 
 
-def block[
-    dtype: DType, //, write: Write[dtype], nlc: Bool
-](g: Geometry, o: Operands[dtype], n: Int, first: Int, count: Int, channel: Int, channels: Int):
-    """Computes `count` positions from `first` on, of `channels` channels from `channel` on."""
+def block[dtype: DType, //, write: Write[dtype], nlc: Bool](g: Geometry, o: Operands[dtype], part: Part):
+    """Computes a part, whose filters are channels, and the other filters of these channels."""
     comptime acc = accumulator[dtype]
     comptime width = simd_width_of[acc]()
-    # Tiles may run past `count`: the rows that they read must exist all the same.
-    var window = Window.neighbours(g, first, count + ROWS) if nlc else Window.span(g, first, count + ROWS)
+    var channels = part.lanes()
+    # Tiles may run past the part: the rows that they read must exist all the same.
+    var count = part.count + ROWS
+    var window = Window.neighbours(g, part.first, count) if nlc else Window.span(g, part.first, count)
     var scratch = Scratch[acc](window.rows * ceildiv(channels, width) * width)
     var rows = scratch.data()
     comptime if nlc:
-        fill(window, g, o.x.unsafe_offset(n * g.length * g.channels + channel), channels, rows)
-    var turned = Scratch[dtype](0 if nlc else (count + 2 * ROWS) * width)
-    var rows_out = turned.data()
+        fill(window, g, o.x.unsafe_offset(part.n * g.length * g.channels + part.filter), channels, rows)
+    var room = Scratch[dtype](0 if nlc else (count + ROWS) * width)
     var tap_step = window.tap_step(g) * width
     for c in range(0, channels, width):
         var x = rows.unsafe_offset(c * window.rows)
         var lanes = min(width, channels - c)
         comptime if not nlc:
             comptime assert dtype == acc
-            var lines = o.x.unsafe_offset((n * g.channels + channel + c) * g.length)
+            var lines = o.x.unsafe_offset((part.n * g.channels + part.filter + c) * g.length)
             window.turn(g, lines, lanes, x.unsafe_bitcast[Scalar[dtype]](), width)
-        for f in range(channel + c, g.filters, g.channels):
+        for f in range(part.filter + c, g.filters, g.channels):
+            var vector = part.by(f, lanes)
             comptime if nlc:
                 if lanes == width:
-                    column[write, False](g, x, tap_step, o, n, first, count, f, lanes)
+                    column[write, False](g, x, tap_step, o, vector)
                 else:
-                    column[write, True](g, x, tap_step, o, n, first, count, f, lanes)
+                    column[write, True](g, x, tap_step, o, vector)
             else:
 
                 @__parameter
                 @always_inline
-                def keep[size: Int](_n: Int, position: Int, filter: Int, value: SIMD[dtype, size]):
-                    rows_out.unsafe_offset((position - first) * width + filter - f).unsafe_store(value)
+                def compute[keep: Write[dtype]]():
+                    column[keep, True](g, x, tap_step, o, vector)
 
-                column[keep, True](g, x, tap_step, o, n, first, count, f, lanes)
-                turn_out[write](rows_out, width, n, first, count, f, lanes)
-    _ = turned^
+                turned[write, width, compute](room.data(), part.n, part.first, part.count, f, lanes)
+                _ = vector
+        _ = x
+    _ = tap_step
+    _ = room^
     _ = scratch^
 
 
@@ -153,19 +138,10 @@ def conv1d_depthwise[dtype: DType, //, write: Write[dtype], nlc: Bool](g: Geomet
     var blocks = max(ceildiv(g.out_length, POSITIONS), min(most, ceildiv(4 * threads, g.batch * columns)))
     var positions = ceildiv(ceildiv(g.out_length, blocks), ROWS) * ROWS
     blocks = ceildiv(g.out_length, positions)
-    var tasks = g.batch * blocks * columns
+    # Channels are cut as other layers' filters are, those of all groups together.
+    var grid = Grid(g.batch, 1, blocks, columns, positions, g.out_length, channels, g.channels)
 
     def task(i: Int) {imm}:
-        var channel = i % columns * channels
-        var first = i // columns % blocks * positions
-        block[write, nlc](
-            g,
-            o,
-            i // (columns * blocks),
-            first,
-            min(positions, g.out_length - first),
-            channel,
-            min(channels, g.channels - channel),
-        )
+        block[write, nlc](g, o, grid.part(i))
 
-    spread(task, tasks, threads)
+    spread(task, grid.tasks(), threads)

@@ -1,18 +1,14 @@
 """Vectors of the accumulation type, read from and written to memory of the data's own type."""
 
-from std.atomic import Atomic
 from std.math import ceildiv, iota
 from std.sys.info import simd_width_of, size_of
 from std.sys.intrinsics import masked_load, masked_store
-
-from max.algorithm import sync_parallelize
-from max.runtime.asyncrt import parallelism_level
 
 from .geometry import Geometry
 
 comptime Memory[dtype: DType] = Pointer[Scalar[dtype], MutUntrackedOrigin]
 
-comptime BLOCK = 128
+comptime SUM_TERMS = 128
 """Terms in one running sum. Sums of blocks keep the rounding error near sqrt(terms) instead of growing with terms."""
 
 comptime PACK = 32
@@ -20,10 +16,6 @@ comptime PACK = 32
 
 comptime FILTER_BYTES = 1536 * 1024
 """Transformed or packed filters that are held at a time, for each thread."""
-
-comptime SMALL = 1 << 19
-"""Multiplications below which waking a second thread costs more than it saves."""
-
 
 comptime accumulator[dtype: DType] = DType.float64 if dtype == DType.float64 else DType.float32
 """Sixteen-bit types are summed in float32, the others in themselves."""
@@ -42,7 +34,7 @@ def load[dtype: DType, //, acc: DType, width: Int, partial: Bool](
 
 
 @always_inline
-def gathered[
+def load_strided[
     dtype: DType, //, acc: DType, width: Int
 ](p: Memory[dtype], step: Int, lanes: Int) -> SIMD[acc, width]:
     """Loads `lanes` values that stand `step` apart, and zeros after them."""
@@ -155,117 +147,6 @@ struct Panels[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
     def at(self, filter: Int) -> Memory[Self.acc]:
         """Returns where the first row of a filter and its neighbours stands."""
         return self.data.unsafe_offset(filter // self.lanes * self.lanes * self.rows + filter % self.lanes)
-
-
-struct Queue(Movable):
-    """Numbers of tasks, that threads take in turns and report when they have been done."""
-
-    var count: Int
-    var taken: Memory[DType.int64]
-    var done: Memory[DType.int64]
-    var counters: List[Int64]
-
-    def __init__(out self, count: Int):
-        self.count = count
-        self.counters = List[Int64](length=1 + count, fill=0)
-        self.taken = self.counters.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-        self.done = self.taken.unsafe_offset(1)
-
-    def take(self) -> Int:
-        """Returns the next number, from `count` on where there is none left."""
-        return Int(Atomic.fetch_add(self.taken, 1))
-
-    def finish(self, i: Int):
-        _ = Atomic.fetch_add(self.done.unsafe_offset(i), 1)
-
-    def finished(self, i: Int) -> Bool:
-        return Atomic.load(self.done.unsafe_offset(i)) > 0
-
-
-def spread[Task: def(Int) -> None, //](task: Task, tasks: Int, threads: Int):
-    """Runs `task(0)` to `task(tasks - 1)`; a thread that is done takes the next one.
-
-    `sync_parallelize` alone deals items out in advance, and a core that is interrupted keeps the others waiting: a
-    timer of MAX wakes 5,000 times a second on one of them. Taking turns made whisper's stem 12 % faster.
-    """
-    if threads == 1 or tasks == 1:
-        for i in range(tasks):
-            task(i)
-        return
-    var counter = List[Int64](length=1, fill=0)
-    var next = counter.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-
-    def work(_thread: Int) {imm}:
-        while True:
-            var i = Int(Atomic.fetch_add(next, 1))
-            if i >= tasks:
-                return
-            task(i)
-
-    sync_parallelize(work, min(threads, tasks))
-    _ = counter^
-
-
-def phases[
-    First: def(Int) -> None, Second: def(Int) -> None, //
-](first: First, first_tasks: Int, second: Second, second_tasks: Int, threads: Int):
-    """Runs all tasks of `first`, then all of `second`, without sending the threads to sleep in between."""
-    var counters = List[Int64](length=2, fill=0)
-    var next = counters.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-    var done = next.unsafe_offset(1)
-
-    def work(_thread: Int) {imm}:
-        while True:
-            var i = Int(Atomic.fetch_add(next, 1))
-            if i < first_tasks:
-                first(i)
-                _ = Atomic.fetch_add(done, 1)
-            elif i < first_tasks + second_tasks:
-                # Every task that is waited for has been taken by a thread that runs.
-                while Int(Atomic.fetch_add(done, 0)) < first_tasks:
-                    pass
-                second(i - first_tasks)
-            else:
-                return
-
-    if threads == 1:
-        work(0)
-    else:
-        sync_parallelize(work, threads)
-    _ = counters^
-
-
-def rounds[Task: def(Int, Int) -> None, //](task: Task, count: Int, tasks: Int, threads: Int):
-    """Runs `task(r, i)` for all `tasks` of round 0, then for those of round 1, up to round `count - 1`.
-
-    Threads spin in between: a round may be as short as a few microseconds.
-    """
-    var counters = List[Int64](length=2, fill=0)
-    var next = counters.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-    var done = next.unsafe_offset(1)
-
-    def work(_thread: Int) {imm}:
-        while True:
-            var i = Int(Atomic.fetch_add(next, 1))
-            if i >= count * tasks:
-                return
-            # Every task that is waited for has been taken by a thread that runs.
-            var before = i // tasks * tasks
-            while Int(Atomic.load(done)) < before:
-                pass
-            task(i // tasks, i % tasks)
-            _ = Atomic.fetch_add(done, 1)
-
-    if threads == 1:
-        work(0)
-    else:
-        sync_parallelize(work, threads)
-    _ = counters^
-
-
-def workers(work: Int) -> Int:
-    """Returns how many threads `work` multiplications should be spread over."""
-    return 1 if work < SMALL else parallelism_level(None)
 
 
 def panels_at_a_time(panels: Int, bytes: Int, threads: Int) -> Int:

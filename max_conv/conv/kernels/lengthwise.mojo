@@ -9,14 +9,16 @@ from std.math import ceildiv
 from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import BLOCK, FilterSteps, Memory, Operands, Scratch, Write, accumulator, put, spread, workers
+from .grid import Grid, Part
+from .lanes import SUM_TERMS, FilterSteps, Memory, Operands, Scratch, Write, accumulator, put
+from .tasks import spread, workers
 
-comptime WIDE = 6
+comptime WIDE_VECTORS = 6
 """Vectors of positions in a tile of one filter."""
-comptime TILE = 3
+comptime TILE_VECTORS = 3
 """Vectors of positions in a tile of several filters."""
-comptime LONG = 40
-comptime SHORT = 4
+comptime LONG_TILES = 40
+comptime SHORT_TILES = 4
 """Wide tiles in a block: of one channel's line, and of many channels' lines, which share a cache."""
 comptime TASK = 1 << 20
 """Multiplications in a task that takes several groups."""
@@ -33,34 +35,34 @@ struct Lines(ImplicitlyCopyable, TrivialRegisterPassable):
     """How the rows of a block are laid out for each channel: `count` lines of `length` values.
 
     Entry i of line q is the input at `first + i * stride + shift(q)`. Lines are residues of the stride, or taps
-    (`gathered`) where that takes less room.
+    (`by_tap`) where that takes less room.
     """
 
     var first: Int
     var count: Int
     var length: Int
-    var gathered: Bool
+    var by_tap: Bool
 
     @staticmethod
     def of(g: Geometry, first_output: Int, positions: Int) -> Self:
         var reach = (g.kernel - 1) * g.dilation
         var length = positions + reach // g.stride
-        var gathered = g.stride * length > g.kernel * positions
+        var by_tap = g.stride * length > g.kernel * positions
         return Self(
             first_output * g.stride - g.pad_left,
-            g.kernel if gathered else g.stride,
-            positions if gathered else length,
-            gathered,
+            g.kernel if by_tap else g.stride,
+            positions if by_tap else length,
+            by_tap,
         )
 
     @always_inline
     def shift(self, g: Geometry, line: Int) -> Int:
-        return line * g.dilation if self.gathered else line
+        return line * g.dilation if self.by_tap else line
 
     @always_inline
     def tap(self, g: Geometry, k: Int) -> Int:
         """Returns where tap k of the block's first output stands."""
-        if self.gathered:
+        if self.by_tap:
             return k * self.length
         var reach = k * g.dilation
         return reach % g.stride * self.length + reach // g.stride
@@ -106,24 +108,26 @@ struct Lines(ImplicitlyCopyable, TrivialRegisterPassable):
                         out[unsafe_offset=j] = row[unsafe_offset=source].cast[acc]() if source >= 0 else 0
 
 
+@fieldwise_init
+struct Laid[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
+    """A group's lines: `channel_size` values for each channel, in which tap k is found at `taps[k]`."""
+
+    var data: Memory[Self.acc]
+    var channel_size: Int
+    var taps: Pointer[Int, MutUntrackedOrigin]
+    """For a filter of one tap, where each channel is found."""
+
+
 @always_inline
 def tile[
     dtype: DType, acc: DType, //, write: Write[dtype], filters: Int, vectors: Int, nlc: Bool
-](
-    g: Geometry,
-    x: Memory[acc],
-    channel_size: Int,
-    taps: Pointer[Int, MutUntrackedOrigin],
-    steps: FilterSteps,
-    o: Operands[dtype],
-    n: Int,
-    first: Int,
-    valid: Int,
-    filter: Int,
-    skip: Int,
-):
-    """Computes `valid` of `vectors * width` positions by `filters` filters, of which the first `skip` are not stored."""
+](g: Geometry, x: Laid[acc], steps: FilterSteps, o: Operands[dtype], part: Part, skip: Int):
+    """Computes the first `vectors` vectors of a part's positions, or what is there of them, by `filters` filters.
+
+    The first `skip` filters are not stored.
+    """
     comptime width = simd_width_of[acc]()
+    var filter = part.column(g)
     var total = Array[SIMD[acc, width], filters * vectors](fill=SIMD[acc, width](0))
     if o.has_bias:
         comptime for i in range(filters):
@@ -132,21 +136,21 @@ def tile[
                 total[i * vectors + j] = b
 
     var channels = g.group_channels()
-    var first_tap = g.first_tap(first, vectors * width)
-    var end_tap = g.end_tap(first)
+    var first_tap = g.first_tap(part.first, vectors * width)
+    var end_tap = g.end_tap(part.first)
     var tap_step = steps.tap
     if g.kernel == 1:  # the inner loop runs over channels, of which there are more
         first_tap, end_tap, tap_step, channels = 0, channels, steps.channel, 1
-    var tap_block = min(max(1, end_tap), BLOCK)
-    var channel_block = BLOCK // tap_block
+    var tap_block = min(max(1, end_tap), SUM_TERMS)
+    var channel_block = SUM_TERMS // tap_block
     for channel in range(0, channels, channel_block):
         for tap in range(first_tap, end_tap, tap_block):
             var sum = Array[SIMD[acc, width], filters * vectors](fill=SIMD[acc, width](0))
             for c in range(channel, min(channel + channel_block, channels)):
-                var xc = x.unsafe_offset(c * channel_size)
+                var xc = x.data.unsafe_offset(c * x.channel_size)
                 var wc = o.w.unsafe_offset(filter * steps.filter + c * steps.channel)
                 for k in range(tap, min(tap + tap_block, end_tap)):
-                    var xk = xc.unsafe_offset(taps[unsafe_offset=k])
+                    var xk = xc.unsafe_offset(x.taps[unsafe_offset=k])
                     var wk = wc.unsafe_offset(k * tap_step)
                     var a = Array[SIMD[acc, width], vectors](fill=SIMD[acc, width](0))
                     comptime for j in range(vectors):
@@ -161,75 +165,72 @@ def tile[
     comptime for i in range(filters):
         if i >= skip:
             comptime for j in range(vectors):
+                var value = total[i * vectors + j]
+                var first = part.first + j * width
                 comptime if nlc:
-                    for lane in range(min(width, valid - j * width)):
-                        var value = total[i * vectors + j][lane].cast[dtype]()
-                        write[1](n, first + j * width + lane, filter + i, value)
+                    for lane in range(min(width, part.count - j * width)):
+                        write[1](part.n, first + lane, filter + i, value[lane].cast[dtype]())
                 else:
-                    put[write, False](n, first + j * width, filter + i, total[i * vectors + j], valid - j * width)
+                    put[write, False](part.n, first, filter + i, value, part.count - j * width)
 
 
 @always_inline
 def band[
     dtype: DType, acc: DType, //, write: Write[dtype], filters: Int, vectors: Int, nlc: Bool
-](
-    g: Geometry,
-    x: Memory[acc],
-    channel_size: Int,
-    taps: Pointer[Int, MutUntrackedOrigin],
-    steps: FilterSteps,
-    o: Operands[dtype],
-    n: Int,
-    first: Int,
-    count: Int,
-    filter: Int,
-    skip: Int,
-):
-    """Computes `count` positions from `first` on, of `filters` filters from `filter` on, of which the first `skip` are not
-    stored.
-    """
+](g: Geometry, x: Laid[acc], steps: FilterSteps, o: Operands[dtype], part: Part, skip: Int = 0):
+    """Computes a part's first `filters` filters, of which the first `skip` are not stored."""
     comptime width = simd_width_of[acc]()
     var done = 0
-    while done < count:
-        var left = count - done
-        var xt = x.unsafe_offset(done)
-        if left > max(1, vectors // 2) * width:
-            tile[write, filters, vectors, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter, skip)
+    while done < part.count:
+        var left = part.after(done)
+        var xt = Laid(x.data.unsafe_offset(done), x.channel_size, x.taps)
+        if left.count > max(1, vectors // 2) * width:
+            tile[write, filters, vectors, nlc](g, xt, steps, o, left, skip)
             done += vectors * width
             continue
         comptime if vectors // 2 > 1:
             comptime half = vectors // 2
-            if left > width:
-                tile[write, filters, half, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter, skip)
+            if left.count > width:
+                tile[write, filters, half, nlc](g, xt, steps, o, left, skip)
                 done += half * width
                 continue
-        tile[write, filters, 1, nlc](g, xt, channel_size, taps, steps, o, n, first + done, left, filter, skip)
+        tile[write, filters, 1, nlc](g, xt, steps, o, left, skip)
         done += width
 
 
-def block[
-    dtype: DType, //, write: Write[dtype], nlc: Bool, whole: Bool
-](
-    g: Geometry,
-    steps: FilterSteps,
-    o: Operands[dtype],
-    n: Int,
-    first_group: Int,
-    end_group: Int,
-    first: Int,
-    count: Int,
-    first_filter: Int,
-    end_filter: Int,
-):
-    """Computes `count` positions from `first` on, of filters `first_filter .. end_filter - 1` of some groups."""
-    comptime acc = accumulator[dtype]
+@always_inline
+def bands[
+    dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool, fills_panels: Bool
+](g: Geometry, x: Laid[acc], steps: FilterSteps, o: Operands[dtype], part: Part):
+    """Computes a part from its group's lines."""
     comptime filters = tile_filters[acc]()
+    var left = part
+    while left.lanes() > 0:
+        if fills_panels or left.lanes() >= filters:
+            band[write, filters, TILE_VECTORS, nlc](g, x, steps, o, left)
+            left.filter += filters
+            continue
+        comptime if not fills_panels:
+            if left.lanes() > 2 and g.group_filters() >= filters:
+                # A tile that takes filters from before the rest costs as much as three filters on their own.
+                var skip = filters - left.lanes()
+                left.filter -= skip
+                band[write, filters, TILE_VECTORS, nlc](g, x, steps, o, left, skip)
+                return
+            band[write, 1, WIDE_VECTORS, nlc](g, x, steps, o, left)
+            left.filter += 1
+
+
+def block[
+    dtype: DType, //, write: Write[dtype], nlc: Bool, fills_panels: Bool
+](g: Geometry, steps: FilterSteps, o: Operands[dtype], part: Part, end_group: Int):
+    """Computes a part, and the same of the groups behind it up to `end_group`."""
+    comptime acc = accumulator[dtype]
     var channels = g.group_channels()
-    var lines = Lines.of(g, first, count)
+    var lines = Lines.of(g, part.first, part.count)
     var channel_size = lines.count * lines.length
-    # Tiles may run past `count`: what they read there is never stored, but must be memory.
-    var scratch = Scratch[acc](channels * channel_size + WIDE * simd_width_of[acc]())
-    var data = scratch.data()
+    # Tiles may run past the part: what they read there is never stored, but must be memory.
+    var scratch = Scratch[acc](channels * channel_size + WIDE_VECTORS * simd_width_of[acc]())
     var table = List[Int](capacity=g.kernel)
     if g.kernel == 1:
         for c in range(channels):
@@ -238,43 +239,29 @@ def block[
         for k in range(g.kernel):
             table.append(lines.tap(g, k))
     var taps = table.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-    for group in range(first_group, end_group):
-        var offset = n * g.length * g.channels + group * channels * (1 if nlc else g.length)
-        lines.fill[nlc](g, o.x.unsafe_offset(offset), data)
-        var f = first_filter
-        while f < end_filter:
-            var filter = group * g.group_filters() + f
-            if whole or end_filter - f >= filters:
-                band[write, filters, TILE, nlc](g, data, channel_size, taps, steps, o, n, first, count, filter, 0)
-                f += filters
-                continue
-            comptime if not whole:
-                var rest = end_filter - f
-                if rest > 2 and g.group_filters() >= filters:
-                    # A tile that takes filters from before the rest costs as much as three filters on their own.
-                    var skip = filters - rest
-                    var from_ = filter - skip
-                    band[write, filters, TILE, nlc](g, data, channel_size, taps, steps, o, n, first, count, from_, skip)
-                    f = end_filter
-                else:
-                    band[write, 1, WIDE, nlc](g, data, channel_size, taps, steps, o, n, first, count, filter, 0)
-                    f += 1
+    var x = Laid[acc](scratch.data(), channel_size, taps)
+    var left = part
+    while left.group < end_group:
+        var offset = part.n * g.length * g.channels + left.group * channels * (1 if nlc else g.length)
+        lines.fill[nlc](g, o.x.unsafe_offset(offset), x.data)
+        bands[write, nlc, fills_panels](g, x, steps, o, left)
+        left.group += 1
     _ = scratch^
     _ = table^
 
 
 def conv1d_lengthwise[
-    dtype: DType, //, write: Write[dtype], nlc: Bool, whole: Bool = False
+    dtype: DType, //, write: Write[dtype], nlc: Bool, fills_panels: Bool = False
 ](g: Geometry, steps: FilterSteps, o: Operands[dtype]):
     """Computes a convolution of NLC or NCL data with a filter of any layout.
 
-    `whole` says that the filters of a group are a multiple of 32, and leaves the tiles of one filter uncompiled.
+    `fills_panels` says that the filters of a group are a multiple of 32, and leaves the tiles of one filter uncompiled.
     """
     comptime acc = accumulator[dtype]
-    comptime lanes = WIDE * simd_width_of[acc]()
+    comptime lanes = WIDE_VECTORS * simd_width_of[acc]()
     var threads = workers(g.batch * g.out_length * g.filters * g.kernel * g.group_channels())
     var room = WINDOW_BYTES // (g.group_channels() * g.stride * size_of[Scalar[acc]]())
-    var columns = max(1, min(LONG if g.group_channels() == 1 else SHORT, room // lanes))
+    var columns = max(1, min(LONG_TILES if g.group_channels() == 1 else SHORT_TILES, room // lanes))
     columns = max(1, min(columns, g.batch * g.groups * ceildiv(g.out_length, lanes) // (4 * threads)))
     var positions = columns * lanes
     var blocks = ceildiv(g.out_length, positions)
@@ -289,23 +276,13 @@ def conv1d_lengthwise[
     var group_work = positions * g.kernel * g.group_channels() * g.group_filters()
     var bundle = min(TASK // group_work, g.batch * blocks * g.groups // (8 * threads))
     var bundles = g.groups if splits > 1 else ceildiv(g.groups, max(1, bundle))
-    var tasks = g.batch * blocks * bundles * splits
+    blocks = ceildiv(g.out_length, positions)
+    var grid = Grid(g.batch, bundles, blocks, splits, positions, g.out_length, split, g.group_filters())
 
     def task(i: Int) {imm}:
-        var part = i % splits
-        var at = i // splits % bundles
-        var first = i // (splits * bundles) % blocks * positions
-        block[write, nlc, whole](
-            g,
-            steps,
-            o,
-            i // (splits * bundles * blocks),
-            at * g.groups // bundles,
-            (at + 1) * g.groups // bundles,
-            first,
-            min(positions, g.out_length - first),
-            part * split,
-            min((part + 1) * split, g.group_filters()),
-        )
+        var part = grid.part(i)
+        var end_group = (part.group + 1) * g.groups // bundles
+        part.group = part.group * g.groups // bundles
+        block[write, nlc, fills_panels](g, steps, o, part, end_group)
 
-    spread(task, tasks, threads)
+    spread(task, grid.tasks(), threads)

@@ -1,19 +1,19 @@
 """Registers the operations that graphs call. Run-time sizes are checked before any memory is touched."""
 
 import extensibility
-from extensibility import InputTensor, OutputTensor, _FusedOutputTensor as FusedOutputTensor
+from extensibility import InputTensor, _FusedOutputTensor as FusedOutputTensor
 from std.utils.index import IndexList
 from max.gpu.host import DeviceContext
 from max.gpu.host.info import is_cpu
 
+from .by_phase import conv_transpose1d
 from .checks import check, check_depthwise, check_shape, check_transposed, packed_shape
 from .dispatch import convolve
 from .geometry import Geometry
 from .gpu import conv1d_gpu, conv_transpose1d_gpu
-from .lanes import FilterSteps, Operands
-from .lstm import GATES, Lstm, lstm_cpu, lstm_gpu
-from .silero import Network, silero_vad
-from .transposed import LANES, Transposed, conv_transpose1d
+from .lanes import Operands
+from .tensors import DataAxes, FilterAxes, memory
+from .transposed import LANES, Transposed
 
 
 @extensibility.register("max_conv.conv1d")
@@ -48,57 +48,42 @@ struct Conv1d:
         ctx: DeviceContext,
     ) raises:
         comptime dtype = output.dtype
-        comptime nlc = layout == "NLC"
-        comptime length = 1 if nlc else 2
-        comptime channel = 3 - length
-        comptime packed = filter_layout == "packed"
-        comptime tap_axis = 0 if packed else filter_layout.find("S")
-        comptime channel_axis = 1 if packed else filter_layout.find("C")
-        comptime filter_axis = 2 if packed else filter_layout.find("F")
+        comptime data = DataAxes[layout]
+        comptime axes = FilterAxes[filter_layout]
+        comptime packed = axes.made
         var g = Geometry(
             batch=x.dim_size(0),
-            length=x.dim_size(length),
-            out_length=output.dim_size(length),
-            channels=x.dim_size(channel),
-            filters=output.dim_size(channel) if packed else w.dim_size(filter_axis),
+            length=x.dim_size(data.length),
+            out_length=output.dim_size(data.length),
+            channels=x.dim_size(data.channel),
+            filters=output.dim_size(data.channel) if packed else w.dim_size(axes.filter),
             groups=Int(groups),
-            kernel=Int(kernel_size) if packed else w.dim_size(tap_axis),
+            kernel=Int(kernel_size) if packed else w.dim_size(axes.tap),
             stride=Int(stride),
             dilation=Int(dilation),
             pad_left=Int(pad_left),
             mode=Int(mode),
         )
-        check(g, Int(pad_right), g.channels // max(1, g.groups) if packed else w.dim_size(channel_axis))
+        check(g, Int(pad_right), g.channels // max(1, g.groups) if packed else w.dim_size(axes.channel))
         comptime if packed:
             check_shape("conv1d", w.shape(), packed_shape[kernel](g))
         if g.batch == 0:
             return
-        var o = Operands[dtype](
-            x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            bias.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            bias.dim_size(0) > 0,
-        )
+        var o = Operands[dtype](memory(x), memory(w), memory(bias), bias.dim_size(0) > 0)
 
         @__parameter
         @always_inline
         def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
-            comptime if nlc:
-                output._lambda_store[width=width, element_alignment=1](IndexList[3](n, position, filter), value)
-            else:
-                output._lambda_store[width=width, element_alignment=1](IndexList[3](n, filter, position), value)
+            output._lambda_store[width=width, element_alignment=1](data.index(n, position, filter), value)
 
-        var inner = w.dim_size(2)
-        var outer = w.dim_size(1) * inner
-        var size = [outer, inner, 1]
-        var steps = FilterSteps(size[tap_axis], size[channel_axis], size[filter_axis])
+        var steps = axes.steps(w.shape())
         comptime if is_cpu[target]():
             comptime if kernel == "depthwise":
                 check_depthwise("conv1d", g.channels, g.filters, g.groups)
-            convolve[write, kernel, least, whole, nlc, packed, filter_layout == "SCF"](g, steps, o)
+            convolve[write, kernel, least, whole, data.nlc, packed, filter_layout == "SCF"](g, steps, o)
         else:
             comptime assert not packed
-            conv1d_gpu[write, nlc](g, steps, o, ctx)
+            conv1d_gpu[write, data.nlc](g, steps, o, ctx)
 
 
 @extensibility.register("max_conv.conv_transpose1d")
@@ -133,28 +118,24 @@ struct ConvTranspose1d:
         ctx: DeviceContext,
     ) raises:
         comptime dtype = output.dtype
-        comptime nlc = layout == "NLC"
-        comptime length = 1 if nlc else 2
-        comptime channel = 3 - length
-        comptime made = filter_layout == "packed" or filter_layout == "phased"
+        comptime data = DataAxes[layout]
+        comptime axes = FilterAxes[filter_layout]
+        comptime made = axes.made
         comptime by_filter = filter_layout == "FSC"
-        comptime tap_axis = 0 if made else filter_layout.find("S")
-        comptime channel_axis = 1 if made else filter_layout.find("C")
-        comptime filter_axis = 2 if made else filter_layout.find("F")
         var parts = max(1, Int(groups))
-        var group_channels = x.dim_size(channel) // parts if made else w.dim_size(channel_axis)
-        var filters = output.dim_size(channel) if made else w.dim_size(filter_axis)
+        var group_channels = x.dim_size(data.channel) // parts if made else w.dim_size(axes.channel)
+        var filters = output.dim_size(data.channel) if made else w.dim_size(axes.filter)
         comptime if not by_filter and not made:
             group_channels //= parts
             filters *= parts
         var t = Transposed(
             batch=x.dim_size(0),
-            length=x.dim_size(length),
-            out_length=output.dim_size(length),
-            channels=x.dim_size(channel),
+            length=x.dim_size(data.length),
+            out_length=output.dim_size(data.length),
+            channels=x.dim_size(data.channel),
             filters=filters,
             groups=Int(groups),
-            kernel=Int(kernel_size) if made else w.dim_size(tap_axis),
+            kernel=Int(kernel_size) if made else w.dim_size(axes.tap),
             stride=Int(stride),
             dilation=Int(dilation),
             pad_left=Int(pad_left),
@@ -167,135 +148,19 @@ struct ConvTranspose1d:
             check_shape("conv_transpose1d", w.shape(), shape)
         if t.batch == 0:
             return
-        var o = Operands[dtype](
-            x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            bias.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            bias.dim_size(0) > 0,
-        )
+        var o = Operands[dtype](memory(x), memory(w), memory(bias), bias.dim_size(0) > 0)
 
         @__parameter
         @always_inline
         def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
-            comptime if nlc:
-                output._lambda_store[width=width, element_alignment=1](IndexList[3](n, position, filter), value)
-            else:
-                output._lambda_store[width=width, element_alignment=1](IndexList[3](n, filter, position), value)
+            output._lambda_store[width=width, element_alignment=1](data.index(n, position, filter), value)
 
-        var inner = w.dim_size(2)
-        var size = [w.dim_size(1) * inner, inner, 1]
-        var steps = FilterSteps(size[tap_axis], size[channel_axis], size[filter_axis])
+        var steps = axes.steps(w.shape())
         var group_step = t.group_filters() * steps.filter if by_filter else t.group_channels() * steps.channel
         comptime if is_cpu[target]():
             comptime if kernel == "depthwise":
                 check_depthwise("conv_transpose1d", t.channels, t.filters, t.groups)
-            conv_transpose1d[write, kernel, least, whole, full, nlc, filter_layout](t, steps, group_step, o)
+            conv_transpose1d[write, kernel, least, whole, full, data.nlc, filter_layout](t, steps, group_step, o)
         else:
             comptime assert not made
-            conv_transpose1d_gpu[write, nlc](t, steps, group_step, o, ctx)
-
-
-@extensibility.register("max_conv.lstm")
-struct LongShortTermMemory:
-    """The recurrent part of an LSTM over (N, T, 4H) gates that hold the input's share, of at least T rows each."""
-
-    @staticmethod
-    def execute[
-        target: StaticString
-    ](
-        output: OutputTensor[rank=3, ...],
-        last_hidden: OutputTensor[dtype=output.dtype, rank=2, ...],
-        last_cell: OutputTensor[dtype=output.dtype, rank=2, ...],
-        x: InputTensor[dtype=output.dtype, rank=3, ...],
-        w: InputTensor[dtype=output.dtype, rank=2, ...],
-        hidden: InputTensor[dtype=output.dtype, rank=2, ...],
-        cell: InputTensor[dtype=output.dtype, rank=2, ...],
-        ctx: DeviceContext,
-    ) raises:
-        comptime assert output.dtype == DType.float32 or output.dtype == DType.float64
-        var batch = output.dim_size(0)
-        var units = output.dim_size(2)
-        if (
-            x.dim_size(0) != batch
-            or x.dim_size(1) < output.dim_size(1)
-            or x.dim_size(2) != GATES * units
-            or w.dim_size(0) != units
-            or w.dim_size(1) != GATES * units
-        ):
-            raise Error("lstm: the gates and the weights do not fit an output of ", units, " units")
-        if (
-            hidden.dim_size(0) != batch
-            or cell.dim_size(0) != batch
-            or hidden.dim_size(1) != units
-            or cell.dim_size(1) != units
-        ):
-            raise Error("lstm: hidden and cell must both have shape (", batch, ", ", units, ")")
-        if batch == 0:
-            return
-        var s = Lstm[output.dtype](
-            x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            hidden.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            cell.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            output.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            last_hidden.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            last_cell.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            batch=batch,
-            steps=output.dim_size(1),
-            rows=x.dim_size(1),
-            units=units,
-        )
-        comptime if is_cpu[target]():
-            lstm_cpu(s)
-        else:
-            lstm_gpu(s, ctx)
-
-
-@extensibility.register("max_conv.silero_vad")
-struct SileroVad:
-    """Silero's network over (N, T, hop) chunks, on a CPU. `graphs/silero_vad.py` makes what it reads.
-
-    `sizes` has taps, stride, padding and filters of each layer, `weights` its panels and its bias, `head` the last
-    layer's filter and its bias. A row of `state` holds the samples before the first chunk, the hidden and the cell state.
-    """
-
-    @staticmethod
-    def execute(
-        probability: OutputTensor[dtype=DType.float32, rank=2, ...],
-        last_state: OutputTensor[dtype=DType.float32, rank=2, ...],
-        chunks: InputTensor[dtype=DType.float32, rank=3, ...],
-        state: InputTensor[dtype=DType.float32, rank=2, ...],
-        sizes: InputTensor[dtype=DType.int64, rank=2, ...],
-        weights: InputTensor[dtype=DType.float32, rank=1, ...],
-        w_hh: InputTensor[dtype=DType.float32, rank=2, ...],
-        head: InputTensor[dtype=DType.float32, rank=1, ...],
-        reflected: Scalar[DType.int64],
-    ) raises:
-        var batch = chunks.dim_size(0)
-        var steps = chunks.dim_size(1)
-        var units = w_hh.dim_size(0)
-        if steps == 0:
-            raise Error("silero_vad: chunks must hold at least one chunk of each signal.")
-        var net = Network(
-            chunks.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            state.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            state.dim_size(1),
-            steps,
-            chunks.dim_size(2),
-            state.dim_size(1) - 2 * units,
-            Int(reflected),
-            [],
-        )
-        var next = weights.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-        for i in range(sizes.dim_size(0)):
-            next = net.add(Int(sizes[i, 0]), Int(sizes[i, 1]), Int(sizes[i, 2]), Int(sizes[i, 3]), next)
-        if next != weights.unsafe_ptr().unsafe_offset(weights.dim_size(0)):
-            raise Error("silero_vad: the weights do not fit their sizes")
-        var w = w_hh.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
-        silero_vad(
-            net,
-            Lstm[DType.float32](w, w, w, w, w, w, w, batch=batch, steps=steps, rows=steps, units=units),
-            head.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            probability.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-            last_state.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
-        )
+            conv_transpose1d_gpu[write, data.nlc](t, steps, group_step, o, ctx)

@@ -10,17 +10,18 @@ from std.sys import llvm_intrinsic
 from std.sys.info import CompilationTarget, simd_width_of, size_of
 
 from .geometry import Geometry
-from .lanes import PACK, FilterSteps, Memory, Operands, Scratch, Write, gathered
-from .lanes import panels_at_a_time, phases, put, spread, workers
-from .turn import turn_out
-from .window import Window
+from .grid import Grid, Part, by_chunks
+from .lanes import PACK, FilterSteps, Memory, Operands, Panels, Scratch, Write, load_strided, panels_at_a_time, put
+from .tasks import spread, workers
+from .turn import turned
+from .window import Rows, Window
 
 comptime WIDTH = simd_width_of[DType.float32]()
 comptime VECTORS = 2
 comptime PANEL = VECTORS * WIDTH
 comptime ROWS = 14
 comptime SHORT_ROWS = 4
-comptime PAIRS = 64
+comptime SUM_PAIRS = 64
 """Pairs in one running sum."""
 comptime BLOCK_BYTES = 256 * 1024
 """Rows of a block's window."""
@@ -49,138 +50,107 @@ def pack[
     for c in range(0, channels, 2):
         comptime for j in range(VECTORS):
             var from_ = w.unsafe_offset(tap * steps.tap + c * steps.channel + j * WIDTH * steps.filter)
-            var even = gathered[dtype, WIDTH](from_, steps.filter, lanes - j * WIDTH)
+            var even = load_strided[dtype, WIDTH](from_, steps.filter, lanes - j * WIDTH)
             var odd = SIMD[dtype, WIDTH](0)
             if c + 1 < channels:
-                odd = gathered[dtype, WIDTH](from_.unsafe_offset(steps.channel), steps.filter, lanes - j * WIDTH)
+                odd = load_strided[dtype, WIDTH](from_.unsafe_offset(steps.channel), steps.filter, lanes - j * WIDTH)
             target.unsafe_offset(c * PANEL + j * 2 * WIDTH).unsafe_store(even.interleave(odd))
 
 
 @always_inline
 def tile[
     dtype: DType, //, write: Write[dtype], rows: Int
-](
-    g: Geometry,
-    x: Memory[dtype],
-    output_step: Int,
-    tap_step: Int,
-    w: Memory[dtype],
-    o: Operands[dtype],
-    n: Int,
-    first: Int,
-    valid: Int,
-    filter: Int,
-    lanes: Int,
-):
-    """Computes `valid` of `rows` positions from `first` on, by `lanes` of a panel of filters from `filter` on."""
+](g: Geometry, x: Rows[dtype], w: Memory[dtype], o: Operands[dtype], part: Part):
+    """Computes the first `rows` positions of a part, or as many as there are, by its first panel of filters."""
     comptime acc = DType.float32
+    var filter = part.column(g)
+    var lanes = part.lanes()
     var pairs = ceildiv(g.group_channels(), 2)
     var total = Array[SIMD[acc, WIDTH], rows * VECTORS](fill=SIMD[acc, WIDTH](0))
     comptime for j in range(VECTORS):
         var b = o.bias_at[acc, WIDTH](filter + j * WIDTH, lanes - j * WIDTH)
         comptime for i in range(rows):
             total[i * VECTORS + j] = b
-    for k in range(g.first_tap(first, rows), g.end_tap(first)):
-        var xk = x.unsafe_offset(k * tap_step)
+    for k in range(g.first_tap(part.first, rows), g.end_tap(part.first)):
+        var xk = x.data.unsafe_offset(k * x.tap_step)
         var wk = w.unsafe_offset(k * pairs * 2 * PANEL)
-        for pair in range(0, pairs, PAIRS):
+        for pair in range(0, pairs, SUM_PAIRS):
             var sum = Array[SIMD[acc, WIDTH], rows * VECTORS](fill=SIMD[acc, WIDTH](0))
-            for p in range(pair, min(pair + PAIRS, pairs)):
+            for p in range(pair, min(pair + SUM_PAIRS, pairs)):
                 var b = Array[SIMD[dtype, 2 * WIDTH], VECTORS](fill=SIMD[dtype, 2 * WIDTH](0))
                 comptime for j in range(VECTORS):
                     b[j] = wk.unsafe_offset((p * VECTORS + j) * 2 * WIDTH).unsafe_load[width=2 * WIDTH]()
                 comptime for i in range(rows):
-                    var two = xk.unsafe_offset(i * output_step + 2 * p).unsafe_bitcast[Int32]().unsafe_load()
+                    var two = xk.unsafe_offset(i * x.output_step + 2 * p).unsafe_bitcast[Int32]().unsafe_load()
                     var a = bitcast[dtype, 2 * WIDTH](SIMD[DType.int32, WIDTH](two))
                     comptime for j in range(VECTORS):
                         sum[i * VECTORS + j] = dot(a, b[j], sum[i * VECTORS + j])
             comptime for i in range(rows * VECTORS):
                 total[i] += sum[i]
     comptime for i in range(rows):
-        if i < valid:
+        if i < part.count:
             comptime for j in range(VECTORS):
-                put[write, True](n, first + i, filter + j * WIDTH, total[i * VECTORS + j], lanes - j * WIDTH)
+                var value = total[i * VECTORS + j]
+                put[write, True](part.n, part.first + i, filter + j * WIDTH, value, lanes - j * WIDTH)
 
 
 @always_inline
 def column[
     dtype: DType, //, write: Write[dtype]
-](
-    g: Geometry,
-    x: Memory[dtype],
-    output_step: Int,
-    tap_step: Int,
-    w: Memory[dtype],
-    o: Operands[dtype],
-    n: Int,
-    first: Int,
-    count: Int,
-    filter: Int,
-    lanes: Int,
-):
-    """Computes `count` positions from `first` on, by `lanes` of a panel of filters from `filter` on."""
+](g: Geometry, x: Rows[dtype], w: Memory[dtype], o: Operands[dtype], part: Part):
+    """Computes a part's first panel of filters."""
     var done = 0
-    while done < count:
-        var left = count - done
-        var xt = x.unsafe_offset(done * output_step)
-        if left > 2 * SHORT_ROWS:
-            tile[write, ROWS](g, xt, output_step, tap_step, w, o, n, first + done, left, filter, lanes)
+    while done < part.count:
+        var left = part.after(done)
+        if left.count > 2 * SHORT_ROWS:
+            tile[write, ROWS](g, x.skip(done), w, o, left)
             done += ROWS
         else:
-            tile[write, SHORT_ROWS](g, xt, output_step, tap_step, w, o, n, first + done, left, filter, lanes)
+            tile[write, SHORT_ROWS](g, x.skip(done), w, o, left)
             done += SHORT_ROWS
 
 
 def block[
     dtype: DType, //, write: Write[dtype], nlc: Bool
-](
-    g: Geometry,
-    o: Operands[dtype],
-    n: Int,
-    group: Int,
-    first: Int,
-    count: Int,
-    panel: Int,
-    end_panel: Int,
-    filter: Memory[dtype],
-    panel_size: Int,
-):
-    """Computes `count` positions from `first` on, of a group's panels `panel .. end_panel - 1`, packed in `filter`."""
+](g: Geometry, o: Operands[dtype], part: Part, filter: Panels[dtype]):
+    """Computes a part."""
     var channels = g.group_channels()
     # A pair must not reach into the next row, nor a tile beyond the last one.
     var row_size = ceildiv(channels, 2) * 2
-    var window = Window.span(g, first, count + ROWS)
+    var window = Window.span(g, part.first, part.count + ROWS)
     var in_place = nlc and channels % 2 == 0 and window.inside(g)
     var scratch = Scratch[dtype](0 if in_place else window.rows * row_size)
-    var x = o.x.unsafe_offset(n * g.length * g.channels + group * channels * (1 if nlc else g.length))
-    var rows = scratch.data()
+    var x = o.x.unsafe_offset(part.n * g.length * g.channels + part.group * channels * (1 if nlc else g.length))
+    var data = scratch.data()
     var step = row_size
     if in_place:
-        rows = x.unsafe_offset(window.first * g.channels)
+        data = x.unsafe_offset(window.first * g.channels)
         step = g.channels
     else:
         comptime if nlc:
-            window.fill(g, x, channels, rows, row_size)
+            window.fill(g, x, channels, data, row_size)
         else:
-            window.turn(g, x, channels, rows, row_size)
-    for at in range(panel, end_panel):
-        var f = group * g.group_filters() + at * PANEL
-        var lanes = g.group_filters() - at * PANEL
-        var w = filter.unsafe_offset((at - panel) * panel_size)
+            window.turn(g, x, channels, data, row_size)
+    var rows = Rows[dtype](data, g.stride * step, g.dilation * step)
+    for f in range(part.filter, part.end_filter, PANEL):
+        var left = part.by(f, part.end_filter - f)
+        var w = filter.at(f)
         comptime if nlc:
-            column[write](g, rows, g.stride * step, g.dilation * step, w, o, n, first, count, f, lanes)
+            column[write](g, rows, w, o, left)
         else:
-            var turned = Scratch[dtype]((count + 2 * WIDTH) * PANEL)
-            var rows_out = turned.data()
+            var room = Scratch[dtype]((part.count + 2 * WIDTH) * PANEL)
 
             @__parameter
             @always_inline
-            def keep[size: Int](_n: Int, position: Int, to: Int, value: SIMD[dtype, size]):
-                rows_out.unsafe_offset((position - first) * PANEL + to - f).unsafe_store(value)
+            def compute[keep: Write[dtype]]():
+                column[keep](g, rows, w, o, left)
 
-            column[keep](g, rows, g.stride * step, g.dilation * step, w, o, n, first, count, f, lanes)
-            turn_out[write](rows_out, PANEL, n, first, count, f, min(lanes, PANEL))
-            _ = turned^
+            var lanes = min(left.lanes(), PANEL)
+            turned[write, PANEL, compute](room.data(), part.n, part.first, part.count, left.column(g), lanes)
+            _ = w
+            _ = left
+            _ = room^
+    _ = rows
     _ = scratch^
 
 
@@ -190,11 +160,12 @@ def conv1d_paired[
     """Computes a convolution of NLC or NCL data with a filter of any layout, or one that is `packed`."""
     comptime assert PANEL == PACK
     var channels = g.group_channels()
-    var tap_size = ceildiv(channels, 2) * 2 * PANEL
-    var panel_size = g.kernel * tap_size
+    var tap_rows = ceildiv(channels, 2) * 2
+    var panel_rows = g.kernel * tap_rows
     var panels = ceildiv(g.group_filters(), PANEL)
     var threads = workers(g.batch * g.out_length * g.filters * g.kernel * channels)
-    var chunk = panels if packed else panels_at_a_time(panels, panel_size * size_of[Scalar[dtype]](), threads)
+    var panel_bytes = panel_rows * PANEL * size_of[Scalar[dtype]]()
+    var chunk = panels if packed else panels_at_a_time(panels, panel_bytes, threads)
     var tiles = ceildiv(g.out_length, ROWS)
     var size = min(8, BLOCK_BYTES // (2 * channels * g.stride * ROWS))
     size = max(1, min(size, g.batch * tiles // (4 * threads)))
@@ -202,49 +173,26 @@ def conv1d_paired[
     var splits = min(chunk, ceildiv(4 * threads, g.batch * blocks))
     var split = ceildiv(chunk, splits)
     splits = ceildiv(chunk, split)
+    var grid = Grid(g.batch, 1, blocks, splits, ROWS, g.out_length, split * PANEL, chunk * PANEL)
 
-    def run(i: Int, group: Int, first: Int, end: Int, filter: Memory[dtype]) {imm}:
-        """Computes a block with panels `first .. end - 1`, of which `filter` holds the first and those after it."""
-        var part = i % splits * split
-        var at = i // splits % blocks
-        var start = at * tiles // blocks * ROWS
-        var stop = min((at + 1) * tiles // blocks * ROWS, g.out_length)
-        block[write, nlc](
-            g,
-            o,
-            i // (splits * blocks),
-            group,
-            start,
-            stop - start,
-            first + part,
-            min(first + part + split, end),
-            filter.unsafe_offset(part * panel_size),
-            panel_size,
-        )
-
-    var tasks = g.batch * blocks * splits
     comptime if packed:
+        grid.groups = g.groups
+        grid.filters = g.group_filters()
 
         def in_place(i: Int) {imm}:
-            var group = i // tasks
-            run(i % tasks, group, 0, panels, o.w.unsafe_offset(group * panels * panel_size))
+            var part = grid.part(i)
+            block[write, nlc](g, o, part, Panels[dtype].packed(g, part.group, o.w, panel_rows))
 
-        spread(in_place, g.groups * tasks, threads)
+        spread(in_place, grid.tasks(), threads)
     else:
-        var filters = Scratch[dtype](chunk * panel_size)
-        var filter = filters.data()
-        for group in range(g.groups):
-            for first in range(0, panels, chunk):
-                var end = min(first + chunk, panels)
+        var room = Scratch[dtype](chunk * panel_rows * PANEL)
 
-                def prepare(i: Int) {imm}:
-                    var f = (first + i // g.kernel) * PANEL
-                    var w = o.w.unsafe_offset((group * g.group_filters() + f) * steps.filter)
-                    var to = filter.unsafe_offset(i // g.kernel * panel_size + i % g.kernel * tap_size)
-                    pack(g, w, steps, i % g.kernel, g.group_filters() - f, to)
+        def prepare(group: Int, filter: Int, tap: Int, target: Memory[dtype]) {imm}:
+            var w = o.w.unsafe_offset((group * g.group_filters() + filter) * steps.filter)
+            pack(g, w, steps, tap, g.group_filters() - filter, target.unsafe_offset(tap * tap_rows * PANEL))
 
-                def work(i: Int) {imm}:
-                    run(i, group, first, end, filter)
+        def work(part: Part, filter: Panels[dtype]) {imm}:
+            block[write, nlc](g, o, part, filter)
 
-                phases(prepare, (end - first) * g.kernel, work, tasks, threads)
-        _ = filters^
+        by_chunks(g, grid, chunk, Panels[dtype](room.data(), PANEL, panel_rows), prepare, g.kernel, work, threads)
+        _ = room^

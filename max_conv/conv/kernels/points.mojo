@@ -42,13 +42,13 @@ struct Plan(Movable):
         for size in range(TAPS, 0, -1):
             for phase in range(min(self.step, g.kernel)):
                 var taps = ceildiv(g.kernel - phase, self.step)
-                var whole = taps // TAPS
+                var threes = taps // TAPS
                 if size == TAPS:
-                    for i in range(whole):
+                    for i in range(threes):
                         self.first.append(phase + i * TAPS * self.step)
                         self.sizes.append(size)
                 elif taps % TAPS == size:
-                    self.first.append(phase + whole * TAPS * self.step)
+                    self.first.append(phase + threes * TAPS * self.step)
                     self.sizes.append(size)
         for point in range(POINTS):
             for i in range(len(self.sizes)):

@@ -5,11 +5,27 @@ from std.utils.numerics import nan
 
 from .careful import Source, limit
 from .geometry import Geometry
-from .lanes import FilterSteps, Memory, gathered, load
+from .grid import Part
+from .lanes import FilterSteps, Memory, load_strided, load
 from .points import Plan, QUAD, TAPS, data_points, filter_points, first_output
 
 comptime VECTORS = 2
 """Vectors of filters in a panel."""
+
+
+@fieldwise_init
+struct Planes[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
+    """Data at the points: a plane for each product, in it a row of channels for each quad."""
+
+    var data: Memory[Self.acc]
+    var row_size: Int
+    var plane: Int
+
+    @always_inline
+    def at(self, product: Int, quad: Int) -> Self:
+        """Returns the planes from a product on, without the quads before `quad`."""
+        var data = self.data.unsafe_offset(product * self.plane + quad * self.row_size)
+        return Self(data, self.row_size, self.plane)
 
 
 @always_inline
@@ -41,7 +57,7 @@ def transform_filter[
         comptime for j in range(VECTORS):
             var values = Array[SIMD[acc, width], size](fill=SIMD[acc, width](0))
             comptime for k in range(size):
-                values[k] = gathered[acc, width](
+                values[k] = load_strided[acc, width](
                     taps.unsafe_offset(c * steps.channel + k * tap_step + j * width * steps.filter),
                     steps.filter,
                     lanes - j * width,
@@ -60,17 +76,16 @@ def transform_data[
 ](
     rows: Array[Memory[dtype], TAPS + QUAD - 1],
     channels: Int,
-    target: Memory[acc],
-    plane: Int,
+    planes: Planes[acc],
     plan: Plan,
     group: Int,
     mut squares: SIMD[acc, simd_width_of[acc]()],
 ):
     """Writes one quad's data of one group of taps to each point's plane, and adds up the squares of the data."""
     comptime width = simd_width_of[acc]()
-    var to = Array[Memory[acc], size + TAPS](fill=target)
+    var to = Array[Memory[acc], size + TAPS](fill=planes.data)
     comptime for p in range(size + TAPS):
-        to[p] = target.unsafe_offset((plan.bases[p] + group) * plane)
+        to[p] = planes.at(plan.bases[p] + group, 0).data
     var c = 0
     while c < channels:
         var d = Array[SIMD[acc, width], size + QUAD - 1](fill=SIMD[acc, width](0))
@@ -93,33 +108,18 @@ def transform_data[
 @no_inline
 def transform_block[
     dtype: DType, acc: DType, //, nlc: Bool
-](
-    g: Geometry,
-    plan: Plan,
-    source: Source[dtype],
-    first: Int,
-    count: Int,
-    data: Memory[acc],
-    row_size: Int,
-    plane: Int,
-) -> Bool:
-    """Writes the data of quads `first .. first + count - 1` to each point's planes, and tells whether all of it is finite and
-    small enough for that.
-    """
+](g: Geometry, plan: Plan, source: Source[dtype], part: Part, planes: Planes[acc]) -> Bool:
+    """Writes the data of a part's quads to the planes; tells whether all of it is finite and small enough for that."""
     var channels = g.group_channels()
     var squares = SIMD[acc, simd_width_of[acc]()](0)
-    for i in range(count):
-        var position = first_output(plan, first + i) * g.stride - g.pad_left
-        for part in range(len(plan.sizes)):
+    for i in range(part.count):
+        var position = first_output(plan, part.first + i) * g.stride - g.pad_left
+        for taps in range(len(plan.sizes)):
             var row = Array[Memory[dtype], TAPS + QUAD - 1](fill=source.rest)
-            for j in range(plan.sizes[part] + QUAD - 1):
-                var at = position + plan.first[part] * g.dilation + j * plan.spacing * g.stride
+            for j in range(plan.sizes[taps] + QUAD - 1):
+                var at = position + plan.first[taps] * g.dilation + j * plan.spacing * g.stride
                 row[j] = source.row[nlc](g, at)
-            var to = data.unsafe_offset(i * row_size)
-            if plan.sizes[part] == 3:
-                transform_data[3](row, channels, to, plane, plan, part, squares)
-            elif plan.sizes[part] == 2:
-                transform_data[2](row, channels, to, plane, plan, part, squares)
-            else:
-                transform_data[1](row, channels, to, plane, plan, part, squares)
+            comptime for size in range(1, TAPS + 1):
+                if plan.sizes[taps] == size:
+                    transform_data[size](row, channels, planes.at(0, i), plan, taps, squares)
     return squares.reduce_add() < limit[acc]()

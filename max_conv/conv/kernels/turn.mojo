@@ -42,6 +42,24 @@ def turn_in[
 
 
 @always_inline
+def turned[
+    dtype: DType, //, write: Write[dtype], size: Int, compute: def[keep: Write[dtype]]() capturing -> None
+](rows: Memory[dtype], n: Int, first: Int, count: Int, filter: Int, filters: Int):
+    """Has `compute` keep `count` positions of at most `size` filters in `rows`, NLC, and writes them as NCL outputs.
+
+    There must be `simd_width_of[dtype]()` rows more than positions.
+    """
+
+    @__parameter
+    @always_inline
+    def keep[width: Int](_n: Int, position: Int, column: Int, value: SIMD[dtype, width]):
+        rows.unsafe_offset((position - first) * size + column - filter).unsafe_store(value)
+
+    compute[keep]()
+    turn_out[write](rows, size, n, first, count, filter, filters)
+
+
+@always_inline
 def turn_out[
     dtype: DType, //, write: Write[dtype]
 ](rows: Memory[dtype], row_size: Int, n: Int, first: Int, count: Int, filter: Int, filters: Int):

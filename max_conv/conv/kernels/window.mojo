@@ -19,25 +19,25 @@ struct Window(ImplicitlyCopyable, TrivialRegisterPassable):
     var first: Int  # padded position of the first row
     var count: Int
     var rows: Int
-    var gathered: Bool
+    var by_tap: Bool
 
     @always_inline
     @staticmethod
     def of(g: Geometry, first_output: Int, count: Int) -> Self:
         var span = (count - 1) * g.stride + (g.kernel - 1) * g.dilation + 1
-        var gathered = span > g.kernel * count
+        var by_tap = span > g.kernel * count
         return Self(
             first_output * g.stride - g.pad_left,
             count,
-            g.kernel * count if gathered else span,
-            gathered,
+            g.kernel * count if by_tap else span,
+            by_tap,
         )
 
     @staticmethod
     def neighbours(g: Geometry, first_output: Int, count: Int) -> Self:
         """Returns rows in which neighbouring outputs are always neighbours: tap by tap unless the stride is 1."""
         var window = Self.of(g, first_output, count)
-        if g.stride > 1 and not window.gathered:
+        if g.stride > 1 and not window.by_tap:
             return Self(window.first, count, g.kernel * count, True)
         return window
 
@@ -50,17 +50,17 @@ struct Window(ImplicitlyCopyable, TrivialRegisterPassable):
     @always_inline
     def row_step(self, g: Geometry) -> Int:
         """Rows between neighbouring outputs."""
-        return 1 if self.gathered else g.stride
+        return 1 if self.by_tap else g.stride
 
     @always_inline
     def tap_step(self, g: Geometry) -> Int:
         """Rows between neighbouring taps."""
-        return self.count if self.gathered else g.dilation
+        return self.count if self.by_tap else g.dilation
 
     @always_inline
     def source(self, g: Geometry, r: Int) -> Int:
         """Returns the input row behind window row `r`, or -1 where it is zero."""
-        if self.gathered:
+        if self.by_tap:
             return g.source(self.first + (r % self.count) * g.stride + (r // self.count) * g.dilation)
         return g.source(self.first + r)
 
@@ -74,7 +74,7 @@ struct Window(ImplicitlyCopyable, TrivialRegisterPassable):
     ](self, g: Geometry, x: Memory[dtype], channels: Int, target: Memory[to], row_size: Int):
         """Copies `channels` channels of every row, from NLC data that starts at `x`, with zeros up to `row_size`."""
         comptime width = simd_width_of[to]()
-        var whole = channels - channels % width
+        var in_vectors = channels - channels % width
         for r in range(self.rows):
             var source = self.source(g, r)
             var row = target.unsafe_offset(r * row_size)
@@ -83,9 +83,9 @@ struct Window(ImplicitlyCopyable, TrivialRegisterPassable):
                     row[unsafe_offset=c] = 0
                 continue
             var data = x.unsafe_offset(source * g.channels)
-            for c in range(0, whole, width):
+            for c in range(0, in_vectors, width):
                 row.unsafe_offset(c).unsafe_store(data.unsafe_offset(c).unsafe_load[width=width]().cast[to]())
-            for c in range(whole, row_size):
+            for c in range(in_vectors, row_size):
                 row[unsafe_offset=c] = data[unsafe_offset=c].cast[to]() if c < channels else 0
 
     def turn[

@@ -9,11 +9,11 @@ Filters stand in panels, (panels, taps * channels, 32), those of the spectrum as
 from std.math import ceildiv, sqrt
 from std.sys.info import simd_width_of
 
-from max.algorithm import sync_parallelize
-
-from .dense import VECTORS, accumulate, tile_rows
-from .lanes import PACK, Memory, Queue, Scratch, load, spread, store, workers
-from .lstm import GATES, Lstm, Sequence, lstm_cpu, sigmoid
+from ..dense import VECTORS, Taps, accumulate, tile_rows
+from ..lanes import PACK, Memory, Scratch, load, store
+from ..recurrent.lstm import GATES, Lstm, Sequence, lstm_cpu, sigmoid
+from ..tasks import Queue, together, workers
+from ..window import Rows
 
 comptime F32 = DType.float32
 comptime WIDTH = simd_width_of[F32]()
@@ -102,7 +102,7 @@ struct Network(Copyable):
             channels = layer.filters
         return count
 
-    def sound(self, n: Int, to: Memory[F32]):
+    def write_sound(self, n: Int, to: Memory[F32]):
         """Copies chunk `n` behind the samples before it, and mirrors its end."""
         var chunk = self.chunks.unsafe_offset(n * self.hop)
         var before = chunk.unsafe_offset(-self.before)
@@ -117,7 +117,7 @@ struct Network(Copyable):
             to[unsafe_offset=end + i] = to[unsafe_offset=end - 2 - i]
 
 
-struct Room(Movable):
+struct Workspace(Movable):
     """What a thread needs to take chunks through the layers: a chunk's sound, and the input of every layer."""
 
     var sound: Memory[F32]
@@ -247,7 +247,7 @@ def tile[rows: Int, relu: Bool](p: Product, row: Int, panel: Int):
             sum[i * PANEL_VECTORS + j] = bias
     var x = p.x.unsafe_offset(row * p.x_step)
     var w = p.w.unsafe_offset(panel * p.panel_size)
-    accumulate[rows, PANEL_VECTORS, False](sum, x, 0, p.x_step, w, 0, PACK, 1, p.terms, WIDTH)
+    accumulate[rows, PANEL_VECTORS, False](sum, Rows(x, p.x_step, 0), Taps(w, 0, PACK), 1, p.terms, WIDTH)
     comptime for i in range(rows):
         comptime for j in range(PANEL_VECTORS):
             var value = sum[i * PANEL_VECTORS + j]
@@ -299,12 +299,12 @@ def convolve[relu: Bool](layer: Layer, x: Frames, y: Frames, chunks: Int):
         multiply[relu](p)
 
 
-def features(net: Network, room: Room, first: Int, end: Int, gates: Memory[F32]):
+def features(net: Network, room: Workspace, first: Int, end: Int, gates: Memory[F32]):
     """Takes the chunks from `first` to `end` through all layers; `gates` is (chunks, 4 * units)."""
     ref frames = room.frames
     var window = net.layers[0].taps
     for n in range(end - first):
-        net.sound(first + n, room.sound)
+        net.write_sound(first + n, room.sound)
         for position in range(frames[0].positions):
             fold(room.sound.unsafe_offset(position * net.layers[0].stride), window, frames[0].at(n, position))
     spectrum(net.layers[0], frames[0], frames[1], end - first)
@@ -314,6 +314,15 @@ def features(net: Network, room: Room, first: Int, end: Int, gates: Memory[F32])
     var size = net.layers[last].filters
     var to = Frames(gates.unsafe_offset(first * size), 1, 0, size)
     convolve[False](net.layers[last], frames[last], to, end - first)
+
+
+def speech(hidden: Memory[F32], head: Memory[F32], units: Int) -> Float32:
+    """Returns the probability of speech in a chunk, which the last layer makes of the hidden state."""
+    var sum = SIMD[F32, WIDTH](0)
+    for unit in range(0, units, WIDTH):
+        var value = rectified(load[F32, WIDTH, True](hidden.unsafe_offset(unit), units - unit))
+        sum = value.fma(load[F32, WIDTH, True](head.unsafe_offset(unit), units - unit), sum)
+    return sigmoid(sum.reduce_add() + head[unsafe_offset=units])
 
 
 def silero_vad(net: Network, var s: Lstm[F32], head: Memory[F32], probability: Memory[F32], last_state: Memory[F32]):
@@ -337,12 +346,12 @@ def silero_vad(net: Network, var s: Lstm[F32], head: Memory[F32], probability: M
     var share = min(max(ceildiv(chunks, threads), 1), ROWS)
     var tasks = Queue(ceildiv(chunks, share))
 
-    def some(room: Room, i: Int) {imm}:
+    def take_through(room: Workspace, i: Int) {imm}:
         features(net, room, i * share, min((i + 1) * share, chunks), s.x)
         tasks.finish(i)
 
     def work(thread: Int) {imm}:
-        var room = Room(net, share)
+        var room = Workspace(net, share)
         if thread == 0 and s.batch == 1:
             # The LSTM of one signal follows close behind: it helps with the chunks that it waits for.
             var sequence = Sequence[F32, 1](s, 1)
@@ -350,28 +359,21 @@ def silero_vad(net: Network, var s: Lstm[F32], head: Memory[F32], probability: M
                 while not tasks.finished(i):
                     var next = tasks.take()
                     if next < tasks.count:
-                        some(room, next)
+                        take_through(room, next)
                 sequence.advance(0, i * share, min((i + 1) * share, chunks))
             sequence.finish()
         while True:
             var next = tasks.take()
             if next >= tasks.count:
                 break
-            some(room, next)
+            take_through(room, next)
         _ = room^
 
-    if threads == 1:
-        work(0)
-    else:
-        sync_parallelize(work, threads)
+    together(work, threads)
     if s.batch > 1:
         lstm_cpu(s)
     for i in range(chunks):
-        var sum = SIMD[F32, WIDTH](0)
-        for unit in range(0, s.units, WIDTH):
-            var hidden = load[F32, WIDTH, True](s.output.unsafe_offset(i * s.units + unit), s.units - unit)
-            sum = rectified(hidden).fma(load[F32, WIDTH, True](head.unsafe_offset(unit), s.units - unit), sum)
-        probability[unsafe_offset=i] = sigmoid(sum.reduce_add() + head[unsafe_offset=s.units])
+        probability[unsafe_offset=i] = speech(s.output.unsafe_offset(i * s.units), head, s.units)
     for n in range(s.batch):
         var end = net.chunks.unsafe_offset((n + 1) * s.steps * net.hop - net.before)
         var to = last_state.unsafe_offset(n * net.state_size)

@@ -15,15 +15,16 @@ from std.utils.numerics import isnan
 from max.gpu import barrier, block_dim, block_idx, thread_idx
 from max.gpu.host import DeviceContext
 
-from .lanes import BLOCK, Memory, load, rounds, spread, store, workers
+from ..lanes import SUM_TERMS, Memory, load, store
+from ..tasks import rounds, spread, workers
 
 comptime GATES = 4
 comptime ITEMS = 4
 """Batch items that go through the weights together: a step is bound by reading them."""
 comptime THREADS = 1024
-comptime LONG = 16
+comptime LONG_STEPS = 16
 """Steps from which it pays to lay the weights out anew."""
-comptime NEAR = 1 << 20
+comptime NEAR_BYTES = 1 << 20
 """Bytes of weights that a core keeps near."""
 
 
@@ -114,9 +115,9 @@ def tile[
     var h = states.unsafe_offset(t % 2 * size)
     var wu = w.at(unit)
     var total = Array[SIMD[dtype, width], items * GATES * vectors](fill=SIMD[dtype, width](0))
-    for first in range(0, s.units, BLOCK):
+    for first in range(0, s.units, SUM_TERMS):
         var sum = Array[SIMD[dtype, width], items * GATES * vectors](fill=SIMD[dtype, width](0))
-        for k in range(first, min(first + BLOCK, s.units)):
+        for k in range(first, min(first + SUM_TERMS, s.units)):
             var wk = wu.unsafe_offset(k * w.row)
             comptime for v in range(GATES * vectors):
                 comptime gate = v // vectors
@@ -165,21 +166,21 @@ struct Sequence[dtype: DType, items: Int](Movable):
         """Copies the state, and lays out the weights of a long sequence."""
         comptime lanes = lanes_of[Self.dtype, Self.items]()
         var size = s.batch * s.units
-        var whole = s.units // lanes if s.steps >= LONG else 0
+        var full = s.units // lanes if s.steps >= LONG_STEPS else 0
         self.s = s
-        self.scratch = {unsafe_uninit_length = 3 * size + s.units * GATES * whole * lanes}
+        self.scratch = {unsafe_uninit_length = 3 * size + s.units * GATES * full * lanes}
         self.states = self.scratch.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
         for i in range(size):
             self.states[unsafe_offset=i] = s.hidden[unsafe_offset=i]
             self.states[unsafe_offset=2 * size + i] = s.cell[unsafe_offset=i]
         self.w = Tiles(s.w, 1, GATES * s.units, s.units)
-        if whole > 0:
+        if full > 0:
             self.w = Tiles(self.states.unsafe_offset(3 * size), GATES * s.units, GATES * lanes, lanes)
 
             def lay(i: Int) {imm}:
                 self.lay_out(i * lanes)
 
-            spread(lay, whole, threads)
+            spread(lay, full, threads)
 
     def lay_out(self, unit: Int):
         """Lays out the weights of the tile of units from `unit` on, row by row, gate by gate."""
@@ -195,13 +196,13 @@ struct Sequence[dtype: DType, items: Int](Movable):
     def step(self, t: Int, first: Int, end: Int, begin: Int, stop: Int):
         """Takes the units from `first` to `end` through step `t`, of the batch items from `begin` to `stop`."""
         comptime width = simd_width_of[Self.dtype]()
-        comptime whole = lanes_of[Self.dtype, Self.items]()
+        comptime full = lanes_of[Self.dtype, Self.items]()
         var plain = Tiles(self.s.w, 1, GATES * self.s.units, self.s.units)
         var unit = first
-        while unit + whole <= end:
+        while unit + full <= end:
             for n in range(begin, stop, Self.items):
-                tile[Self.items, whole // width, False](self.s, self.w, n, stop - n, t, unit, self.states)
-            unit += whole
+                tile[Self.items, full // width, False](self.s, self.w, n, stop - n, t, unit, self.states)
+            unit += full
         while unit < end:
             for n in range(begin, stop, Self.items):
                 tile[Self.items, 1, True](self.s, plain, n, stop - n, t, unit, self.states)
@@ -225,14 +226,14 @@ def compute[dtype: DType, //, items: Int](s: Lstm[dtype], threads: Int):
     """Computes a sequence: threads share the batch items, or the units of every step."""
     comptime lanes = lanes_of[dtype, items]()
     var sequence = Sequence[dtype, items](s, threads)
-    if threads > 1 and s.units * s.units * GATES * size_of[Scalar[dtype]]() > NEAR:
+    if threads > 1 and s.units * s.units * GATES * size_of[Scalar[dtype]]() > NEAR_BYTES:
         var share = ceildiv(s.units // lanes, threads) * lanes
 
         def some_units(t: Int, i: Int) {imm}:
             var end = s.units if i == threads - 1 else min((i + 1) * share, s.units)
             sequence.step(t, min(i * share, end), end, 0, s.batch)
 
-        rounds(some_units, s.steps, threads, threads)
+        rounds(some_units, s.steps, threads, threads, threads)
     else:
 
         def some_items(i: Int) {imm}:
@@ -270,9 +271,9 @@ def lstm_gpu[dtype: DType](s: Lstm[dtype], ctx: DeviceContext) raises:
             var output = s.outputs(n, t)
             for unit in range(first, s.units, threads):
                 var gate = SIMD[dtype, GATES](0)
-                for block in range(0, s.units, BLOCK):
+                for block in range(0, s.units, SUM_TERMS):
                     var sum = SIMD[dtype, GATES](0)
-                    for k in range(block, min(block + BLOCK, s.units)):
+                    for k in range(block, min(block + SUM_TERMS, s.units)):
                         var w = s.w.unsafe_offset(k * GATES * s.units + unit)
                         comptime for q in range(GATES):
                             sum[q] = h[unsafe_offset=k].fma(w[unsafe_offset=q * s.units], sum[q])

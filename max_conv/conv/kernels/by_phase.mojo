@@ -1,0 +1,257 @@
+"""Transposed convolution on the CPU: a kernel computes the convolution of all phases, and what it writes is placed."""
+
+from std.math import ceildiv
+from std.utils.numerics import isfinite, isnan
+
+from .careful import calm_filter, restored
+from .dispatch import convolve
+from .geometry import Geometry
+from .lanes import PACK, SUM_TERMS, FilterSteps, Memory, Operands, Panels, Scratch, Write, accumulator, put
+from .points import Plan
+from .transposed import LANES, Columns, Transposed
+
+
+struct Places[dtype: DType, lanes: Int](Movable):
+    """Where the columns of the convolution go, and their biases.
+
+    The table has three numbers for each `lanes` columns: the place of the first output, the filter, how many filters
+    there are from it on.
+    """
+
+    var table: List[Int]
+    var bias: Scratch[Self.dtype]
+
+    def __init__(out self, columns: Columns, count: Int, o: Operands[Self.dtype]):
+        var t = columns.t
+        var start = t.first() * t.stride - t.pad_left
+        self.table = List[Int](capacity=3 * (count // Self.lanes))
+        self.bias = Scratch[Self.dtype](count if o.has_bias else 0)
+        var biases = self.bias.data()
+        for column in range(0, count, Self.lanes):
+            var in_phase = column % columns.room
+            var filter = columns.group(column) * t.group_filters() + in_phase
+            var filters = t.group_filters() - in_phase
+            self.table.append(start + columns.phase(column) * t.dilation)
+            self.table.append(filter)
+            self.table.append(filters)
+            if o.has_bias:
+                for i in range(Self.lanes):
+                    biases[unsafe_offset=column + i] = o.bias[unsafe_offset=filter + i] if i < filters else 0
+
+    def rows(mut self) -> Pointer[Int, MutUntrackedOrigin]:
+        """Returns the table. The caller keeps the places alive as long as it is used."""
+        return self.table.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+
+
+@no_inline
+def direct_sum[
+    dtype: DType, depthwise: Bool, //, kernel: StaticString, nlc: Bool, packed: Bool
+](
+    columns: Columns[depthwise],
+    g: Geometry,
+    o: Operands[dtype],
+    n: Int,
+    position: Int,
+    column: Int,
+    value: Scalar[dtype],
+) -> Scalar[dtype]:
+    """Returns an output of the convolution `g` of all phases from the input and the taps that are there.
+
+    Args:
+        columns: The convolution's filters.
+        g: The convolution.
+        o: The convolution's operands.
+        n: The batch item.
+        position: Its output.
+        column: Its filter.
+        value: What the kernel made of it, which is right where every row and every tap is there.
+    """
+    comptime acc = accumulator[dtype]
+    var channels = g.group_channels()
+    var t = columns.t
+    var group = columns.group(column)
+    var phase = columns.phase(column)
+    var first = position - g.pad_left
+    var last = first + (g.kernel - 1) * g.dilation
+    # The first tap of the convolution is the last one of its phase.
+    var lacks = phase + (g.kernel - 1) * t.step() >= t.kernel
+    if first >= 0 and last < g.length and not lacks:
+        return value
+    var plan = Plan(g)
+    var total = o.bias[unsafe_offset=column].cast[acc]() if o.has_bias else Scalar[acc](0)
+    for tap in range(Int(lacks), g.kernel):
+        var row = first + tap * g.dilation
+        if row < 0 or row >= g.length:
+            continue
+        var sum = Scalar[acc](0)
+        for c in range(channels):
+            var channel = group * channels + c
+            var at = (n * g.length + row) * g.channels + channel
+            comptime if not nlc:
+                at = (n * g.channels + channel) * g.length + row
+            var w = filter_value[kernel, packed](g, plan, o.w, group, tap, c, column).cast[acc]()
+            sum = o.x[unsafe_offset=at].cast[acc]().fma(w, sum)
+            if c % SUM_TERMS == SUM_TERMS - 1:
+                total += sum
+                sum = 0
+        total += sum
+        if isnan(total):  # it stays so; data without end that is NaN does not take without end
+            break
+    return total.cast[dtype]()
+
+
+def filter_value[
+    dtype: DType, //, kernel: StaticString, packed: Bool
+](g: Geometry, plan: Plan, w: Memory[dtype], group: Int, tap: Int, c: Int, column: Int) -> Scalar[dtype]:
+    """Returns one value of the filter of a convolution, SCF or packed for a kernel."""
+    var channels = g.group_channels()
+    comptime if not packed:
+        return w[unsafe_offset=(tap * channels + c) * g.filters + column]
+    var f = column - group * g.group_filters()
+    comptime if kernel == "winograd":
+        var panel = Panels[dtype].packed(g, group, w, plan.products() * channels).at(f)
+        for part in range(len(plan.sizes)):
+            for j in range(plan.sizes[part]):
+                if plan.first[part] + j * plan.step == tap:
+                    return restored(g, plan, panel, PACK, not calm_filter(plan, panel, channels, PACK), part, j, c)
+        return 0
+    elif kernel == "paired":
+        var row = ceildiv(channels, 2) * 2
+        var panel = Panels[dtype].packed(g, group, w, g.kernel * row).at(f // PACK * PACK)
+        return panel[unsafe_offset=(tap * row + c // 2 * 2) * PACK + f % PACK * 2 + c % 2]
+    else:
+        return Panels[dtype].packed(g, group, w, g.kernel * channels).at(f)[unsafe_offset=(tap * channels + c) * PACK]
+
+
+@fieldwise_init
+struct Outputs[dtype: DType, kernel: StaticString, nlc: Bool, packed: Bool, fills_vectors: Bool, lanes: Int](
+    ImplicitlyCopyable, TrivialRegisterPassable
+):
+    """Where what a kernel computes of the convolution goes."""
+
+    comptime depthwise = Self.kernel == "depthwise"
+    var columns: Columns[Self.depthwise]
+    var g: Geometry
+    """The convolution."""
+    var o: Operands[Self.dtype]
+    """What the kernel reads."""
+    var rows: Pointer[Int, MutUntrackedOrigin]
+    """`Places.rows`."""
+    var first_inside: Int
+    """Outputs from here to `end_inside` have all their rows; where a phase lacks a tap there are none."""
+    var end_inside: Int
+
+    @no_inline
+    def seen[
+        width: Int
+    ](self, n: Int, position: Int, column: Int, values: SIMD[Self.dtype, width]) -> SIMD[Self.dtype, width]:
+        """Returns outputs of which one is not finite, each from what it sees alone.
+
+        The kernel has also multiplied rows beside the input, and zeros in place of the taps that a phase lacks.
+        """
+        var result = values
+        for i in range(width):
+            if not isfinite(values[i]):
+                var row = position if Self.nlc else position + i
+                var at = column + i if Self.nlc else column
+                result[i] = direct_sum[Self.kernel, Self.nlc, Self.packed](
+                    self.columns, self.g, self.o, n, row, at, result[i]
+                )
+        return result
+
+    @always_inline
+    def scatter[
+        width: Int, //, write: Write[Self.dtype]
+    ](self, n: Int, output: Int, filter: Int, value: SIMD[Self.dtype, width]):
+        """Writes outputs that stand a stride apart, as far as they are there."""
+        var t = self.columns.t
+        if output >= 0 and output + (width - 1) * t.stride < t.out_length:
+            comptime for i in range(width):
+                write[1](n, output + i * t.stride, filter, value[i])
+        else:
+            for i in range(width):
+                if output + i * t.stride >= 0 and output + i * t.stride < t.out_length:
+                    write[1](n, output + i * t.stride, filter, value[i])
+
+    @no_inline
+    def scatter_called[
+        width: Int, //, write: Write[Self.dtype]
+    ](self, n: Int, output: Int, filter: Int, value: SIMD[Self.dtype, width]):
+        """The same for `lengthwise`, which calls it from many places: inlined, a layer compiled in 3.3 s, not 2.1."""
+        self.scatter[write](n, output, filter, value)
+
+    @always_inline
+    def place[
+        width: Int, //, write: Write[Self.dtype]
+    ](self, n: Int, position: Int, column: Int, made: SIMD[Self.dtype, width]):
+        """Writes outputs of neighbouring columns in NLC data, and of neighbouring positions in NCL data."""
+        var t = self.columns.t
+        var value = made
+        comptime span = 1 if Self.nlc else width
+        if position < self.first_inside or position + span > self.end_inside:
+            if not isfinite(made).reduce_and():
+                value = self.seen(n, position, column, made)
+        var unit = self.rows.unsafe_offset(column // Self.lanes * 3)
+        var output = position * t.stride + unit[unsafe_offset=0]
+        var filter = unit[unsafe_offset=1] + column % Self.lanes
+        comptime if Self.nlc:
+            if output >= 0 and output < t.out_length:
+                comptime if Self.fills_vectors or Self.depthwise:
+                    write[width](n, output, filter, value)
+                else:
+                    put[write, True](n, output, filter, value, unit[unsafe_offset=2] - column % Self.lanes)
+        else:
+            if column % Self.lanes < unit[unsafe_offset=2]:
+                comptime if Self.kernel == "lengthwise":
+                    self.scatter_called[write](n, output, filter, value)
+                else:
+                    self.scatter[write](n, output, filter, value)
+
+
+def conv_transpose1d[
+    dtype: DType,
+    //,
+    write: Write[dtype],
+    kernel: StaticString,
+    least: Int,
+    fills_panels: Bool,
+    fills_vectors: Bool,
+    nlc: Bool,
+    filter_layout: StaticString,
+](t: Transposed, steps: FilterSteps, group_step: Int, o: Operands[dtype]) raises:
+    """Computes a transposed convolution of NLC or NCL data on the CPU.
+
+    The filter is "packed" for the kernel, "phased" (what `Transposed.scf` makes), or as `steps` and `group_step` say.
+    `fills_vectors` says that the filters of a group are a multiple of `LANES`, `fills_panels` that those of all phases
+    are a multiple of 32.
+    """
+    comptime packed = filter_layout == "packed"
+    comptime depthwise = kernel == "depthwise"
+    # These two read filters one by one.
+    comptime lanes = 1 if depthwise or kernel == "lengthwise" else LANES
+    var g = t.convolution(lanes)
+    var columns = Columns[depthwise](t, g.filters // (t.groups * t.phases()))
+    var places = Places[dtype, lanes](columns, g.filters, o)
+    comptime made = packed or filter_layout == "phased"
+    var copy = Scratch[dtype](0 if made else g.kernel * t.group_channels() * g.filters)
+    var filter = o.w if made else copy.data()
+    comptime if not made:
+        t.scf[depthwise](o.w, steps, group_step, lanes, filter)
+    var phased = Operands[dtype](o.x, filter, places.bias.data(), o.has_bias)
+    var end_inside = g.length - (g.kernel - 1) * g.dilation + g.pad_left if t.kernel % t.step() == 0 else 0
+    var outputs = Outputs[dtype, kernel, nlc, packed, fills_vectors, lanes](
+        columns, g, phased, places.rows(), g.pad_left, end_inside
+    )
+
+    @__parameter
+    @always_inline
+    def place[width: Int](n: Int, position: Int, column: Int, value: SIMD[dtype, width]):
+        outputs.place[write](n, position, column, value)
+
+    if g.out_length > 0:
+        var scf = FilterSteps(t.group_channels() * g.filters, g.filters, 1)
+        convolve[place, kernel, least, fills_panels, nlc, packed, True](g, scf, phased)
+    t.fill_unreached[write](o)
+    _ = copy^
+    _ = outputs
+    _ = places^

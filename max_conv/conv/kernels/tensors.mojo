@@ -1,0 +1,44 @@
+"""A graph's tensors as the kernels see them: memory, axes, and the store behind which the graph compiler fuses."""
+
+from extensibility import ManagedTensorSlice
+from std.utils.index import IndexList
+
+from .lanes import FilterSteps, Memory
+
+
+@always_inline
+def memory(tensor: ManagedTensorSlice) -> Memory[tensor.dtype]:
+    """Returns where a tensor's values stand. The caller keeps the tensor alive as long as this is used."""
+    return tensor.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+
+
+struct DataAxes[layout: StaticString]:
+    """The axes of NLC or NCL data."""
+
+    comptime nlc = Self.layout == "NLC"
+    comptime length = 1 if Self.nlc else 2
+    comptime channel = 3 - Self.length
+
+    @always_inline
+    @staticmethod
+    def index(n: Int, position: Int, channel: Int) -> IndexList[3]:
+        """Returns where a value stands."""
+        comptime if Self.nlc:
+            return IndexList[3](n, position, channel)
+        else:
+            return IndexList[3](n, channel, position)
+
+
+struct FilterAxes[layout: StaticString]:
+    """The axes of a filter. What `max_conv/packing.py` made of one is read as SCF, where it is read by axes at all."""
+
+    comptime made = Self.layout == "packed" or Self.layout == "phased"
+    comptime tap = 0 if Self.made else Self.layout.find("S")
+    comptime channel = 1 if Self.made else Self.layout.find("C")
+    comptime filter = 2 if Self.made else Self.layout.find("F")
+
+    @staticmethod
+    def steps(shape: IndexList[3]) -> FilterSteps:
+        """Returns how far apart taps, channels and filters stand."""
+        var size = [shape[1] * shape[2], shape[2], 1]
+        return FilterSteps(size[Self.tap], size[Self.channel], size[Self.filter])
