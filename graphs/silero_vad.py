@@ -259,7 +259,7 @@ def _in_layers(config: Config, w: Weights, chunks: TensorValue, state: TensorVal
 
 
 def _in_one(config: Config, w: Weights, chunks: TensorValue, state: TensorValue) -> list[TensorValue]:
-    """Returns the outputs, computed in one operation, which `kernels/silero.mojo` describes."""
+    """Returns the outputs, computed in one operation, which `kernels/models/silero_vad.mojo` describes."""
     layers = _layers(config)
     rows = []
     for emitted in layers:
@@ -304,7 +304,7 @@ def _panels(spectrum: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
     """Returns the layers' filters in panels of 32, each layer's bias behind them, all in a row.
 
     A panel of the spectrum holds 16 frequencies up to a quarter of the rate: half of the cosines, a row of zeros, and
-    half of the sines; `kernels/silero.mojo` makes the rest of them.
+    half of the sines; `kernels/models/silero_vad.mojo` makes the rest of them.
 
     Raises:
         ValueError: If the spectrum's filters are no waves, where those that the graph was built for were.
