@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -51,7 +53,8 @@ def _machine_facts() -> dict[str, Any]:
 
         accelerators = [accelerator_architecture_name()] * accelerator_count() if accelerator_count() else []
     compiled = library_path()
-    files = [path.stat().st_size for path in cache_dir().rglob("*") if path.is_file()]
+    files = _sizes(cache_dir())
+    graphs = _sizes(cache_dir() / "graphs")
     return {
         "max_conv": version("max-conv"),
         "max": version("max"),
@@ -60,8 +63,31 @@ def _machine_facts() -> dict[str, Any]:
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
         "accelerators": ", ".join(accelerators) or "none",
         "kernels": str(compiled) if compiled.is_file() else "not compiled yet",
+        "graphs": f"{len(graphs)} compiled, {sum(graphs) / 1e6:.1f} MB",
         "cache": f"{cache_dir()} ({len(files)} files, {sum(files) / 1e6:.1f} MB)",
     }
+
+
+def _sizes(folder: Path) -> list[int]:
+    """Returns the bytes of every file in a folder."""
+    return [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+
+
+@main.group()
+def cache() -> None:
+    """Manages what this machine has compiled."""
+
+
+@cache.command()
+def clear() -> None:
+    """Removes compiled graphs and kernels; downloaded files stay. What is needed again is compiled again."""
+    from ..cache import cache_dir
+
+    folders = [cache_dir() / name for name in ("graphs", "kernels")]
+    sizes = [size for folder in folders for size in _sizes(folder)]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    click.echo(f"{cache_dir()}: removed {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB")
 
 
 def _network_facts(model: str, as_json: bool) -> dict[str, Any]:

@@ -111,6 +111,17 @@ def test_info() -> None:
     assert "kernels" in good("info")
 
 
+def test_clear_keeps_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_CONV_CACHE", str(tmp_path))
+    for name in ("graphs/a.mef", "kernels/b/c.mojoc", "assets/d/e.wav"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(bytes(500_000))
+    assert json.loads(good("info", "--json"))["graphs"] == "1 compiled, 0.5 MB"
+    assert good("cache", "clear") == f"{tmp_path}: removed 2 files, 1.0 MB\n"
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["e.wav"]
+    assert good("cache", "clear") == f"{tmp_path}: removed 0 files, 0.0 MB\n"
+
+
 REFUSED: dict[str, tuple[list[str], str]] = {
     "no audio": (["run", "speech", "gone.wav", "--model", "silero"], r"gone\.wav"),
     "no labels": (["run", "speech", "noise.flac", "--labels", "gone.rttm", "--model", "silero"], r"gone\.rttm"),
