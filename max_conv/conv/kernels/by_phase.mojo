@@ -123,91 +123,6 @@ def filter_value[
         return Panels[dtype].packed(g, group, w, g.kernel * channels).at(f)[unsafe_offset=(tap * channels + c) * PACK]
 
 
-@fieldwise_init
-struct Outputs[dtype: DType, kernel: StaticString, nlc: Bool, packed: Bool, fills_vectors: Bool, lanes: Int](
-    ImplicitlyCopyable, TrivialRegisterPassable
-):
-    """Where what a kernel computes of the convolution goes."""
-
-    comptime depthwise = Self.kernel == "depthwise"
-    var columns: Columns[Self.depthwise]
-    var g: Geometry
-    """The convolution."""
-    var o: Operands[Self.dtype]
-    """What the kernel reads."""
-    var rows: Pointer[Int, MutUntrackedOrigin]
-    """`Places.rows`."""
-    var first_inside: Int
-    """Outputs from here to `end_inside` have all their rows; where a phase lacks a tap there are none."""
-    var end_inside: Int
-
-    @no_inline
-    def seen[
-        width: Int
-    ](self, n: Int, position: Int, column: Int, values: SIMD[Self.dtype, width]) -> SIMD[Self.dtype, width]:
-        """Returns outputs of which one is not finite, each from what it sees alone.
-
-        The kernel has also multiplied rows beside the input, and zeros in place of the taps that a phase lacks.
-        """
-        var result = values
-        for i in range(width):
-            if not isfinite(values[i]):
-                var row = position if Self.nlc else position + i
-                var at = column + i if Self.nlc else column
-                result[i] = direct_sum[Self.kernel, Self.nlc, Self.packed](
-                    self.columns, self.g, self.o, n, row, at, result[i]
-                )
-        return result
-
-    @always_inline
-    def scatter[
-        width: Int, //, write: Write[Self.dtype]
-    ](self, n: Int, output: Int, filter: Int, value: SIMD[Self.dtype, width]):
-        """Writes outputs that stand a stride apart, as far as they are there."""
-        var t = self.columns.t
-        if output >= 0 and output + (width - 1) * t.stride < t.out_length:
-            comptime for i in range(width):
-                write[1](n, output + i * t.stride, filter, value[i])
-        else:
-            for i in range(width):
-                if output + i * t.stride >= 0 and output + i * t.stride < t.out_length:
-                    write[1](n, output + i * t.stride, filter, value[i])
-
-    @no_inline
-    def scatter_called[
-        width: Int, //, write: Write[Self.dtype]
-    ](self, n: Int, output: Int, filter: Int, value: SIMD[Self.dtype, width]):
-        """The same for `lengthwise`, which calls it from many places: inlined, a layer compiled in 3.3 s, not 2.1."""
-        self.scatter[write](n, output, filter, value)
-
-    @always_inline
-    def place[
-        width: Int, //, write: Write[Self.dtype]
-    ](self, n: Int, position: Int, column: Int, made: SIMD[Self.dtype, width]):
-        """Writes outputs of neighbouring columns in NLC data, and of neighbouring positions in NCL data."""
-        var t = self.columns.t
-        var value = made
-        comptime span = 1 if Self.nlc else width
-        if position < self.first_inside or position + span > self.end_inside:
-            if not isfinite(made).reduce_and():
-                value = self.seen(n, position, column, made)
-        var unit = self.rows.unsafe_offset(column // Self.lanes * 3)
-        var output = position * t.stride + unit[unsafe_offset=0]
-        var filter = unit[unsafe_offset=1] + column % Self.lanes
-        comptime if Self.nlc:
-            if output >= 0 and output < t.out_length:
-                comptime if Self.fills_vectors or Self.depthwise:
-                    write[width](n, output, filter, value)
-                else:
-                    put[write, True](n, output, filter, value, unit[unsafe_offset=2] - column % Self.lanes)
-        else:
-            if column % Self.lanes < unit[unsafe_offset=2]:
-                comptime if Self.kernel == "lengthwise":
-                    self.scatter_called[write](n, output, filter, value)
-                else:
-                    self.scatter[write](n, output, filter, value)
-
-
 def conv_transpose1d[
     dtype: DType,
     //,
@@ -230,28 +145,89 @@ def conv_transpose1d[
     # These two read filters one by one.
     comptime lanes = 1 if depthwise or kernel == "lengthwise" else LANES
     var g = t.convolution(lanes)
-    var columns = Columns[depthwise](t, g.filters // (t.groups * t.phases()))
+    var phases = t.phases()
+    var columns = Columns[depthwise](t, phases, g.filters // (t.groups * phases))
     var places = Places[dtype, lanes](columns, g.filters, o)
+    var rows = places.rows()
     comptime made = packed or filter_layout == "phased"
     var copy = Scratch[dtype](0 if made else g.kernel * t.group_channels() * g.filters)
     var filter = o.w if made else copy.data()
     comptime if not made:
         t.scf[depthwise](o.w, steps, group_step, lanes, filter)
     var phased = Operands[dtype](o.x, filter, places.bias.data(), o.has_bias)
+
+    # Outputs between these have all their rows; where a phase lacks a tap there are none.
+    var first_inside = g.pad_left
     var end_inside = g.length - (g.kernel - 1) * g.dilation + g.pad_left if t.kernel % t.step() == 0 else 0
-    var outputs = Outputs[dtype, kernel, nlc, packed, fills_vectors, lanes](
-        columns, g, phased, places.rows(), g.pad_left, end_inside
-    )
+
+    @__parameter
+    @no_inline
+    def seen[width: Int](n: Int, position: Int, column: Int, values: SIMD[dtype, width]) -> SIMD[dtype, width]:
+        """Returns outputs of which one is not finite, each from what it sees alone.
+
+        The kernel has also multiplied rows beside the input, and zeros in place of the taps that a phase lacks.
+        """
+        var result = values
+        for i in range(width):
+            if not isfinite(values[i]):
+                comptime if nlc:
+                    result[i] = direct_sum[kernel, nlc, packed](columns, g, phased, n, position, column + i, result[i])
+                else:
+                    result[i] = direct_sum[kernel, nlc, packed](columns, g, phased, n, position + i, column, result[i])
+        return result
 
     @__parameter
     @always_inline
-    def place[width: Int](n: Int, position: Int, column: Int, value: SIMD[dtype, width]):
-        outputs.place[write](n, position, column, value)
+    def scatter[width: Int](n: Int, output: Int, filter: Int, value: SIMD[dtype, width]):
+        """Writes outputs that stand a stride apart, as far as they are there."""
+        if output >= 0 and output + (width - 1) * t.stride < t.out_length:
+            comptime for i in range(width):
+                write[1](n, output + i * t.stride, filter, value[i])
+        else:
+            for i in range(width):
+                if output + i * t.stride >= 0 and output + i * t.stride < t.out_length:
+                    write[1](n, output + i * t.stride, filter, value[i])
+
+    @__parameter
+    @no_inline
+    def scatter_called[width: Int](n: Int, output: Int, filter: Int, value: SIMD[dtype, width]):
+        """The same for `lengthwise`, which calls it from many places: inlined, a layer compiled in 3.3 s, not 2.1."""
+        scatter(n, output, filter, value)
+
+    @__parameter
+    @always_inline
+    def place[width: Int](n: Int, position: Int, column: Int, made: SIMD[dtype, width]):
+        """Writes outputs of neighbouring columns in NLC data, and of neighbouring positions in NCL data."""
+        var value = made
+        comptime span = 1 if nlc else width
+        if position < first_inside or position + span > end_inside:
+            if not isfinite(made).reduce_and():
+                value = seen(n, position, column, made)
+        var unit = rows.unsafe_offset(column // lanes * 3)
+        var output = position * t.stride + unit[unsafe_offset=0]
+        var filter = unit[unsafe_offset=1] + column % lanes
+        comptime if nlc:
+            if output >= 0 and output < t.out_length:
+                comptime if fills_vectors or depthwise:
+                    write[width](n, output, filter, value)
+                else:
+                    put[write, True](n, output, filter, value, unit[unsafe_offset=2] - column % lanes)
+        else:
+            if column % lanes < unit[unsafe_offset=2]:
+                comptime if kernel == "lengthwise":
+                    scatter_called(n, output, filter, value)
+                else:
+                    scatter(n, output, filter, value)
 
     if g.out_length > 0:
         var scf = FilterSteps(t.group_channels() * g.filters, g.filters, 1)
         convolve[place, kernel, least, fills_panels, nlc, packed, True](g, scf, phased)
     t.fill_unreached[write](o)
     _ = copy^
-    _ = outputs
+    _ = g
+    _ = columns
+    _ = first_inside
+    _ = end_inside
+    _ = phased
+    _ = rows
     _ = places^

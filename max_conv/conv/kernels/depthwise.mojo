@@ -86,29 +86,30 @@ def column[
             done += SHORT_ROWS
 
 
-def block[dtype: DType, //, write: Write[dtype], nlc: Bool](g: Geometry, o: Operands[dtype], part: Part):
-    """Computes a part, whose filters are channels, and the other filters of these channels."""
+def block[
+    dtype: DType, //, write: Write[dtype], nlc: Bool
+](g: Geometry, o: Operands[dtype], n: Int, first: Int, count: Int, channel: Int, channels: Int):
+    """Computes `count` positions from `first` on, of `channels` channels from `channel` on."""
     comptime acc = accumulator[dtype]
     comptime width = simd_width_of[acc]()
-    var channels = part.lanes()
-    # Tiles may run past the part: the rows that they read must exist all the same.
-    var count = part.count + ROWS
-    var window = Window.neighbours(g, part.first, count) if nlc else Window.span(g, part.first, count)
+    # Tiles may run past `count`: the rows that they read must exist all the same.
+    var window = Window.neighbours(g, first, count + ROWS) if nlc else Window.span(g, first, count + ROWS)
     var scratch = Scratch[acc](window.rows * ceildiv(channels, width) * width)
     var rows = scratch.data()
     comptime if nlc:
-        fill(window, g, o.x.unsafe_offset(part.n * g.length * g.channels + part.filter), channels, rows)
-    var room = Scratch[dtype](0 if nlc else (count + ROWS) * width)
+        fill(window, g, o.x.unsafe_offset(n * g.length * g.channels + channel), channels, rows)
+    var room = Scratch[dtype](0 if nlc else (count + 2 * ROWS) * width)
+    var rows_out = room.data()
     var tap_step = window.tap_step(g) * width
     for c in range(0, channels, width):
         var x = rows.unsafe_offset(c * window.rows)
         var lanes = min(width, channels - c)
         comptime if not nlc:
             comptime assert dtype == acc
-            var lines = o.x.unsafe_offset((part.n * g.channels + part.filter + c) * g.length)
+            var lines = o.x.unsafe_offset((n * g.channels + channel + c) * g.length)
             window.turn(g, lines, lanes, x.unsafe_bitcast[Scalar[dtype]](), width)
-        for f in range(part.filter + c, g.filters, g.channels):
-            var vector = part.by(f, lanes)
+        for f in range(channel + c, g.filters, g.channels):
+            var vector = Part(n, 0, first, count, f, f + lanes)
             comptime if nlc:
                 if lanes == width:
                     column[write, False](g, x, tap_step, o, vector)
@@ -121,7 +122,7 @@ def block[dtype: DType, //, write: Write[dtype], nlc: Bool](g: Geometry, o: Oper
                 def compute[keep: Write[dtype]]():
                     column[keep, True](g, x, tap_step, o, vector)
 
-                turned[write, width, compute](room.data(), part.n, part.first, part.count, f, lanes)
+                turned[write, width, compute](rows_out, n, first, count, f, lanes)
                 _ = vector
         _ = x
     _ = tap_step
@@ -142,6 +143,7 @@ def conv1d_depthwise[dtype: DType, //, write: Write[dtype], nlc: Bool](g: Geomet
     var grid = Grid(g.batch, 1, blocks, columns, positions, g.out_length, channels, g.channels)
 
     def task(i: Int) {imm}:
-        block[write, nlc](g, o, grid.part(i))
+        var part = grid.part(i)
+        block[write, nlc](g, o, part.n, part.first, part.count, part.filter, part.lanes())
 
     spread(task, grid.tasks(), threads)

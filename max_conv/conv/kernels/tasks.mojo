@@ -54,6 +54,18 @@ def together[Work: def(Int) -> None, //](work: Work, threads: Int):
         sync_parallelize(work, threads)
 
 
+@always_inline
+def round_of(i: Int, first_tasks: Int, later_tasks: Int) -> Int:
+    """Returns the round of task i of all rounds."""
+    return 0 if i < first_tasks else 1 + (i - first_tasks) // later_tasks
+
+
+@always_inline
+def before(r: Int, first_tasks: Int, later_tasks: Int) -> Int:
+    """Returns how many tasks stand before a round."""
+    return 0 if r == 0 else first_tasks + (r - 1) * later_tasks
+
+
 def rounds[
     Task: def(Int, Int) -> None, //
 ](task: Task, count: Int, first_tasks: Int, later_tasks: Int, threads: Int):
@@ -62,6 +74,11 @@ def rounds[
     Threads spin until the rounds before are done: a round may be as short as a few microseconds.
     """
     var total = first_tasks + (count - 1) * later_tasks
+    if threads == 1 or total <= 1:
+        for i in range(total):
+            var r = round_of(i, first_tasks, later_tasks)
+            task(r, i - before(r, first_tasks, later_tasks))
+        return
     var counters = List[Int64](length=2, fill=0)
     var next = counters.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
     var done = next.unsafe_offset(1)
@@ -71,15 +88,15 @@ def rounds[
             var i = Int(Atomic.fetch_add(next, 1))
             if i >= total:
                 return
-            var r = 0 if i < first_tasks else 1 + (i - first_tasks) // later_tasks
-            var before = 0 if r == 0 else first_tasks + (r - 1) * later_tasks
+            var r = round_of(i, first_tasks, later_tasks)
+            var start = before(r, first_tasks, later_tasks)
             # Every task that is waited for has been taken by a thread that runs.
-            while Int(Atomic.load(done)) < before:
+            while Int(Atomic.load(done)) < start:
                 pass
-            task(r, i - before)
+            task(r, i - start)
             _ = Atomic.fetch_add(done, 1)
 
-    together(work, max(1, min(threads, total)))
+    sync_parallelize(work, min(threads, total))
     _ = counters^
 
 

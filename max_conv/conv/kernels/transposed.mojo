@@ -163,6 +163,7 @@ struct Columns[depthwise: Bool](ImplicitlyCopyable, TrivialRegisterPassable):
     """Filters of the convolution of all phases: `room` for each phase of each group, those that are there first."""
 
     var t: Transposed
+    var phases: Int
     var room: Int
 
     @always_inline
@@ -170,11 +171,11 @@ struct Columns[depthwise: Bool](ImplicitlyCopyable, TrivialRegisterPassable):
         comptime if Self.depthwise:
             return column % self.t.groups
         else:
-            return column // (self.room * self.t.phases())
+            return column // (self.room * self.phases)
 
     @always_inline
     def phase(self, column: Int) -> Int:
         comptime if Self.depthwise:
             return column // self.t.groups
         else:
-            return column // self.room % self.t.phases()
+            return column // self.room % self.phases
