@@ -4,13 +4,14 @@
     python scripts/bench.py [--layers NAME ...] [--contenders NAME ...] [--rounds 7] [--json FILE] [--chart FILE]
     python scripts/bench.py --networks [--layers NAME ...]
 
-Each contender runs in a process of its own, in turns, so that what the machine does besides hits all alike. Every answer
-is compared with float64 before anything is timed. A round is the median of calls that fill 50 ms; the figure of a
-contender is the median of its rounds. Absolute times drift from run to run, ratios in one run hold. Large blocks of
-memory are kept by the allocator in all processes, or page faults would be timed.
+Each contender runs in a separate process. They run alternately, so that other load on the machine affects all of them
+equally. Every output is compared with float64 before anything is timed. A round is the median of calls that fill 50 ms;
+a contender's time is the median of its rounds. Absolute times drift from run to run, ratios within one run are stable.
+In all processes the allocator keeps large blocks of memory; otherwise page faults would be timed.
 
 `pip install 'max-conv[bench]'` brings all contenders; one that is not installed is left out. MAX compiles
-a layer, ours or its own, in 10 to 25 s and keeps it: the first run over all layers takes half an hour more than others.
+a layer, ours or its own, in 10 to 25 s and caches it: the first run over all layers takes half an hour longer than
+others.
 """
 
 import importlib.metadata
@@ -56,14 +57,14 @@ HERE = Path(__file__).resolve().parent
 PATIENCE = 600
 """Seconds after which a contender that does not answer counts as crashed: MAX compiles a layer in about 25."""
 TRIES = 4
-"""Runs of peaks.mojo, a second each, of which the best counts: neighbours take a core for longer than one lasts."""
+"""Runs of peaks.mojo, one second each, of which the best is used: other load can occupy a core for a whole run."""
 EPILOGUE_LAYERS = ("whisper conv1", "HiFi-GAN res")
 BATCHES = (1, 8)
-"""How many sounds at a time networks are raced with."""
+"""The batch sizes of the networks' race."""
 
 
 class Sentence(click.ClickException):
-    """An error for the person at the terminal: one sentence on stderr, exit code 2."""
+    """An error for the user: one sentence on stderr, exit code 2."""
 
     exit_code = 2
 
@@ -89,7 +90,7 @@ def machine() -> dict[str, Any]:
 
 
 def caches() -> dict[str, int]:
-    """Returns the bytes of all level 2 caches and of the last level's; usual ones where the system does not tell."""
+    """Returns the bytes of all level 2 caches and of the last level's cache; usual sizes if the system has no entry."""
     found = {"L2": (os.cpu_count() or 1) << 20, "L3": 32 << 20}
     for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         try:
@@ -107,7 +108,7 @@ def measure_peaks(folder: Path) -> dict[str, Any]:
 
     sizes = caches()
     program = folder / "peaks"
-    # A copy that fills half a cache stays there; one of 512 MB stays in none.
+    # A copy that fills half a cache stays in it; a copy of 512 MB fits into no cache.
     works = [sizes["L2"] // 2, sizes["L3"] // 2, 512 << 20]
     try:
         command = ["build", str(HERE / "peaks.mojo"), "-o", str(program)]
@@ -137,7 +138,7 @@ class Racer:
         self.process: subprocess.Popen[str] | None = None
 
     def ask(self, question: Mapping[str, str | int]) -> dict[str, Any]:
-        """Returns the reply; where the process dies, that it did. The next question starts another one."""
+        """Returns the reply, or that the process died. The next question starts another process."""
         if self.process is None:
             pipe, silence = subprocess.PIPE, subprocess.DEVNULL
             self.process = subprocess.Popen(
@@ -189,10 +190,10 @@ def start(
         NPROC=str(threads),  # XLA's threads
         JAX_PLATFORMS="cpu",
         TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"),
-        TORCHINDUCTOR_COMPILE_THREADS="1",  # no processes that live on
+        TORCHINDUCTOR_COMPILE_THREADS="1",  # no processes that outlive the race
         MALLOC_MMAP_THRESHOLD_=str(4 << 30),
         MALLOC_TRIM_THRESHOLD_=str(8 << 30),
-        # Threads' own arenas return large blocks whatever the thresholds say: JAX took 8 ms instead of 1.
+        # Separate arenas per thread return large blocks despite the thresholds: JAX took 8 ms instead of 1 ms.
         MALLOC_ARENA_MAX="1",
     )
     command = [sys.executable, *script]
@@ -200,7 +201,7 @@ def start(
 
 
 def write_reference(layer: Layer, dtype: str, file: Path) -> None:
-    """Writes the float64 answer, (N, F, L): computed once for all contenders."""
+    """Writes the float64 output, (N, F, L), which is computed once for all contenders."""
     from max_conv.conv import conv1d_ref, conv_transpose1d_ref
 
     stride, padding, dilation, groups = layer.options
@@ -213,7 +214,7 @@ def write_reference(layer: Layer, dtype: str, file: Path) -> None:
 def run_layer(
     name: str, dtype: str, racers: Mapping[str, Racer], rounds: int, folder: Path
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, str]]]:
-    """Returns the seconds of each contender's rounds, and of those that failed how and why."""
+    """Returns the seconds of each contender's rounds; for contenders that failed, how and why."""
     reference = folder / "reference.npy"
     write_reference(LAYERS[name], dtype, reference)
     seconds: dict[str, list[float]] = {contender: [] for contender in racers}
@@ -234,7 +235,7 @@ def run_layer(
 def run_network(
     name: str, batch: int, contenders: Sequence[str], result: Mapping[str, Any], folder: Path
 ) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
-    """Returns what is known of each contender on a network, and of those that failed how and why."""
+    """Returns the results of each contender on a network; for contenders that failed, how and why."""
     environment = dict(os.environ)
     command = [sys.executable, str(HERE / "networks.py"), name, str(batch), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -265,7 +266,7 @@ def run_network(
 
 
 def compete_networks(names: Sequence[str], result: dict[str, Any], folder: Path) -> None:
-    """Races network by network, alone and in batches of eight, prints what comes out and adds it to `result`."""
+    """Races network by network, in batches of 1 and 8, prints the results and adds them to `result`."""
     result["peaks"] = measure_peaks(folder)
     contenders = list(result["versions"])
     print("\n".join(header(result) + network_head(contenders)), flush=True)
@@ -292,14 +293,14 @@ def chosen(what: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def check_files(*files: Path | None) -> None:
-    """Raises before the race what would else be lost after it."""
+    """Raises an error before the race if a file could not be written after it."""
     for file in files:
         if file and not file.resolve().parent.is_dir():
             raise Sentence(f"{file} cannot be written: there is no folder {file.resolve().parent}.")
 
 
 def taking_part(known: Mapping[str, Any], contenders: Sequence[str]) -> dict[str, str]:
-    """Returns the versions of those who take part, by name, and tells of those who do not."""
+    """Returns the versions of the contenders that take part, by name, and prints the others."""
     versions = {}
     for name in chosen("contender", contenders, list(known)):
         if reason := missing(known, name):
@@ -313,7 +314,7 @@ def taking_part(known: Mapping[str, Any], contenders: Sequence[str]) -> dict[str
 
 
 def compete(kind: str, layers: Sequence[str], result: dict[str, Any], folder: Path) -> None:
-    """Races layer by layer, prints what comes out and adds it to `result`."""
+    """Races layer by layer, prints the results and adds them to `result`."""
     race, names = RACES[kind], list(result["versions"])
     result["peaks"] = measure_peaks(folder)
     racers = start([str(HERE / "racers.py"), kind], names, result["threads"], folder)
@@ -339,9 +340,9 @@ def compete(kind: str, layers: Sequence[str], result: dict[str, Any], folder: Pa
 @click.option("--layers", multiple=True, metavar="NAME", help="Race this layer, or network, only (may be repeated).")
 @click.option("--contenders", multiple=True, metavar="NAME", help="Let this contender race only (may be repeated).")
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1))
-@click.option("--threads", default=os.cpu_count(), show_default=True, help="Of the peers; MAX takes all cores.")
+@click.option("--threads", default=os.cpu_count(), show_default=True, help="Threads of the peers; MAX uses all cores.")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
-@click.option("--epilogues", is_flag=True, help="Time ours alone and with an operation behind it instead.")
+@click.option("--epilogues", is_flag=True, help="Instead, time ours alone and with an operation after it.")
 @click.option("--networks", is_flag=True, help="Race whole networks, in batches of 1 and 8, instead of layers.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write everything there, too.")
 @click.option("--chart", type=click.Path(path_type=Path), help="Draw a chart there, .png or .svg.")
@@ -364,7 +365,7 @@ def main(
             "--epilogues races in float32 against nobody; leave out --chart, --check, --networks and --dtype."
         )
     if networks and (chart or dtype != "float32"):
-        raise Sentence("--networks races in float32 with bfloat16 beside it, and draws no chart; leave out the rest.")
+        raise Sentence("--networks races in float32 and bfloat16, and draws no chart; leave out the rest.")
     kind = "epilogues" if epilogues else dtype
     race = RACES[kind]
     if networks:
@@ -379,7 +380,7 @@ def main(
     versions = taking_part(CONTENDERS if networks else race.contenders, contenders)
     result: dict[str, Any] = {"machine": machine(), "versions": versions, "race": kind, "dtype": race.dtype}
     result |= {"threads": threads, "rounds": rounds, "layers": {}}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stopped racers would stay for ever
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or paused racers would stay for ever
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         if networks:
             compete_networks(where, result, Path(folder))

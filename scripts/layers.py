@@ -1,4 +1,4 @@
-"""The layers that bench.py races: of real networks, and sizes that kernels stumble over."""
+"""The layers that bench.py races: layers of real networks, and sizes that are difficult for kernels."""
 
 import math
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Data(NamedTuple):
-    """x (N, C, L), filter (F, C / groups, K), or (C, F / groups, K), and bias (F,), PyTorch's layouts, float32."""
+    """x (N, C, L), filter (F, C / groups, K), transposed (C, F / groups, K), bias (F,): PyTorch's layouts, float32."""
 
     x: np.ndarray
     w: np.ndarray
@@ -42,13 +42,13 @@ class Layer(NamedTuple):
 
     @property
     def values(self) -> int:
-        """Numbers in x, filter, bias and output: what has to cross memory once."""
+        """Numbers in x, filter, bias and output, which have to be moved through memory once."""
         data = self.batch * (self.length * self.channels + self.out_length * self.filters)
         return data + self.filters * (self.kernel_size * self.channels // self.groups + 1)
 
     @property
     def options(self) -> tuple[int, int, int, int]:
-        """Stride, padding, dilation and groups: the order that PyTorch and MAX have them in."""
+        """Stride, padding, dilation and groups, in the order of PyTorch and MAX."""
         return self.stride, self.padding, self.dilation, self.groups
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class Layer(NamedTuple):
         return text + (f" N{self.batch}" if self.batch > 1 else "") + f" L{self.length}"
 
     def data(self, dtype: str) -> Data:
-        """Returns the same random values each time; for bfloat16 they are such as it can hold."""
+        """Returns the same random values each time; for bfloat16, values that bfloat16 can represent."""
         random = np.random.default_rng(0)
         sizes = (self.channels, self.filters) if self.transposed else (self.filters, self.channels)
         shape = (sizes[0], sizes[1] // self.groups, self.kernel_size)

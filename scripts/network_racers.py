@@ -1,9 +1,10 @@
-"""The contenders of bench.py --networks, each of which runs in a process of its own for each network.
+"""The contenders of bench.py --networks. Each one runs in a separate process per network.
 
     python scripts/network_racers.py CONTENDER THREADS FOLDER      answers questions on stdin, one line of JSON each
 
-The first question names a network and a batch size: the reply tells how long getting ready took, and how far off the
-answer is from PyTorch's. Every reply has the seconds of a call, and the memory that the process took for the network.
+The first question names a network and a batch size: the reply has the seconds of the preparation, and the difference
+between the output and PyTorch's. Every reply has the seconds per call, and the memory that the process used for the
+network.
 """
 
 import functools
@@ -22,11 +23,11 @@ import numpy as np
 from networks import NETWORKS, load_inputs, turned
 
 TOLERANCE = 1e-3
-"""How far off an answer in float32 may be, in parts of the largest value."""
+"""The largest error allowed in float32, relative to the largest value."""
 
 
 class Ready(NamedTuple):
-    """A contender's network: a call, and its answers in the original's axes."""
+    """A contender's network: a call, and its outputs in the original's axis order."""
 
     run: Callable[[], Any]
     read: Callable[[Any], Sequence[np.ndarray]]
@@ -89,7 +90,7 @@ def openvino(name: str, folder: Path, _: int, threads: int, precision: str = "f3
 
 
 class Contender(NamedTuple):
-    """Who takes part: the packages that it needs, how it gets ready, and the module that takes its library's memory."""
+    """A contender: the packages that it needs, the function that prepares it, the module that loads its library."""
 
     packages: Sequence[str]
     build: Callable[[str, Path, int, int], Ready]
@@ -109,14 +110,14 @@ CONTENDERS = {
 
 
 def judge(name: str, answers: Sequence[np.ndarray], folder: Path) -> tuple[str | None, float]:
-    """Returns what is wrong with an answer, and its signal-to-noise ratio in decibels against PyTorch's in float32."""
+    """Returns what is wrong with an output, and its signal-to-noise ratio in decibels against PyTorch's in float32."""
     wrong, ratio = None, np.inf
     for i, answer in enumerate(answers):
         want = np.load(folder / f"output{i}.npy")
         if answer.shape != want.shape:
             return f"output {i} has shape {answer.shape}, not {want.shape}", -np.inf
         if want.dtype.kind == "i":
-            # Codes of nearly equal entries may differ; all codes of a frame hang on its first ones.
+            # Codes of nearly equal entries may differ; all later codes of a frame depend on its first ones.
             if (same := (answer == want).mean()) < 0.99 and "bf16" not in name:
                 wrong = f"only {same:.1%} of the codes are equal"
             continue
@@ -137,7 +138,7 @@ def memory(what: str) -> int:
 
 
 def timed(call: Callable[[], Any], seconds: float = 0.2) -> float:
-    """Returns the median of the seconds that calls take, which fill `seconds` together: of a long one, that of one."""
+    """Returns the median seconds per call, of calls that together fill `seconds`; a long call runs once."""
     times: list[float] = []
     while sum(times) < seconds:
         start = time.perf_counter()
@@ -147,9 +148,9 @@ def timed(call: Callable[[], Any], seconds: float = 0.2) -> float:
 
 
 def work(contender: str, threads: int, folder: Path) -> None:
-    """Answers questions on stdin until it is closed: the first gets ready, all others are timed."""
+    """Answers questions on stdin until it is closed: the first one prepares the network, all others are timed."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries that print would be taken at their word
+    os.dup2(2, 1)  # whatever libraries print would be read as a reply
     ready, before = None, 0
     for line in sys.stdin:
         question = json.loads(line)
@@ -162,7 +163,7 @@ def work(contender: str, threads: int, folder: Path) -> None:
                 ready = CONTENDERS[contender].build(question["network"], folder, question["batch"], threads)
                 answer["ready"] = time.perf_counter() - start
                 first = ready.run()
-                Path("/proc/self/clear_refs").write_text("5")  # what compiling took at most is forgotten
+                Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which compiling has raised
                 wrong, ratio = judge(contender, ready.read(first), folder)
                 answer["decibels"] = ratio
                 del first

@@ -1,9 +1,9 @@
 """The networks that bench.py --networks races: each as its original in PyTorch, and as a graph of this project.
 
-    python scripts/networks.py NETWORK BATCH FOLDER      writes what contenders need, and tells what that took
+    python scripts/networks.py NETWORK BATCH FOLDER      writes what contenders need, and prints how long that took
 
-Weights are random, but those of CREPE and Silero; every contender has the same. Peers get files for this very batch and
-length, our graph has symbolic ones.
+Weights are random, except for CREPE and Silero; every contender has the same. Peers get files for exactly this batch
+and length; our graph has symbolic ones.
 """
 
 import functools
@@ -23,7 +23,7 @@ VOCOS = "pypi://vocos==0.1.0/{}#sha256=0ac13eaef68596074301e912d781399b3defa4b4c
 
 
 class Prepared(NamedTuple):
-    """A network's original, and what it is called with."""
+    """A network's original, and the inputs that it is called with."""
 
     module: Any
     inputs: Sequence[np.ndarray]
@@ -34,9 +34,9 @@ class Network:
     """A row of the race.
 
     Attributes:
-        prepare: Makes the original of a batch size.
+        prepare: Makes the original for a batch size.
         graph: The module of the graphs, and the function in it that builds ours.
-        seconds: Of sound that a call makes or hears.
+        seconds: Seconds of sound that a call makes or reads.
         turn: Whether the original's input and output are NCL; ours are NLC.
     """
 
@@ -246,7 +246,7 @@ NETWORKS = {
 
 
 def native(name: str, state: dict[str, np.ndarray]) -> tuple[Any, Any, dict[str, np.ndarray]]:
-    """Returns our module of a network, its config, and its weights of the original's."""
+    """Returns our module of a network, its config, and its weights, made from the original's."""
     from max_conv.weights import to_native
 
     module = importlib.import_module(f"max_conv.graphs.{NETWORKS[name].graph[0]}")
@@ -266,7 +266,7 @@ def turned(array: np.ndarray, turn: bool) -> np.ndarray:
 
 
 def prepare(name: str, batch: int, folder: Path) -> dict[str, Any]:
-    """Writes the original's inputs and answers, its ONNX file, and our compiled models; returns what that took."""
+    """Writes the original's inputs and outputs, its ONNX file, and our compiled models; returns the seconds of each."""
     import torch
     from max.dtype import DType
 
@@ -284,7 +284,7 @@ def prepare(name: str, batch: int, folder: Path) -> dict[str, Any]:
     told: dict[str, Any] = {"parameters": sum(value.numel() for value in module.parameters())}
     try:
         names = [f"x{i}" for i in range(len(inputs))]
-        with torch.no_grad():  # or every step of the trace is kept
+        with torch.no_grad():  # otherwise every step of the trace is kept
             torch.onnx.export(module, tensors, folder / "model.onnx", input_names=names, dynamo=False, opset_version=17)
     except Exception as error:
         told["onnx"] = str(error).splitlines()[0][:300]

@@ -1,4 +1,4 @@
-"""The original implementations of models: out of wheels that pip fetches, and with weights under which signals live."""
+"""The original implementations of models: from wheels that pip downloads, with weights that keep signals alive."""
 
 import importlib
 import importlib.util
@@ -16,13 +16,13 @@ from max_conv.weights import resolve
 def from_wheel(
     reference: str, package: str, modules: Iterable[str], absent: Iterable[str] = ()
 ) -> list[types.ModuleType]:
-    """Imports modules of a package out of a wheel, which is not installed: only these files are fetched.
+    """Imports modules of a package from a wheel without installing it: only these files are extracted.
 
     Args:
         reference: As for `resolve`, with {} for the file.
         package: Its name; its own `__init__` is not run.
-        modules: Their names inside the package, in the order of their needs.
-        absent: Modules that they import and do not need for what is tested: any name can be imported from these.
+        modules: Their names inside the package; a module comes after the modules that it imports.
+        absent: Modules that they import but that the tests do not need: any name can be imported from these.
     """
     for name in absent:
         stub = types.ModuleType(name)
@@ -43,14 +43,14 @@ def from_wheel(
 
 
 def enliven(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Gives a network weights under which signals neither vanish nor explode, and biases that are not zero."""
+    """Gives a network weights with which signals neither vanish nor explode, and biases that are not zero."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in network.modules():
             for name, value in module.named_parameters(recurse=False):
                 noise = torch.randn(value.shape, generator=random)
                 if value.ndim >= 2 and not name.endswith(("_g", "original0")):
-                    # The terms of a sum: of a transposed convolution only a stride's share of the taps meets one output.
+                    # The terms of a sum: in a transposed convolution, an output uses only 1 / stride of the taps.
                     terms = value[0].numel()
                     if isinstance(module, torch.nn.ConvTranspose1d):
                         terms = value.shape[0] * value.shape[2] // module.stride[0]
@@ -66,7 +66,7 @@ def arrays(network: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def compare(got: np.ndarray, want: torch.Tensor, bound: float = 1e-4) -> None:
-    """Asserts that two answers agree, and that the answer is not silence."""
+    """Asserts that two outputs agree, and that the output is not silence."""
     expected = want.detach().numpy()
     assert got.shape == expected.shape and got.dtype == np.float32
     assert np.isfinite(got).all() and expected.std() > 0.05
@@ -74,7 +74,7 @@ def compare(got: np.ndarray, want: torch.Tensor, bound: float = 1e-4) -> None:
 
 
 def dac(config: Any) -> Any:
-    """Returns transformers' DAC, its end short of where the tangent is flat."""
+    """Returns transformers' DAC, with a last layer that does not saturate the hyperbolic tangent."""
     from transformers import DacModel
 
     torch.manual_seed(0)

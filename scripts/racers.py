@@ -1,8 +1,8 @@
-"""The contenders of bench.py, each of which runs in a process of its own.
+"""The contenders of bench.py. Each one runs in a separate process.
 
     python scripts/racers.py RACE CONTENDER THREADS     answers questions on stdin, one line of JSON each
 
-A question names a layer and the file of its float64 answer. The reply is the seconds of a call, or why there are none.
+A question names a layer and the file of its float64 output. The reply is the seconds per call, or why there are none.
 """
 
 import functools
@@ -21,12 +21,12 @@ from layers import LAYERS, Data, Layer, from_bits, to_bits
 
 
 class Call(NamedTuple):
-    """What a contender makes of a layer: a call to time, and its answer as an array (N, F, L)."""
+    """A contender's implementation of a layer: a call to time, and its output as an array (N, F, L)."""
 
     run: Callable[[], Any]
     read: Callable[[Any], np.ndarray] = np.asarray
     expect: Callable[[np.ndarray], np.ndarray] = np.asarray
-    """Makes the right answer of the convolution's, where something follows it."""
+    """Makes the expected output from the convolution's, if an operation follows it."""
 
 
 def ours(layer: Layer, data: Data, _: int, permute: bool = False, dtype: str = "float32") -> Call:
@@ -59,7 +59,7 @@ def ours(layer: Layer, data: Data, _: int, permute: bool = False, dtype: str = "
 
 
 def own(layer: Layer, data: Data, _: int) -> Call:
-    """MAX's layer in its own layout, which is its faster one, compiled for these very sizes."""
+    """MAX's layer in its own layout, which is its faster one, compiled for exactly these sizes."""
     from max.driver import Buffer
     from max.dtype import DType
     from max.graph import DeviceRef, TensorType
@@ -105,7 +105,7 @@ def pytorch(layer: Layer, data: Data, threads: int, compiled: bool = False, dtyp
 
 
 def onnxruntime(layer: Layer, data: Data, threads: int) -> Call:
-    """Bound to its input and output: `run` alone copies, which took 2 to 10 % more."""
+    """Bound to its input and output: plain `run` copies them, which made it 2 to 10 % slower."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
@@ -161,7 +161,7 @@ def openvino(layer: Layer, data: Data, threads: int, dtype: str = "float32") -> 
     model = openvino.Model([ops.add(y, ops.constant(data.bias[:, None], dtype=kind))], [x])
     options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": short}
     request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
-    # An input that is set once spares each call about 10 microseconds of Python. It owns its memory: a view of an array
+    # An input that is set once saves about 10 microseconds of Python per call. It owns its memory: a view of an array
     # would not keep the array alive.
     given = openvino.Tensor(kind, openvino.Shape(data.x.shape))
     if dtype == "float32":
@@ -183,7 +183,7 @@ def jax(layer: Layer, data: Data, _: int) -> Call:
 
     def convolve(x: Any, w: Any, bias: Any, axes: tuple[str, str, str]) -> Any:
         if layer.transposed:
-            # A convolution of the spread input with the reversed filter, whose channels are regrouped.
+            # A convolution of the input, with zeros inserted, and the reversed filter, whose channels are regrouped.
             reach = layer.dilation * (layer.kernel_size - 1)
             pads = ((reach - layer.padding,) * 2,)
             return (
@@ -207,7 +207,7 @@ def jax(layer: Layer, data: Data, _: int) -> Call:
 
 
 WARM_UP = 0.2
-"""Seconds of calls before the first burst: where each call got fresh memory, the first ones took ten times as long."""
+"""Seconds of calls before the first burst: if each call gets new memory, the first calls took ten times as long."""
 
 LEAK = 0.1
 erf = np.vectorize(math.erf, otypes=[float])
@@ -224,11 +224,11 @@ EPILOGUES: dict[str, tuple[Callable[..., Any], Callable[..., np.ndarray]]] = {
     "GELU": (lambda ops, y: ops.gelu(y), lambda y: y / 2 * (1 + erf(y / math.sqrt(2)))),
     "residual": (lambda _, y, other: y + other, lambda y, other: y + other),
 }
-"""What may follow a convolution: with `max.graph.ops` on graph values, and in float64 on arrays."""
+"""The operations that may follow a convolution: with `max.graph.ops` on graph values, and in float64 on arrays."""
 
 
 def followed(layer: Layer, data: Data, _: int, epilogue: str) -> Call:
-    """Ours, NLC, and an operation behind it in the graph, compiled for these very sizes."""
+    """Ours, NLC, and an operation after it in the graph, compiled for exactly these sizes."""
     from max.driver import Buffer
     from max.dtype import DType
     from max.graph import DeviceRef, Graph, TensorType, ops
@@ -256,21 +256,21 @@ def followed(layer: Layer, data: Data, _: int, epilogue: str) -> Call:
 
 
 class Contender(NamedTuple):
-    """Who takes part: the packages that it needs, the first of which has its version, and how it is built."""
+    """A contender: the packages that it needs, of which the first has its version, and the function that builds it."""
 
     packages: Sequence[str]
     build: Callable[[Layer, Data, int], Call]
 
 
 class Race(NamedTuple):
-    """Who races, whose GFLOP/s are shown, and which times are divided: None stands for the best peer's."""
+    """The contenders, the one whose GFLOP/s are shown, and the times that are divided: None means the best peer's."""
 
     dtype: str
     contenders: dict[str, Contender]
     main: str
     ratios: dict[str, tuple[str | None, str]]
     tolerance: float
-    """How far off an answer may be, in parts of the largest value."""
+    """The largest error allowed, relative to the largest value."""
 
 
 part = functools.partial
@@ -318,7 +318,7 @@ RACES = {
 
 
 def burst(call: Callable[[], Any], seconds: float = 0.05) -> float:
-    """Returns the median of the seconds that calls take, which fill `seconds` together."""
+    """Returns the median seconds per call, of calls that together fill `seconds`."""
     times: list[float] = []
     call()
     begin = time.perf_counter()
@@ -330,7 +330,7 @@ def burst(call: Callable[[], Any], seconds: float = 0.05) -> float:
 
 
 def distance(got: np.ndarray, want: np.ndarray) -> float:
-    """Returns how far off an answer (N, F, L) is, in parts of the largest value; NaN where it holds NaN."""
+    """Returns the error of an output (N, F, L), relative to the largest value; NaN if the output has NaN."""
     if got.shape != want.shape:
         return math.inf
     filters = range(want.shape[1])  # one at a time: the longest layers fill gigabytes in float64
@@ -338,7 +338,7 @@ def distance(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def verify(call: Call, want: np.ndarray, tolerance: float) -> str | None:
-    """Returns what is wrong with three answers in a row: one that reads foreign memory may be right by luck."""
+    """Returns what is wrong with three outputs in a row: a call that reads foreign memory may be right by luck."""
     for _ in range(3):
         off = distance(call.read(call.run()), want)
         if not off <= tolerance:
@@ -348,7 +348,7 @@ def verify(call: Call, want: np.ndarray, tolerance: float) -> str | None:
 
 def work(race: Race, contender: Contender, threads: int) -> None:
     """Answers questions on stdin until it is closed."""
-    # Libraries that print would be taken at their word.
+    # Whatever libraries print would be read as a reply.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     current, call = None, None

@@ -1,12 +1,13 @@
 """Proves that a change of the kernels' sources changes no bit of what they compute.
 
     python scripts/replay.py record FILE      before the change: writes a digest of every output
-    python scripts/replay.py compare FILE     after it: computes them again, and names those that differ
+    python scripts/replay.py compare FILE     after it: computes them again, and names the ones that differ
 
 The cases are random layers (replay_layers.py) and small networks of graphs/ (replay_networks.py), on seeded random data and
-weights; nothing is downloaded. Compiling takes minutes: `--layers`, `--networks` and `--no-networks` leave cases out. What
-`record` does not compute it keeps, if FILE is there already. Bits are the same on the same machine and MAX alone, with the
-same number of threads: `compare` refuses others. NaN is NaN, whatever its sign and payload.
+weights; nothing is downloaded. Compiling takes minutes: `--layers`, `--networks` and `--no-networks` leave cases out.
+If FILE exists already, `record` keeps the cases that it does not compute. Bits are the same only on the same machine,
+with the same MAX and the same number of threads: otherwise `compare` is an error. All NaNs are equal, whatever their
+sign and payload.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ Digests = dict[str, dict[str, str]]
 
 
 def machine() -> dict[str, Any]:
-    """Returns what the bits of an output may depend on beside the sources."""
+    """Returns what the bits of an output may depend on, other than the sources."""
     text = Path("/proc/cpuinfo").read_text()
     told = {
         name: re.search(rf"^{name}\s*:\s*(.*)$", text, re.MULTILINE) for name in ("model name", "flags", "Features")
@@ -94,7 +95,7 @@ def write(file: Path, cases: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def report(recorded: Digests, now: Digests, shown: int = 10) -> tuple[list[str], bool]:
-    """Returns lines that tell how many of the cases computed now are as recorded, and whether all are."""
+    """Returns lines that say how many of the cases computed now are as recorded, and whether all are."""
     faults = []
     for name, case in now.items():
         before = recorded.get(name)
@@ -117,7 +118,7 @@ def report(recorded: Digests, now: Digests, shown: int = 10) -> tuple[list[str],
 @click.option("--networks", default=",".join(replay_networks.NETWORKS), show_default=True, help="Their names.")
 @click.option("--no-networks", is_flag=True, help="Layers alone.")
 def main(action: str, file: Path, layers: int, networks: str, no_networks: bool) -> None:
-    """Records what layers and networks compute, or compares with what FILE tells."""
+    """Records what layers and networks compute, or compares it with the recording in FILE."""
     names = [] if no_networks else [name for name in networks.split(",") if name]
     for name in names:
         if name not in replay_networks.NETWORKS:

@@ -21,15 +21,15 @@ import max_conv
 
 HOST = DeviceRef.CPU()
 OUTPUTS = (1, 2, 3, 4, 7, 8, 13, 16, 28, 47, 48, 97, 113, 192, 257, 300)
-"""Lengths around those of tiles and blocks."""
+"""Lengths near the lengths of tiles and blocks."""
 POISONS = ("finite",) * 7 + ("filter nan", "filter inf", "filter huge", "input nan", "input inf", "input huge")
-"""What some values are: kernels take care not to spread them."""
+"""Kinds of special values in a layer: kernels must not let them affect other outputs."""
 WORK = (200_000,) * 19 + (4_000_000,)
-"""Multiplications in one layer: in some above the size from which kernels start a second thread."""
+"""Multiplications in one layer: some layers are above the size from which kernels start a second thread."""
 
 WHOLE, UNEVEN, FEW, SINGLE = (32, 64, 96), (33, 40, 65), (1, 2, 3, 5, 7), (1,)
 HALF = (17, 24, 31, 57)
-"""Filters that fill no vector, and with the lanes beside them panels."""
+"""Filters that do not fill a vector; with padding lanes they fill panels."""
 WIDE, NARROW, ANY = (129, 200, 257), (1, 2, 3, 5, 8, 15, 16), (1, 2, 3, 8, 15, 16, 17, 31)
 MANY = (32, 33, 48, 64, 65)
 
@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = {
     "winograd": (MANY, (3, 3, 3, 4, 5, 6, 7, 9, 11), (1, 1, 1, 2)),
     "paired": ((8, 16, 17, 32, 65), (1, 2, 3, 5, 7), (1, 1, 2)),
 }
-"""Channels of a group, taps and groups of layers that one kernel takes."""
+"""Channels of a group, taps and groups of layers that only one kernel computes."""
 
 ROWS = """
 float32 conv NLC * dense UNEVEN     | float32 conv NLC packed dense UNEVEN   | float32 conv NLC packed dense WHOLE
@@ -61,15 +61,15 @@ float16 conv NLC * dense WHOLE | float16 conv NCL SFC lengthwise FEW | float16 t
 bfloat16 conv NLC * paired WHOLE | bfloat16 conv NCL FCS paired UNEVEN | bfloat16 transposed NLC SFC paired HALF
 bfloat16 conv NLC * depthwise SINGLE
 """
-"""Of each layer the dtype, the operation, the data's axes, the filter's, its kernel and its filters of a group.
+"""The rows of layers: dtype, operation, the data's axes, the filter's axes, kernel, and filters of a group.
 
-Each takes seconds to compile. `*` is any order, where the graph permutes it; `packed` any order in a weight.
+Each takes seconds to compile. `*` is any order, which the graph permutes; `packed` is any order, in a weight.
 """
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One random layer. `filter_layout` is the one that it is given in; `packed` tells whether a weight holds it."""
+    """One random layer. `filter_layout` is the filter's layout; `packed` is whether the filter is a weight."""
 
     number: int
     transposed: bool
@@ -128,7 +128,7 @@ def pick(random: np.random.Generator, values: Sequence[Any]) -> Any:
 
 
 def draw(number: int) -> Layer:
-    """Returns the layer of a number, the same in every run and beside any other layers."""
+    """Returns the layer with a number: the same in every run, whatever other layers are drawn."""
     random = np.random.default_rng([1, number])
     rows = [row.split() for row in ROWS.replace("|", "\n").strip().splitlines()]
     dtype, operation, layout, order, kind, size = rows[number % len(rows)]
@@ -138,7 +138,7 @@ def draw(number: int) -> Layer:
     strides = (1,) if kind == "long depthwise" else (1, 1, 2) if kind == "winograd" else (1, 1, 2, 3, 5, 16)
     stride = pick(random, (2, 3, 4, 8) if transposed and kind != "winograd" else strides)
     dilation = pick(random, (1, 1, 1, 2, 3, 8, 25))
-    if transposed and kind == "winograd":  # a phase takes every second tap
+    if transposed and kind == "winograd":  # a phase uses every second tap
         taps, groups = taps * stride, 1
     reach = dilation * (taps - 1) + 1
     batch = pick(random, (1, 1, 1, 2, 3))
@@ -168,7 +168,7 @@ def draw(number: int) -> Layer:
 
 
 def buffer(values: np.ndarray, dtype: str) -> Buffer:
-    """Returns values in a dtype; those of bfloat16 are cut off."""
+    """Returns values in a dtype; for bfloat16 they are truncated."""
     if dtype == "bfloat16":
         bits = (np.asarray(values, np.float32, order="C").view(np.uint32) >> 16).astype(np.uint16)
         return Buffer.from_numpy(bits).view(DType.bfloat16, list(bits.shape))
@@ -193,7 +193,7 @@ def data(layer: Layer, order: str = "") -> dict[str, Buffer]:
 
 
 class Way(NamedTuple):
-    """An operation as graphs have it: all that its compiled code depends on, beside its sizes."""
+    """An operation in a graph: everything that its compiled code depends on, except its sizes."""
 
     name: str
     parameters: str
@@ -203,13 +203,13 @@ class Way(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """A layer, its way, and what that takes, in order: names of the layer's data, or constants."""
+    """A layer, its way, and the way's operands in order: names of the layer's data, or constants."""
 
     layer: Layer
     way: Way
     operands: list[str | np.ndarray]
     filter: Buffer | None
-    """The packed one, where there is one."""
+    """The packed filter, if there is one."""
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -217,14 +217,14 @@ class Traced(NamedTuple):
 
 
 def trace(layers: Sequence[Layer]) -> tuple[list[Traced], list[Path]]:
-    """Lets the public functions choose how each layer is computed; returns also the compiled kernels."""
+    """Lets the public functions choose how each layer is computed; also returns the compiled kernels."""
     calls: list[tuple[Any, ...]] = []
     constants: dict[int, tuple[Any, np.ndarray]] = {}
     emit, constant = ops.custom, ops.constant
 
     def noted_constant(value: Any, dtype: Any = None, device: Any = None) -> Any:
         result = constant(value, dtype, device)
-        constants[id(result)] = result, np.asarray(value)  # held, so that no other one gets its id
+        constants[id(result)] = result, np.asarray(value)  # kept, so that no other object gets its id
         return result
 
     def noted_emit(name: str, device: Any, values: Any, out_types: Any, parameters: Any = None) -> Any:
@@ -281,7 +281,7 @@ def compile_ways(ways: Sequence[Way], libraries: Sequence[Path]) -> list[Model]:
 
 
 def outputs(count: int) -> Iterator[tuple[str, str, Buffer]]:
-    """Yields the name, the kernel and the output of as many layers."""
+    """Yields the name, the kernel and the output of `count` layers."""
     traced, libraries = trace([draw(number) for number in range(count)])
     ways = list(dict.fromkeys(item.way for item in traced))
     models = dict(zip(ways, compile_ways(ways, libraries), strict=True))

@@ -1,4 +1,4 @@
-"""The networks that replay.py records: graphs of graphs/ with published channels, which decide about kernels, and few layers.
+"""The networks of graphs/ that replay.py records: few layers, but the published channels, which decide the kernels.
 
 Weights and inputs are random.
 """
@@ -20,10 +20,10 @@ class Network:
     """A network that is recorded.
 
     Attributes:
-        inputs: Their shapes; of integers where the values are codes.
-        config: What differs from the published config.
-        graph: The module in graphs/, where the network has not its name.
-        dtype: What the network computes in.
+        inputs: The shapes of the inputs; inputs that are codes have integers.
+        config: The differences from the published config.
+        graph: The module in graphs/, if its name differs from the network's.
+        dtype: The dtype that the network computes in.
     """
 
     inputs: Sequence[tuple[int, ...]]
@@ -52,7 +52,7 @@ NETWORKS = {
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns a random weight under which signals neither vanish nor explode."""
+    """Returns a random weight with which signals neither vanish nor explode."""
     random = np.random.default_rng(zlib.crc32(name.encode()))
     if name.endswith(("alpha", "running_var", "window")):
         return (0.5 + random.random(shape)).astype(np.float32)
@@ -69,7 +69,7 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def mirrored(values: np.ndarray) -> np.ndarray:
-    """Returns values with the symmetries of a windowed Fourier transform, which Silero's kernel makes use of."""
+    """Returns values with the symmetries of a windowed Fourier transform, which Silero's kernel uses."""
     turns = np.where(np.arange(len(values)) % 2, -1, 1)[:, None]
     halves = []
     for waves, sign in zip(np.split(values, 2, axis=1), (1, -1), strict=True):
@@ -95,7 +95,7 @@ def outputs(name: str) -> "Sequence[Buffer]":
     made = max_conv.compile(graph, weights=weights)(*map(Buffer.from_numpy, inputs))
     made = made if isinstance(made, tuple) else (made,)
     for values in (output.to_numpy() for output in made):
-        # Else any kernel would give the same.
+        # Otherwise any kernel would give the same output.
         if not np.isfinite(values).all() or values.min() == values.max():
             raise ValueError(f"replay: {name} makes nothing of random weights; change how they are drawn.")
     return made

@@ -1,4 +1,4 @@
-"""What bench.py makes of measured times: figures, a table, a chart."""
+"""Turns the times that bench.py measures into figures, a table and a chart."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,15 @@ from max_conv.conv import BYTES
 from racers import Race
 
 LEAST = 0.95
-"""What --check asks of the best peer's time, divided by ours."""
+"""The least ratio of the best peer's time to ours that --check accepts."""
 OURS = "max_conv"
-"""What the names of our contenders begin with."""
+"""The names of our contenders begin with this."""
 
 
 def roof(layer: Layer, dtype: str, peaks: Mapping[str, Any]) -> float:
-    """Returns the seconds that a direct convolution needs at least, for its float32 multiply-adds or its memory.
+    """Returns the least seconds of a direct convolution, for its float32 multiply-adds or its memory traffic.
 
-    Winograd's multiplies less and may pass it, and so may bfloat16's instructions.
+    Winograd's algorithm multiplies less and may be faster, and so may bfloat16's instructions.
     """
     size = layer.values * BYTES[dtype]
     rate = next(level["GB/s"] for level in peaks["copy"].values() if level["fits"] is None or size <= level["fits"])
@@ -32,7 +32,7 @@ def row(
     failed: Mapping[str, Mapping[str, str]],
     peaks: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns all that is known of one layer."""
+    """Returns all results of one layer."""
     ms = {name: statistics.median(times) * 1e3 for name, times in seconds.items()}
     peers = [time for name, time in ms.items() if not name.startswith(OURS)]
     best = {"ms": min(peers)} if peers else {}
@@ -56,7 +56,7 @@ def row(
 
 
 def means(race: Race, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Returns geometric means over layers: of times in units of the main contender's, of ratios, of shares."""
+    """Returns geometric means over layers: of times relative to the main contender's, of ratios, of shares."""
     lists: dict[str, dict[str, list[float]]] = {"times": {}, "ratios": {}, "of roof": {}}
     for found in rows.values():
         if race.main not in found["ms"]:
@@ -132,7 +132,7 @@ def epilogue_table(race: Race, rows: Mapping[str, Mapping[str, Any]]) -> list[st
 def network_facts(
     told: Mapping[str, Mapping[str, Any]], failed: Mapping[str, Mapping[str, str]], seconds: float
 ) -> dict[str, Any]:
-    """Returns all that is known of one network, whose call makes or hears so many seconds of sound."""
+    """Returns all results of one network; `seconds` is the sound that a call makes or reads."""
     ms = {name: statistics.median(facts["seconds"]) * 1e3 for name, facts in told.items()}
     peers = {name: facts for name, facts in told.items() if not name.startswith(OURS) and "bf16" not in name}
     found: dict[str, Any] = {"ms": ms, "failed": dict(failed), "told": dict(told), "ratios": {}}
@@ -168,14 +168,14 @@ def network_mean(names: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) ->
 
 # The chart.
 
-# Colours that stay apart for colour-blind eyes (Okabe and Ito), each with a marker of its own.
+# Colours that colour-blind people can distinguish (Okabe and Ito), each with a different marker.
 MARKS = (("#0072B2", "o"), ("#56B4E9", "s"), ("#D55E00", "^"), ("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"))
 LEFT, RIGHT = 0.5, 8.0
-"""The ratios that the chart has room for; others stand at its edge."""
+"""The ratios that the chart has room for; others are drawn at its edge."""
 
 
 def draw(result: Mapping[str, Any], race: Race, file: Path) -> None:
-    """Draws each peer's time in units of ours, on a logarithmic scale, and beside it our share of the roof."""
+    """Draws each peer's time relative to ours, on a logarithmic scale, and next to it our share of the roof."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -206,7 +206,7 @@ def draw(result: Mapping[str, Any], race: Race, file: Path) -> None:
 
 
 def draw_ratios(axes: Any, race: Race, rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
-    """Marks for each layer, one below the other, the times of `names` in units of the main contender's."""
+    """Marks the times of `names`, relative to the main contender's, with one row per layer."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     for number, name in enumerate(names):
