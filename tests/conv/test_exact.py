@@ -257,7 +257,7 @@ def test_exact_of_a_finished_graph() -> None:
         max_conv.compile(graph, weights=weights, exact=True)
 
 
-def test_explain_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_says_what_exact_costs(capsys: pytest.CaptureFixture[str]) -> None:
     layer = Conv1D(3, 80, 384, DType.float32, padding=1)
     fast, exact = (
         max_conv.explain(layer, length=3000),
@@ -266,7 +266,7 @@ def test_explain_says_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert (fast.kernel, fast.exact, fast.cost) == ("winograd", False, 2.0)
     assert (exact.kernel, exact.exact, exact.cost) == ("dense", True, 1.0)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("exact")]
-    assert lines == ["exact       no, exact=True takes 2.00 times as many multiplications", "exact       yes"]
+    assert lines == ["exact       no, exact=True costs 2.00 times as many multiplications", "exact       yes"]
     assert max_conv.explain(Conv1D(3, 80, 384, DType.float32, exact=True), length=9).kernel == "dense"
 
 
