@@ -44,7 +44,7 @@ def cache_limit() -> float:
 
 
 def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Returns `folder`, made by `fill(temporary folder)` where it does not exist yet.
+    """Returns `folder`; if it does not exist yet, `fill(temporary folder)` makes it.
 
     Several processes may ask at once: each fills a separate folder, and the first to finish renames it into place.
     """

@@ -346,7 +346,7 @@ def compete(kind: str, layers: Sequence[str], result: dict[str, Any], folder: Pa
 @click.option("--networks", is_flag=True, help="Race whole networks, in batches of 1 and 8, instead of layers.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write everything there, too.")
 @click.option("--chart", type=click.Path(path_type=Path), help="Draw a chart there, .png or .svg.")
-@click.option("--check", is_flag=True, help=f"Exit with 1 where the best peer needs less than {LEAST} of our time.")
+@click.option("--check", is_flag=True, help=f"Exit with 1 if the best peer needs less than {LEAST} of our time.")
 def main(
     layers: tuple[str, ...],
     contenders: tuple[str, ...],

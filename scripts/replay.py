@@ -116,7 +116,7 @@ def report(recorded: Digests, now: Digests, shown: int = 10) -> tuple[list[str],
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--layers", default=2000, show_default=True, type=click.IntRange(0), help="Random layers.")
 @click.option("--networks", default=",".join(replay_networks.NETWORKS), show_default=True, help="Their names.")
-@click.option("--no-networks", is_flag=True, help="Layers alone.")
+@click.option("--no-networks", is_flag=True, help="Only layers.")
 def main(action: str, file: Path, layers: int, networks: str, no_networks: bool) -> None:
     """Records what layers and networks compute, or compares it with the recording in FILE."""
     names = [] if no_networks else [name for name in networks.split(",") if name]

@@ -1,7 +1,7 @@
 """The random layers that replay.py records: drawn by number, traced by the public functions, run by few compiled graphs.
 
-A layer is traced as `conv1d` or `conv_transpose1d` emits it, which chooses its kernel. What it emits is run by a graph in
-which every size is symbolic, one for all layers whose operation has the same parameters and dtype.
+`conv1d` or `conv_transpose1d` emits each layer, and chooses its kernel; the operation is recorded. A graph in which
+every size is symbolic runs it: one graph for all layers whose operations have the same parameters and dtypes.
 """
 
 import json

@@ -15,5 +15,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lets the longest files begin, so that no worker is left with one of them at the end."""
+    """Starts the longest files first, so that no worker has one of them left at the end."""
     items.sort(key=lambda item: "property" not in item.path.name)

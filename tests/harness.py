@@ -1,4 +1,4 @@
-"""What the tests share: a case, a way to run many cases in one graph, and one checker.
+"""The common part of the tests: a case, a way to run many cases in one graph, and one checker.
 
 Compiling costs seconds a graph and about 0.2 s for each different signature, so a file runs all its cases at once.
 """
@@ -27,7 +27,7 @@ HOST = DeviceRef.CPU()
 
 @dataclass(frozen=True)
 class Case:
-    """One convolution, and what others say that it gives."""
+    """One convolution, and its output according to other libraries."""
 
     id: str
     x: Array
@@ -35,9 +35,9 @@ class Case:
     bias: Array | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     expected: Array | None = None
-    """The oracle's answer on the same data; its dtype says how exact it is."""
+    """The oracle's output for the same data; its dtype says how exact it is."""
     peer: Array | None = None
-    """torch's answer in the case's own dtype: ours may be at most 4 times as far off."""
+    """torch's output in the case's own dtype: our error may be at most 4 times torch's."""
     symbolic: bool = False
     """Whether the graph is built without knowing batch and length."""
     transposed: bool = False
@@ -84,7 +84,7 @@ def compiled(graph: Graph, weights: Mapping[str, Any] | None = None) -> Model:
 
 
 def execute(model: Model, arrays: Sequence[Array]) -> list[Array]:
-    """Runs a model on arrays; gives tensors where the first input is one, and NumPy arrays otherwise."""
+    """Runs a model on arrays; returns tensors if the first input is a tensor, otherwise NumPy arrays."""
     contiguous = [a.detach().contiguous() if isinstance(a, torch.Tensor) else np.asarray(a, order="C") for a in arrays]
     results = model.execute(*[Buffer.from_dlpack(a) for a in contiguous])
     return [torch.from_dlpack(r) if r.dtype == DType.bfloat16 else r.to_numpy() for r in results]
@@ -132,7 +132,7 @@ def terms_of(case: Case) -> int:
 
 
 def bound(case: Case, eps: float, reference: np.ndarray) -> np.ndarray:
-    """Returns how far off each value may be; sixteen-bit types are summed in float32, and only stored in their own."""
+    """Returns the largest error allowed for each value; sixteen-bit types are summed in float32, and then rounded."""
     terms = terms_of(case)
     x, w = (np.abs(wide(a)).max(initial=0) for a in (case.x, case.filter))
     sum_eps = min(eps, torch.finfo(torch.float32).eps)
@@ -149,13 +149,13 @@ def check(case: Case, got: Array) -> None:
     assert_within(case.id, values, want, bound(case, eps, want))
     if case.peer is not None:
         ours, theirs = (np.abs(v - want).max(initial=0) for v in (values, wide(case.peer)))
-        # A few values can come out exact by luck: the best that is asked for is a correctly rounded largest value.
+        # A few values can be exact by luck: no more is required than a correctly rounded largest value.
         rounded = eps / 2 * np.abs(want).max(initial=0)
         assert ours <= 4 * max(theirs, rounded), f"{case.id}: off by {ours:.2g}, torch {theirs:.2g}"
 
 
 def check_reference(case: Case) -> None:
-    """Checks the reference itself against the oracle's answer, as exactly as the oracle computes."""
+    """Checks the reference itself against the oracle's output, as exactly as the oracle computes."""
     assert case.expected is not None, f"{case.id} has no oracle"
     want = wide(case.expected)
     got = reference(case)
@@ -172,7 +172,7 @@ def assert_within(name: str, got: np.ndarray, want: np.ndarray, limit: np.ndarra
 
 
 def is_one_sentence(message: str) -> bool:
-    """Tells whether an error reads `conv1d: ….`, on one line, with one full stop."""
+    """Returns whether an error has the form `conv1d: ….`, on one line, with one full stop."""
     return re.fullmatch(r"(conv1d|conv_transpose1d): [^\n]+[^.]\.", message) is not None and ". " not in message
 
 

@@ -1,7 +1,7 @@
-"""What the property tests share: random sizes, NaN around each input, each answer three times, error bounds.
+"""The common part of the property tests: random sizes, NaN around each input, three runs of each layer, error bounds.
 
 One compiled graph a kernel and dtype serves all layers: every dimension is symbolic and the geometry comes as run-time
-scalars. Sizes are drawn around those of tiles, blocks and vectors. `--configurations` sets the count; up to the default
+scalars. Sizes are near the sizes of tiles, blocks and vectors. `--configurations` sets the count; up to the default
 the layers are the same in every run, above it they are new ones.
 """
 
@@ -27,9 +27,9 @@ GUARD = 1024
 EDGES = sorted({max(0, n * m + d) for n in (4, 8, 14, 16, 48, 96, 112) for m in (1, 2, 3) for d in (-1, 0, 1)})
 CHANNELS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 48, 64, 65)
 BLOCKS = (127, 128, 129, 256, 257)
-"""Channels around the block of one running sum."""
+"""Numbers of channels near the block of one running sum."""
 LARGEST = (100_000,) * 9 + (1_000_000,)
-"""Multiplications in one layer: in every tenth above the size from which kernels start a second thread."""
+"""Multiplications in one layer: every tenth layer is above the size from which kernels start a second thread."""
 
 Way = tuple[str, str, str]
 
@@ -37,12 +37,12 @@ SKIPPED = 0.5
 """Share of its layers that each kernel leaves to the others, by the layer's seed."""
 SHARES = {DType.float32: 0.7, DType.float64: 0.1, DType.float16: 0.1, DType.bfloat16: 0.1}
 EPS = {DType.float32: 2.0**-23, DType.float64: 2.0**-52, DType.float16: 2.0**-23, DType.bfloat16: 2.0**-23}
-"""Machine epsilon of the sums. Results of sixteen bits are rounded once more."""
+"""Machine epsilon of the sums. Sixteen-bit results are rounded once more."""
 ROUNDING = {DType.float32: 2.0**-24, DType.float64: 2.0**-53, DType.float16: 2.0**-11, DType.bfloat16: 2.0**-8}
 
 
 def compiles(way: Way, dtype: DType) -> bool:
-    """Tells whether a kernel is there for a dtype."""
+    """Returns whether a kernel exists for a dtype."""
     if way[0] == "paired":
         return dtype == DType.bfloat16 and (way[2] != "packed" or "avx512_bf16" in cpu_features())
     return dtype in (DType.float32, DType.float64) or (way[2] != "packed" and way[:2] != ("depthwise", "NCL"))
@@ -62,9 +62,9 @@ def from_bits(bits: np.ndarray, dtype: DType) -> np.ndarray:
 
 
 def compile_ways(ways: Mapping[Way, bool]) -> dict[tuple[DType, Way], Model]:
-    """Compiles a graph for each dtype and way, of a transposed convolution where its value says so.
+    """Compiles a graph for each dtype and way; the way's value is whether it is a transposed convolution.
 
-    A kernel that gives way to another one is made to take all layers.
+    A kernel that would fall back to another one is made to compute all layers.
     """
     cpu = DeviceRef.CPU()
     module = Module()
@@ -97,7 +97,7 @@ def scalars_of(*numbers: int) -> list[Buffer]:
 
 
 def guarded(bits: np.ndarray, dtype: DType, offset: int) -> Buffer:
-    """Returns a buffer that lies between NaN values, at any alignment."""
+    """Returns a buffer with NaN values before and after it, at any alignment."""
     nan = to_bits(np.array([np.nan]), dtype)
     room = np.full(2 * GUARD + offset + bits.size, nan, bits.dtype)
     inside = room[GUARD + offset : GUARD + offset + bits.size].reshape(bits.shape)
@@ -119,7 +119,7 @@ def check_answer(
 ) -> None:
     """Compares with the reference. An output sums `terms`, taps and channels; `scale` bounds products and bias."""
     assert out.shape == want.shape, name
-    # Winograd's transforms lose digits whatever the number of channels: it is chosen from 32 on.
+    # Winograd's transforms lose digits for any number of channels: it is chosen from 32 on.
     count = terms[0] * max(terms[1], 32 if kernel == "winograd" else 1)
     rounding = ROUNDING[dtype] * np.abs(want) + 2.0**-24 * (dtype == DType.float16)
     bound = 4 * EPS[dtype] * math.sqrt(count) * scale + rounding
@@ -128,7 +128,7 @@ def check_answer(
 
 
 def run_layers(layers: st.SearchStrategy[Any], compare: Callable[[Any, DType], None], dtype: DType, count: int) -> None:
-    """Compares as many random layers as `dtype` has its share of `count`."""
+    """Compares random layers, as many as the share of `dtype` in `count`."""
     examples = math.ceil(count * SHARES[dtype])
     ran = 0
 

@@ -1,4 +1,4 @@
-"""What the tests take from Silero's own package: its files, and its rules for speech turns."""
+"""The parts of Silero's own package that the tests use: its files, and its rules for speech turns."""
 
 import functools
 import importlib.util
@@ -21,7 +21,7 @@ def reference(name: str) -> str:
 
 @functools.cache
 def utilities() -> Any:
-    """Imports Silero's module of the pinned wheel that makes turns of probabilities."""
+    """Imports Silero's module, from the pinned wheel, that finds turns in probabilities."""
     spec = importlib.util.spec_from_file_location("silero_utils_vad", resolve(reference("utils_vad.py")))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -30,7 +30,7 @@ def utilities() -> Any:
 
 
 class Track:
-    """A model of Silero's kind, which answers with a given probability for each chunk."""
+    """A model like Silero's, which returns a given probability for each chunk."""
 
     def __init__(self, probabilities: Any) -> None:
         self.probabilities = probabilities
@@ -49,7 +49,7 @@ def timestamps(audio: Any, model: Any, **options: Any) -> list[tuple[int, int]]:
 
 
 def theirs(probabilities: Any, samples: int | None = None, rate: int = RATE, **options: Any) -> list[tuple[int, int]]:
-    """Returns Silero's turns for a line of probabilities; `options` are as for `max_conv.sound.speech.turns`."""
+    """Returns Silero's turns for a sequence of probabilities; `options` as for `max_conv.sound.speech.turns`."""
     hop = 512 * rate // RATE
     names = {
         "min_speech": "min_speech_duration_ms",

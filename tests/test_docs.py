@@ -1,4 +1,4 @@
-"""What the documentation shows works: docstring examples, README's code, README's commands, links."""
+"""Everything that the documentation shows works: docstring examples, README's code, README's commands, links."""
 
 import doctest
 import importlib

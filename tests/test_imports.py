@@ -1,4 +1,4 @@
-"""Who may import whom, checked on the sources."""
+"""Which folders may import from which, checked on the sources."""
 
 import ast
 import importlib
@@ -33,9 +33,9 @@ LIGHT = [
     *("cache", "cli", "cli.main", "cli.run", "cli.convert", "cli.terminal", "conv", "conv.dispatch", "conv.library"),
     *("frontends", "serving", "sound", "sound.audio", "sound.picture", "weights", "weights.convert"),
 ]
-"""Modules that are loaded without MAX, and so within a moment."""
+"""Modules that are loaded without MAX, and therefore fast."""
 OUTSIDE_AT_LOAD = {"cli": {"click"}, "sound": {"numpy"}, "weights": {"numpy"}, "serving": {"numpy"}}
-"""The packages that the modules of a folder may import as they are loaded; others may have MAX and NumPy."""
+"""The packages that a folder's modules may import when they are loaded; other folders may import MAX and NumPy."""
 
 BY_NAME = {"__init__.py", "cli/compile.py", "serving/networks.py"}
 """Modules that load others by name: lazily, and the graphs."""
@@ -56,7 +56,7 @@ def is_module(name: str) -> bool:
 
 
 def imports_in(tree: ast.AST, package: str = "") -> Iterator[tuple[str, str | None]]:
-    """Yields (module, name) for every import in a tree; `package` is what one leading dot stands for."""
+    """Yields (module, name) for every import in a tree; `package` is what one leading dot means."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
@@ -67,7 +67,7 @@ def imports_in(tree: ast.AST, package: str = "") -> Iterator[tuple[str, str | No
 
 
 def at_load(tree: ast.Module) -> ast.Module:
-    """Returns a module without its functions and what stands under TYPE_CHECKING."""
+    """Returns a module without its functions and without the code under TYPE_CHECKING."""
     kept = [
         node
         for node in tree.body
@@ -93,7 +93,7 @@ def targets(tree: ast.AST, package: str) -> set[str]:
 
 
 def check_file(path: Path, tree: ast.Module) -> None:
-    """Raises AssertionError where a file of the package imports what its folder may not."""
+    """Raises AssertionError if a file of the package imports what its folder may not import."""
     place = path.relative_to(PACKAGE)
     folder = place.parts[0] if len(place.parts) > 1 else ""
     for target in targets(tree, package_of(path)):
@@ -154,7 +154,7 @@ def test_arrows_up_fall(file: str, source: str) -> None:
 
 
 def test_circles() -> None:
-    """No module needs itself as it is loaded, whatever is imported first."""
+    """No module needs itself while it is loaded, whatever is imported first."""
     needs = {
         name_of(path): targets(at_load(ast.parse(path.read_text())), package_of(path))
         for path in FILES
@@ -175,7 +175,7 @@ def test_imports_at_load(path: Path) -> None:
     assert loaded - sys.stdlib_module_names - {"max_conv"} <= allowed
 
 
-# The public names: what a folder's `__all__` lists.
+# The public names are listed in a folder's `__all__`.
 
 
 def public_names() -> dict[str, set[str]]:
@@ -188,7 +188,7 @@ OUTSIDE = sorted([*(ROOT / "graphs").glob("*.py"), *(ROOT / "scripts").glob("*.p
 
 
 def check_public(tree: ast.Module, path: str) -> None:
-    """Raises AssertionError where a graph or a script imports from the package what is not public."""
+    """Raises AssertionError if a graph or a script imports a name of the package that is not public."""
     ours = set()
     # Graphs are installed inside the package: two dots lead into it.
     for module, imported in imports_in(tree, "max_conv.graphs" if path.startswith("graphs/") else "scripts"):
@@ -245,7 +245,7 @@ def test_the_tool_for_developers_needs_nothing() -> None:
 def loaded_with(names: list[str]) -> list[str]:
     """Returns which heavy packages are loaded in a new process that imports `names`."""
     code = f"import sys, {', '.join(names)}; print(*sorted({HEAVY!r} & sys.modules.keys()))"
-    # MAX sets PYTHONEXECUTABLE behind os.environ, which would lead the new process out of its environment.
+    # MAX sets PYTHONEXECUTABLE, which os.environ does not show: the new process would leave its environment.
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert run.returncode == 0, run.stderr
     return run.stdout.split()

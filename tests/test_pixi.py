@@ -51,7 +51,7 @@ def test_the_schema_finds_errors(validate, wrong):
 
 
 def test_every_top_level_key_is_known(pixi):
-    # The schema itself lets unknown tables pass.
+    # The schema itself allows unknown tables.
     assert set(pixi) <= set(get_schema("pixi")["properties"])
 
 

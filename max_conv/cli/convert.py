@@ -67,7 +67,9 @@ def _many(name: str, metavar: str, help: str, type: Any = str) -> Any:
     "Fold the batch norm BN into the layer CONV before it; see above for {i}.",
     Pair("CONV=BN"),
 )
-@click.option("--batchnorm-eps", default=1e-5, show_default=True, help="What those batch norms add to the variance.")
+@click.option(
+    "--batchnorm-eps", default=1e-5, show_default=True, help="The number that batch norms add to the variance."
+)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Round floating tensors to this type.")
 @_many("--keep", "PATTERN", "Names of tensors that --dtype leaves alone.")
 @click.option("--max-shard-size", type=Size(), help="Write several files and an index, as Hugging Face does.")

@@ -69,7 +69,7 @@ class Operands:
 
     Attributes:
         op: "conv1d" or "conv_transpose1d"; every error begins with it.
-        x: (N, L, C) or (N, C, L), as `layout` says; without the batch axis, too.
+        x: (N, L, C) or (N, C, L), as `layout` says; the batch axis may be missing.
         filter: Three axes in the order of `filter_layout`, with known sizes.
         bias: (F,) or None.
         layout, filter_layout: The axis orders.
@@ -143,7 +143,7 @@ class Operands:
 
     @property
     def batch(self) -> Dim:
-        """N of x, 1 where it has no batch axis."""
+        """N of x, or 1 if x has no batch axis."""
         return self.x.shape[0] if self.batched else Dim(1)
 
     @property

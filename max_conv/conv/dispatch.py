@@ -27,7 +27,7 @@ PANELS = {"winograd", "dense", "short", "paired"}
 
 @dataclass(frozen=True)
 class Layer:
-    """What is known of a layer when the graph is built.
+    """The facts about a layer that are known when the graph is built.
 
     For a transposed convolution, `geometry` is the convolution of stride 1 that computes all its phases as filters.
     """
@@ -97,8 +97,8 @@ def choose(
     """Returns the kernel for a layer.
 
     Args:
-        layer: What is known of the layer.
-        batch, outputs: The batch size and the output length, where they are known. For a short input, `winograd` falls
+        layer: The layer.
+        batch, outputs: The batch size and the output length, if they are known. For a short input, `winograd` falls
             back to another kernel. If they are unknown and the filter is not packed, the kernel decides at run time.
         packed: Whether the filter is packed when the model is compiled.
         exact: Whether only direct kernels are allowed.
@@ -228,7 +228,7 @@ class Explanation:
             f"work        {self.flops / 1e6:,.2f} MFLOP, {self.multiplications / 1e6:,.2f} million multiplications\n"
             f"memory      {self.bytes / 1e6:,.2f} MB, {self.flops / self.bytes:.1f} FLOP per byte\n"
             f"bound       {self.bound}: {self.seconds * 1e3:,.3f} ms at least\n"
-            f"exact       {'yes' if self.exact else f'no, exact=True takes {self.cost:.2f} times as many multiplications'}"
+            f"exact       {'yes' if self.exact else f'no, exact=True costs {self.cost:.2f} times as many multiplications'}"
         )
 
 
@@ -269,7 +269,7 @@ def explain(
     work        552.96 MFLOP, 138.24 million multiplications
     memory      5.94 MB, 93.1 FLOP per byte
     bound       compute: 1.106 ms at least
-    exact       no, exact=True takes 2.00 times as many multiplications
+    exact       no, exact=True costs 2.00 times as many multiplications
     """
     on_gpu = False
     geometry = layer

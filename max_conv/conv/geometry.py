@@ -59,7 +59,7 @@ def _sides(padding: Any, op: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a convolution does along the length, whatever its channels.
+    """What a convolution does along the length; its channels do not matter here.
 
     `output_length(L) = (L + left + right - dilation * (kernel_size - 1) - 1) // stride + 1`
     """

@@ -162,7 +162,7 @@ class Conv1D(ConvolutionLayer):
         """Emits the convolution of `x` into the current graph.
 
         Args:
-            x: (N, L, C), or (N, C, L) with `permute`; without the batch axis, too.
+            x: (N, L, C), or (N, C, L) with `permute`; the batch axis may be missing.
 
         Returns:
             (N, L_out, F), or (N, F, L_out) with `permute`.
@@ -267,7 +267,7 @@ class ConvTranspose1D(ConvolutionLayer):
         """Emits the transposed convolution of `x` into the current graph.
 
         Args:
-            x: (N, L, C), or (N, C, L) with `permute`; without the batch axis, too.
+            x: (N, L, C), or (N, C, L) with `permute`; the batch axis may be missing.
             output_size: L_out, from which `output_padding` is then computed.
 
         Returns:

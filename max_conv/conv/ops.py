@@ -34,7 +34,7 @@ def conv1d(
     `L_out = (L + left + right - dilation * (K - 1) - 1) // stride + 1`
 
     Args:
-        x: (N, L, C), or (N, C, L) with layout "NCL"; without the batch axis, too. Any dimension may be symbolic.
+        x: (N, L, C), or (N, C, L) with layout "NCL"; the batch axis may be missing. Any dimension may be symbolic.
         filter: (K, C / groups, F), or another order named by `filter_layout`: "FCS" is PyTorch's, "FSC" is MLX's.
         bias: (F,) or None.
         stride: Input positions from one output to the next.
@@ -94,7 +94,7 @@ def conv_transpose1d(
     `L_out = (L - 1) * stride - left - right + dilation * (K - 1) + output_padding + 1`
 
     Args:
-        x: (N, L, C), or (N, C, L) with layout "NCL"; without the batch axis, too. Any dimension may be symbolic.
+        x: (N, L, C), or (N, C, L) with layout "NCL"; the batch axis may be missing. Any dimension may be symbolic.
         filter: (K, F / groups, C), or another order named by `filter_layout`: "CFS" is PyTorch's; "FSC" is MLX's, which
             has all filters and the channels of one group: (F, K, C / groups).
         bias: (F,) or None.

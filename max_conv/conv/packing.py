@@ -174,7 +174,7 @@ class Emitted:
         name: The weight that holds its filter; "computed" if the filter is not a weight.
         layer: The convolution; None for an LSTM.
         kernel: The convolution's kernel.
-        outputs: The convolution's output length, where it is known.
+        outputs: The convolution's output length, if it is known.
         units: The LSTM's hidden units.
     """
 

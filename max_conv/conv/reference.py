@@ -26,7 +26,7 @@ def conv1d_ref(
     `out[n, l, f] = bias[f] + sum over k, c of x[n, l * stride + k * dilation - left, c] * filter[k, c, f]`
 
     Args:
-        x: (N, L, C) or, with layout "NCL", (N, C, L); without the batch axis, too.
+        x: (N, L, C) or, with layout "NCL", (N, C, L); the batch axis may be missing.
         filter: (K, C / groups, F) or another order named by `filter_layout`.
         bias: (F,) or None.
         stride, padding, dilation, groups, padding_mode: As in `max_conv.conv1d`.

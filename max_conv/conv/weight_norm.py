@@ -108,7 +108,7 @@ class WeightNormConv1D(_WeightNorm, Conv1D):
         weight_v: The direction, of the filter's shape and layout.
         bias: The weight, (F,), or None.
 
-    `load_state_dict` takes both of PyTorch's spellings, and a folded `weight`.
+    `load_state_dict` accepts both of PyTorch's namings, and a folded `weight`.
 
     >>> from max.dtype import DType
     >>> layer = WeightNormConv1D(7, 80, 512, DType.float32, padding=3, has_bias=True)
@@ -132,7 +132,7 @@ class WeightNormConvTranspose1D(_WeightNorm, ConvTranspose1D):
         weight_v: The direction, of the filter's shape and layout.
         bias: The weight, (F,), or None.
 
-    `load_state_dict` takes both of PyTorch's spellings, and a folded `weight`.
+    `load_state_dict` accepts both of PyTorch's namings, and a folded `weight`.
 
     >>> from max.dtype import DType
     >>> layer = WeightNormConvTranspose1D(16, 512, 256, DType.float32, stride=8, padding=4)

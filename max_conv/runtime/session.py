@@ -60,7 +60,7 @@ class Model:
                 all others are.
 
         Returns:
-            One array, or a tuple where the model has several outputs: NumPy arrays for NumPy inputs, otherwise
+            One array, or a tuple if the model has several outputs: NumPy arrays for NumPy inputs, otherwise
             `max.driver.Buffer`, which supports DLPack. bfloat16 is always a Buffer, since NumPy lacks it.
 
         Raises:

@@ -75,7 +75,7 @@ class Network:
 
     Attributes:
         name: Its file in the gallery.
-        task: What it does.
+        task: Its task.
         config: Its sizes; `config.rate` is the samples per second of the sound that it reads or makes.
         model: The compiled graph.
     """

@@ -283,7 +283,7 @@ def read_layer(
 
     Args:
         path, key: As for `open_checkpoint`.
-        name: The layer: its tensors are `{name}.weight` and, where there is one, `{name}.bias`.
+        name: The layer: its tensors are `{name}.weight` and, if there is one, `{name}.bias`.
         native: Whether the filter is native (SCF) or PyTorch's (FCS). For a file that `max-conv convert` wrote, it must
             agree with the file's marker.
 

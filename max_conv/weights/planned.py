@@ -23,7 +23,7 @@ class Planned:
     Attributes:
         name: Its name in the output.
         sources: The names of the tensors it is made from, by their part: "w" alone is the tensor itself.
-        kind: What it is.
+        kind: "conv", "conv_transpose" or "copy".
         shape: Its shape in the source's layout.
         dtype: safetensors' name of its dtype, before a cast.
         norm: The norm that is folded, "weight norm", "spectral norm", "pruning" or "".

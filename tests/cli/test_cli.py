@@ -33,7 +33,7 @@ def good(*arguments: Any) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A PyTorch checkpoint, a file that is none, a second of noise, and Silero compiled."""
+    """A PyTorch checkpoint, a file that is not a checkpoint, a second of noise, and Silero compiled."""
     path = tmp_path_factory.mktemp("cli")
     torch.manual_seed(0)
     layer = torch.nn.Conv1d(4, 8, 3)
@@ -174,7 +174,7 @@ def test_refuses_in_one_sentence(case: str, folder: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("command", [[], ["convert"], ["run", "speech"], ["compile", "conv1d"], ["info"]])
 def test_help_answers_at_once(command: list[str]) -> None:
-    """It loads click alone: of what else is installed, MAX takes more than a second, NumPy a tenth."""
+    """It loads only click: importing MAX takes more than a second, NumPy a tenth."""
     python = Path(sys.executable)
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
 

@@ -1,6 +1,6 @@
-"""Compiles every kind of layer for a GPU that is not there: `python gpu_compile.py API ARCHITECTURE`.
+"""Compiles every kind of layer for a GPU that the machine lacks: `python gpu_compile.py API ARCHITECTURE`.
 
-Virtual devices hold for a whole process, so tests/test_gpu.py runs this file in processes of its own.
+A virtual device is set for a whole process, so tests/conv/test_gpu.py runs this file in separate processes.
 """
 
 import os
@@ -21,7 +21,7 @@ from max_conv.conv.checks import DTYPES  # noqa: E402
 from max_conv.conv.recurrent import lstm  # noqa: E402
 
 # Layout, filter layout, filter shape, options: one of each CPU kernel, and every layout. The GPU has one kernel for
-# each layout of the data, so the other dtypes take only the last two.
+# each layout of the data, so the other dtypes use only the last two.
 FLOAT32, *OTHERS = DTYPES
 LAYERS = [
     ("NLC", "SCF", (3, 8, 16), {"stride": 2, "padding": 1}),

@@ -1,4 +1,4 @@
-"""Whatever holds values, MAX gets those that NumPy sees: producers, views and dtypes."""
+"""MAX gets the same values that NumPy sees, for every producer, view and dtype."""
 
 import importlib.util
 from collections.abc import Callable
@@ -25,7 +25,7 @@ mx = pytest.importorskip("mlx.core", reason="mlx is not to be had here")
 
 
 class Foreign:
-    """As CuPy's arrays of old are: nothing but `__dlpack__`, without keywords of later versions."""
+    """Like old arrays of CuPy: only `__dlpack__`, without the keywords of later versions."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._array = array
@@ -35,7 +35,7 @@ class Foreign:
 
 
 class Offset(Foreign):
-    """A producer whose values begin after the address that it tells."""
+    """A producer whose values begin after the address that it gives."""
 
     def __dlpack__(self, stream: None = None) -> Any:
         capsule = super().__dlpack__()
@@ -47,7 +47,7 @@ class Offset(Foreign):
 
 
 class Versioned(Foreign):
-    """A producer that only knows capsules of DLPack 1."""
+    """A producer that only supports capsules of DLPack 1."""
 
     def __dlpack__(self, stream: None = None) -> Any:
         return self._array.__dlpack__(max_version=(1, 0))
@@ -137,7 +137,7 @@ def test_views_of_any_producer(kind: type[Foreign], axes: tuple[int, ...], parts
     array = base(data.draw(st.sampled_from(NUMPY_DTYPES[:-1])))
     want = array.transpose(axes)[parts]
     got = buffer_of(kind(want), "test", "x")
-    array[...] = 0  # it is a copy: what the producer does later is no matter
+    array[...] = 0  # it is a copy: later changes by the producer have no effect
     fresh = base(array.dtype.name).transpose(axes)[parts]
     np.testing.assert_array_equal(as_float64(got), fresh.astype(np.float64))
 
@@ -271,7 +271,7 @@ def test_registry_takes_weights_of_any_producer() -> None:
 
 
 def test_models_and_front_ends_read_views() -> None:
-    """The whole way, with one compiled layer."""
+    """From end to end, with one compiled layer."""
     conv = ours_mlx.Conv1d(4, 8, 3, padding=1, generator=0)
     weight, bias = (as_float64(conv.state_dict()[name]) for name in ("weight", "bias"))
     wide = np.random.default_rng(0).standard_normal((2, 8, 40)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Which kernel a layer gets, and what `explain` says of it."""
+"""Which kernel a layer gets, and what `explain` says about it."""
 
 import re
 
@@ -116,7 +116,7 @@ def test_a_transposed_layer_is_explained(capsys: pytest.CaptureFixture[str]) -> 
     assert found.flops == 2 * 100 * 512 * 256 * 16
     assert found.multiplications == found.flops // 2 * 5 // 8
     assert found.bytes == 4 * (100 * 512 + 16 * 512 * 256 + 800 * 256)
-    # Fewer outputs of a phase than Winograd's kernel wants.
+    # Fewer outputs of a phase than Winograd's kernel needs to pay.
     assert explain(up, length=5).kernel == "dense"
     assert explain(UP8, length=100, channels=512, filters=256).kernel == "winograd"
 

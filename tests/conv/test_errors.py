@@ -70,7 +70,7 @@ def memory(**changed: Operand) -> Callable:
 
 
 def other_spectrum() -> None:
-    """Compiles Silero's network with filters that are no waves, where the graph was built for some that are."""
+    """Compiles Silero's network with filters that are not waves, in a graph that was built for filters that are."""
     shapes = silero_vad.Config().shapes()
     weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     graph = silero_vad.build(silero_vad.Config(), weights)
@@ -310,7 +310,7 @@ ROWS: dict[str, Row] = {
         ValueError,
         "conv1d: 3 groups must divide in_channels=12 and out_channels=8.",
     ),
-    # The same rules, and those of transposed convolution.
+    # The same rules, and the rules of transposed convolution.
     "transposed-layout": (
         transposed(layout="NHC"),
         ValueError,
@@ -488,7 +488,7 @@ def test_nothing_is_emitted_before_an_error(batch: list[int]) -> None:
             assert str(graph) == before
 
 
-# What only the run can tell: one graph, in which each row spoils one input.
+# Errors that only appear at run time: one graph; each row makes one input wrong.
 
 GEOMETRY = {"stride": 1, "dilation": 1, "left": 0, "right": 0, "mode": 0, "groups": 1}
 GEOMETRY |= {"kernel_size": 3, "depthwise_groups": 8, "lines_stride": 1}
@@ -523,7 +523,7 @@ KERNEL_ROWS: dict[str, tuple[dict[str, Any], str]] = {
         {"any": (1, 9, 0)},
         "conv1d: x has 0 channels, but the filter takes 4 for each of 1 groups and gives 8; pass what the graph was built for",
     ),
-    # The graph was built with groups=1: twice the channels must not quietly become two groups.
+    # The graph was built with groups=1: twice the channels must not silently become two groups.
     "channels-twice": (
         {"any": (1, 9, 8)},
         "conv1d: x has 8 channels, but the filter takes 4 for each of 1 groups and gives 8; pass what the graph was built for",
@@ -592,7 +592,7 @@ KERNEL_ROWS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """A convolution a padding mode, all sizes symbolic, and others that are emitted without a check."""
+    """One convolution per padding mode, with symbolic sizes, and others that are emitted without a check."""
     scalar = TensorType(DType.int64, [], HOST)
     inputs = [TensorType(F32, [f"n{i}", f"l{i}", f"c{i}"], HOST) for i in range(len(SIZES))]
     outputs = [TensorType(DType.int8, [f"n{i}", f"l{i}", f"f{i}"], HOST) for i in range(20, 20 + len(OUTPUTS))]
@@ -648,7 +648,7 @@ def test_kernel_takes_what_is_right(model: Model) -> None:
     shapes = [(1, 7, 8), (1, 13, 8), (1, 12, 8), (1, 11, 8), (1, 7, 32), (1, 7, 8), (1, 8, 7), (1, 7, 32)]
     shapes += [(1, 20, 8)] * 3
     assert [y.shape for y in run_with(model, {})] == shapes
-    # The shortest inputs that each mode takes.
+    # The shortest inputs that each mode accepts.
     run_with(model, {"any": (1, 3, 4), "reflect": (1, 4, 4), "circular": (1, 5, 4), "replicate": (1, 1, 4)})
 
 
@@ -659,7 +659,7 @@ def test_kernel_sentence(name: str, model: Model) -> None:
         run_with(model, spoiled)
 
 
-# The inputs of the kernels of `lstm` and of Silero's network, of which each row spoils one.
+# The inputs of the kernels of `lstm` and of Silero's network; each row makes one input wrong.
 RECURRENT = {"gates": (2, 6, 16), "w_hh": (4, 16), "hidden": (2, 4), "cell": (2, 4)}
 RECURRENT |= {"chunks": (2, 3, 64), "state": (2, 40), "panels": (3200,)}
 RECURRENT_ROWS: dict[str, tuple[dict[str, Any], str]] = {
@@ -722,7 +722,7 @@ def test_every_kernel_error_has_a_row() -> None:
 
 
 def test_an_output_of_negative_length(model: Model) -> None:
-    """MAX asks for the output's memory before the kernel runs, and refuses; `max_conv.Model` looks at lengths before."""
+    """MAX allocates the output before the kernel runs, and fails; `max_conv.Model` checks lengths before that."""
     with pytest.raises((ValueError, RuntimeError), match="Memory allocation failed"):
         run_with(model, {"any": (1, 1, 4)})
     x, w = (TensorType(F32, shape, HOST) for shape in (["n", "l", 4], [3, 4, 8]))

@@ -1,4 +1,4 @@
-"""What an output does not see does not touch it: values that are not finite or very large, `exact=True`, one error bound."""
+"""Inputs that an output does not see do not affect it: not finite or very large ones, `exact=True`, one error bound."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ LENGTH = 211
 
 @dataclass(frozen=True)
 class Net:
-    """One layer, alone in its corner of the graph."""
+    """One layer, separate from the others in the graph."""
 
     channels: int
     filters: int
@@ -48,7 +48,7 @@ class Net:
             return (conv_transpose1d_ref if self.transposed else conv1d_ref)(x, w, layout=self.layout, **self.options)
 
     def data(self, batch: int = 2, seed: int = 0) -> np.ndarray:
-        """Returns normal data, (N, L, C) whatever the layout: `given` turns it."""
+        """Returns normal data, (N, L, C) for every layout: `given` permutes it."""
         return normal(batch, LENGTH, self.channels, seed=seed)
 
     def given(self, x: np.ndarray) -> np.ndarray:
@@ -109,7 +109,7 @@ TOLERANCE = {"float32": 1e-6, "float64": 1e-14, "float16": 1e-3}
 
 
 def compare(net: Net, x: np.ndarray, w: np.ndarray, y: np.ndarray, dtype: str) -> None:
-    """Checks where `y` is NaN and where infinite, and every other value against the data that it sees."""
+    """Checks where `y` is NaN and where it is infinite, and every other value against the data that it sees."""
     x, w = (array.astype(dtype).astype(np.float64) for array in (x, w))
     want = net.reference(net.given(x), w)
     with np.errstate(over="ignore"):
@@ -134,7 +134,7 @@ def test_values_touch_what_sees_them(dtype: str, packed: bool) -> None:
         for number, x in enumerate(xs):
             rows = np.random.default_rng([number, 7]).integers(0, LENGTH, 3)
             x = xs[number] = x.astype(dtype)
-            # Of two large values a sum may overflow on its way, or not, by its order.
+            # A sum of two large values may overflow before its end, depending on its order.
             at = [*rows, 0, LENGTH - 1] if not np.isfinite(value) else [rows[0]]
             x[1, at, np.arange(len(at)) % 4] = value
         for net, x, w, y in zip(nets, xs, ws, run(xs, ws)):
@@ -144,7 +144,7 @@ def test_values_touch_what_sees_them(dtype: str, packed: bool) -> None:
 @pytest.mark.parametrize(("dtype", "packed"), KINDS)
 @pytest.mark.parametrize("value", [np.inf, 1e30])
 def test_filters_that_are_not_finite(dtype: str, packed: bool, value: float) -> None:
-    """In one filter of a panel, at one tap; the others stay right. At zero padding a product of nothing is NaN."""
+    """In one filter of a panel, at one tap; the others stay right. In zero padding, zero times such a tap is NaN."""
     nets, run, _ = model(dtype, packed)
     if dtype == "float16" and value == 1e30:
         value = np.nan
@@ -206,7 +206,7 @@ def test_exact_takes_direct_kernels() -> None:
 
 @pytest.mark.parametrize("value", [1e8, np.nan, np.inf, 3e38])
 def test_exact_sees_no_future(value: float) -> None:
-    """Changing what comes later changes no bit before it; without exact a spike of 1e8 does."""
+    """Changing later inputs changes no bit of earlier outputs; without exact, a spike of 1e8 does."""
     cut = 101
     for exact in (True, False):
         nets, run, _ = model(exact=exact)
@@ -238,7 +238,7 @@ def test_exact_keeps_integers() -> None:
 
 
 def test_exact_knows_no_neighbours() -> None:
-    """An item's answer is the same alone, and beside NaN."""
+    """A batch item's output is the same alone, and next to an item of NaN."""
     nets, run, _ = model(exact=True)
     ws, xs = [normal(*net.shape, seed=1) for net in nets], [net.data(3) for net in nets]
     alone = run([x[1:2] for x in xs], ws)
@@ -257,7 +257,7 @@ def test_exact_of_a_finished_graph() -> None:
         max_conv.compile(graph, weights=weights, exact=True)
 
 
-def test_explain_tells(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_says_what_exact_costs(capsys: pytest.CaptureFixture[str]) -> None:
     layer = Conv1D(3, 80, 384, DType.float32, padding=1)
     fast, exact = (
         max_conv.explain(layer, length=3000),
@@ -266,7 +266,7 @@ def test_explain_tells(capsys: pytest.CaptureFixture[str]) -> None:
     assert (fast.kernel, fast.exact, fast.cost) == ("winograd", False, 2.0)
     assert (exact.kernel, exact.exact, exact.cost) == ("dense", True, 1.0)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("exact")]
-    assert lines == ["exact       no, exact=True takes 2.00 times as many multiplications", "exact       yes"]
+    assert lines == ["exact       no, exact=True costs 2.00 times as many multiplications", "exact       yes"]
     assert max_conv.explain(Conv1D(3, 80, 384, DType.float32, exact=True), length=9).kernel == "dense"
 
 

@@ -29,7 +29,7 @@ DEVICES = [pytest.param("cpu"), pytest.param("gpu", marks=NO_GPU)]
 
 @pytest.mark.parametrize(("api", "architecture"), [("cuda", "sm_90a"), ("cuda", "sm_100a"), ("hip", "gfx942")])
 def test_compiles_for(api: str, architecture: str) -> None:
-    # MAX exports a PYTHONEXECUTABLE that would lead the new process out of its virtual environment.
+    # MAX exports a PYTHONEXECUTABLE with which the new process would leave its virtual environment.
     command = [sys.executable, str(COMPILE), api, architecture]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ LAYOUTS, FILTER_LAYOUTS = get_args(Layout), get_args(FilterLayout)
 
 
 def cases() -> list[Case]:
-    """Few filters and many: below 8 a group another kernel takes NLC data."""
+    """Few filters and many: for fewer than 8 per group, another kernel computes NLC data."""
     found = []
     for layout in LAYOUTS:
         for filter_layout in FILTER_LAYOUTS:

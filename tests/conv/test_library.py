@@ -1,4 +1,4 @@
-"""The kernels are compiled once, whoever asks first, and found again."""
+"""The kernels are compiled once, by the first process that needs them, and are then found."""
 
 import multiprocessing
 import os

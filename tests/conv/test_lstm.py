@@ -11,7 +11,7 @@ import max_conv
 from max_conv.conv.recurrent import lstm
 
 CPU = DeviceRef.CPU()
-# Dtype, channels, hidden units (whole vectors, less than one, some and a part), largest difference from torch.
+# Dtype, channels, hidden units (whole vectors, less than one, several and a part), largest difference from torch.
 NETWORKS = [
     (torch.float32, 3, 5, 1e-5),
     (torch.float32, 128, 128, 1e-5),
@@ -21,7 +21,7 @@ NETWORKS = [
     (torch.bfloat16, 4, 20, 1e-2),
     (torch.float16, 4, 20, 1e-3),
 ]
-# A batch of one, of fewer items than go together, of more; one step; none.
+# A batch of one, of fewer items than are computed together, of more; one step; no step.
 SIZES = [(1, 1), (1, 0), (0, 3), (1, 60), (2, 7), (3, 60), (9, 13)]
 
 

@@ -1,4 +1,4 @@
-"""What MAX's own `max.nn.Conv1D` gets wrong, and everything in which `max_conv.Conv1D` stands in for it."""
+"""What MAX's own `max.nn.Conv1D` gets wrong, and all places in which `max_conv.Conv1D` replaces it."""
 
 import importlib.util
 import inspect
@@ -20,7 +20,7 @@ from harness import HOST, Array, Case, check, compiled, execute, ids, normal, re
 F32 = DType.float32
 NCL = {"layout": "NCL", "filter_layout": "FCS"}
 
-# Name: (N, L), Cin, Cout, and the layer's other arguments. Issues are those of github.com/modular/modular.
+# Name: (N, L), Cin, Cout, and the layer's other arguments. The issues are in github.com/modular/modular.
 WRONG: dict[str, tuple[tuple[int, int], int, int, dict[str, Any]]] = {
     "hifigan-resblock": ((1, 6400), 128, 128, dict(kernel_size=11, padding=25, dilation=5)),
     "k15-p7": ((1, 64), 16, 16, dict(kernel_size=15, padding=7)),
@@ -38,7 +38,7 @@ SYMBOLIC = {"k15-p7", "k5-p8-d4", "issue-6712-full-padding"}
 
 
 class Tree(max.nn.Module):
-    """Some layers as one module, each on an input of its own."""
+    """Some layers as one module, each with a separate input."""
 
     def __init__(self, layers: Sequence[max.nn.Module]) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ CASES, LAYERS = zip(*[case_of(name, permute) for name in WRONG for permute in (F
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, list[Array]]:
-    """Every case three times: MAX's own answers differ from call to call."""
+    """Every case three times: MAX's own outputs differ from call to call."""
     tree = Tree(LAYERS)
     tree.load_state_dict(
         {f"layers.{i}.{name}": value for i, c in enumerate(CASES) for name, value in weights_of(c).items()}
@@ -130,7 +130,7 @@ GEOMETRIES = [(3, 1, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (4, 2, 1, 1), (10, 5, 0,
 @pytest.mark.parametrize("permute", [False, True], ids=["NLC", "NCL"])
 @pytest.mark.parametrize("length", [100, "length"])
 def test_output_type_is_that_of_max(geometry: tuple[Any, ...], permute: bool, length: int | str) -> None:
-    """Down to the same symbolic expression: MAX adds two values only where their dimensions are equal."""
+    """The symbolic expressions are the same, too: MAX adds two values only if their dimensions are equal."""
     kernel_size, *rest = geometry
     types = []
     for cls in (max_conv.Conv1D, max.nn.Conv1D):
@@ -143,7 +143,7 @@ def test_output_type_is_that_of_max(geometry: tuple[Any, ...], permute: bool, le
 
 
 class Tagger(max.nn.Module):
-    """Convolutions between layers of MAX, a level down and a level further down."""
+    """Convolutions between layers of MAX, one and two levels down."""
 
     def __init__(self, conv: type) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ def test_load_state_dict_refuses(damage: str) -> None:
         tagger.load_state_dict(state)
 
 
-# Whisper's encoder, as MAX carries it, with the import changed and nothing else.
+# Whisper's encoder, as MAX ships it; only the import is changed.
 
 
 class WhisperConfig:
@@ -240,7 +240,7 @@ THEIR_IMPORT, OUR_IMPORT = "from max.nn.conv import Conv1D\n", "from max_conv im
 
 @pytest.fixture
 def make_encoder(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Makes an encoder, with seeded weights, of MAX's source in which the import reads as given."""
+    """Makes an encoder, with seeded weights, from MAX's source with the given import."""
     if importlib.util.find_spec("transformers") is None:
         stub = types.ModuleType("transformers")
         stub.AutoConfig = WhisperConfig  # type: ignore[attr-defined]
@@ -275,7 +275,7 @@ def gelu(x: np.ndarray) -> np.ndarray:
 
 
 def test_whisper_stem(make_encoder: Callable[[str], Any]) -> None:
-    """MAX declares (batch, mel bins, length) and gives it to an NLC layer: the last axis holds the mel bins."""
+    """MAX declares (batch, mel bins, length) and passes it to an NLC layer: the last axis must be the mel bins."""
     encoder = make_encoder(OUR_IMPORT)
     assert type(encoder.conv1) is type(encoder.conv2) is max_conv.Conv1D
     (declared,) = encoder.input_types()
@@ -296,7 +296,7 @@ def test_whisper_stem_has_the_type_of_the_original(shape: list[Any], make_encode
 
 @pytest.mark.parametrize("line", [THEIR_IMPORT, OUR_IMPORT], ids=["max.nn", "max_conv"])
 def test_whisper_encoder_builds_where_the_original_does(line: str, make_encoder: Callable[[str], Any]) -> None:
-    """The whole encoder builds for lengths known beforehand, and for the declared ones neither way does."""
+    """The whole encoder builds for lengths that are known; with the declared ones, neither import does."""
     encoder = make_encoder(line)
     graph = Graph("encoder", encoder, [TensorType(F32, ["batch", 100, 80], HOST)])
     assert [str(dim) for dim in graph.output_types[0].shape] == ["batch", "50", "64"]
@@ -360,7 +360,7 @@ def test_everywhere(batch: int, length: int, everywhere: tuple[Any, dict[str, np
 
 
 def test_plain_graphs_twice_in_a_process() -> None:
-    """No custom_extensions, and the second graph of a process finds the kernels as the first does."""
+    """Without custom_extensions, a process's second graph finds the kernels as the first one does."""
     x, w = normal(1, 30, 5), normal(3, 5, 20, seed=1)
     case = Case("plain", x, w, kwargs={"padding": "same"})
     for _ in range(2):

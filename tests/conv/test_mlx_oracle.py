@@ -56,7 +56,7 @@ def layer_cases() -> Iterator[Case]:
 
 
 def transposed_cases() -> Iterator[Case]:
-    """The same sizes backwards, as a layer where it has no groups, which MLX's layer lacks.
+    """The same sizes in the other direction; as a layer if there is one group, because MLX's layer has no groups.
 
     MLX computes wrong lengths for padding beyond the filter's reach: those rows have less.
     """

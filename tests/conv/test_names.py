@@ -1,4 +1,4 @@
-"""Several layers in one graph: the names that their weights get, and whose values they take."""
+"""Several layers in one graph: the names that their weights get, and the values that they use."""
 
 import re
 from typing import Any
@@ -30,7 +30,7 @@ def expected(x: np.ndarray, seed: int) -> np.ndarray:
 
 
 def test_layers_without_a_name() -> None:
-    """Equal sizes, so that a mix-up is no error but another answer; one of them is called twice."""
+    """Equal sizes, so that a mix-up gives another output, not an error; one of them is called twice."""
     first, second, up = layer(seed=1), layer(seed=2), ConvTranspose1D(4, 16, 8, DType.float32, stride=2)
     up.load_state_dict({"weight": normal(4, 8, 16)})
 
@@ -46,7 +46,7 @@ def test_layers_without_a_name() -> None:
     for model in (max_conv.compile(network, X), max_conv.compile(graph)):
         np.testing.assert_allclose(model(x), want, atol=2e-2)
     assert [*first.state_dict()] == ["weight", "bias"]
-    # Values by name come before the layers' own.
+    # Values by name take precedence over the layers' own.
     other = max_conv.compile(network, X, weights={"layer2.weight": normal(3, 16, 16, seed=3)})
     inner = conv1d_ref(expected(x, 1), normal(3, 16, 16, seed=3), normal(16, seed=2), padding=1)
     want = conv_transpose1d_ref(expected(inner, 1) + x, normal(4, 8, 16), stride=2)

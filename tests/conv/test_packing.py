@@ -1,4 +1,4 @@
-"""Filters that `compile` packs, and what happens to the weights that they are made of."""
+"""Filters that `compile` packs, and what happens to the weights that they are made from."""
 
 import json
 import os
@@ -31,7 +31,7 @@ PYTORCH = {"layout": "NCL", "filter_layout": "FCS"}
 
 @pytest.mark.parametrize("kernel", ["winograd", "dense", "depthwise", "paired"])
 @pytest.mark.parametrize("filter_layout", ["FCS", "FSC", "CFS", "SFC"])
-def test_every_layout_packs_alike(kernel: str, filter_layout: str) -> None:
+def test_every_layout_packs_the_same(kernel: str, filter_layout: str) -> None:
     groups, channels, filters = (34, 1, 1) if kernel == "depthwise" else (2, 5, 34)
     layer = Layer(Geometry.of(7, stride=2, dilation=3), "NLC", channels, filters, groups)
     w = normal(7, channels, groups * filters)
@@ -42,7 +42,7 @@ def test_every_layout_packs_alike(kernel: str, filter_layout: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["winograd", "dense", "depthwise", "lengthwise"])
-def test_every_transposed_layout_packs_alike(kernel: str) -> None:
+def test_every_transposed_layout_packs_the_same(kernel: str) -> None:
     groups, channels, filters = (34, 1, 1) if kernel == "depthwise" else (2, 5, 34)
     geometry = TransposedGeometry.of(7, stride=6, dilation=4)
     layer = Layer.of(geometry, "NLC", channels, filters, groups)
@@ -137,7 +137,7 @@ def test_packed_filters_are_saved(tmp_path: Path) -> None:
     model.save(tmp_path / "conv.maxconv")
     loaded = max_conv.load(tmp_path / "conv.maxconv")
     assert sorted(loaded._weights) == ["weight.winograd.FCS.s1d1g1"]
-    x = normal(2, 40, 9, seed=1)  # shorter than the outputs from which a plain session takes Winograd's kernel
+    x = normal(2, 40, 9, seed=1)  # too short for Winograd's kernel in a plain session
     assert model(x).tobytes() == loaded(x).tobytes()
     want = conv1d_ref(x.transpose(0, 2, 1), w.transpose(2, 1, 0), padding=3).transpose(0, 2, 1)
     np.testing.assert_allclose(loaded(x), want, atol=1e-3)
@@ -196,7 +196,7 @@ def test_a_thread_of_the_first_run_has_late_timers() -> None:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may read how late the timers of other threads are")
 @pytest.mark.skipif(not Path("/proc/self/timerslack_ns").exists(), reason="Linux alone can let timers be late")
 def test_the_polling_thread_has_late_timers() -> None:
-    """What a thread does with them depends on the load: it is woken together with others, whenever those are."""
+    """Their effect depends on the load: a thread is woken together with other threads, whenever these are woken."""
     done = subprocess.run(
         [sys.executable, "-c", IDLE], capture_output=True, text=True, check=True, env=dict(os.environ)
     )

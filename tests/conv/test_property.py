@@ -1,4 +1,4 @@
-"""Every kernel against the reference on random convolutions, half of the kernels that take each; see properties.py."""
+"""The kernels against the reference on random convolutions, half of those that accept each one; see properties.py."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -79,7 +79,7 @@ def layers(draw: st.DrawFn) -> Layer:
     stride = draw(st.sampled_from((1, 1, 1, 2, 3, 4, 5, 7, 16)))
     dilation = draw(st.sampled_from((1, 1, 2, 3, 5, 8, 25)))
     kind = draw(st.integers(0, 3))
-    if kind == 0:  # depthwise, mostly with one filter a channel
+    if kind == 0:  # depthwise, mostly with one filter per channel
         group_channels, group_filters = 1, draw(st.sampled_from((1, 1, 1, 2, 3, 9)))
         groups = draw(st.one_of(st.sampled_from(CHANNELS), st.integers(1, 200)))
         kernel_size = draw(st.sampled_from((kernel_size, kernel_size, 129, 300)))
@@ -119,7 +119,7 @@ def layers(draw: st.DrawFn) -> Layer:
 
 
 def fits(way: Way, layer: Layer) -> bool:
-    """Tells whether a kernel takes a layer; where it does not, it raises."""
+    """Returns whether a kernel accepts a layer; if not, the kernel raises an error."""
     match way[:2]:
         case "depthwise", layout:
             return layer.group_channels == layer.group_filters == 1 and (layout == "NLC" or layer.stride == 1)
@@ -134,7 +134,7 @@ def models() -> dict[tuple[DType, Way], Model]:
 
 
 def compare(layer: Layer, dtype: DType) -> None:
-    """Runs about half of the kernels that take the layer and compares with the reference."""
+    """Runs about half of the kernels that accept the layer and compares with the reference."""
     random = np.random.default_rng(layer.seed)
     channels = layer.groups * layer.group_channels
     filters = layer.groups * layer.group_filters

@@ -1,4 +1,4 @@
-"""The CPU kernels on other processors: compiled for all, run where this one can."""
+"""The CPU kernels on other processors: compiled for all, and run if this processor can."""
 
 import os
 import platform
@@ -48,13 +48,13 @@ KERNELS = {
 }
 """What is compared on every processor."""
 PAIRED = {"paired NLC", "paired NCL"}
-"""What AVX512_BF16 adds."""
+"""The layers that AVX512_BF16 adds."""
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason=f"AVX2 code does not run on {platform.machine()}")
 @pytest.mark.parametrize("processor", ["haswell", None], ids=["avx2", "here"])
 def test_kernels_are_right(processor: str | None, tmp_path: Path) -> None:
-    """Of each kernel, the program tells how many layers it has compared."""
+    """For each kernel, the program prints how many layers it has compared."""
     build(tmp_path / "kernels", *(["--target-cpu", processor] if processor else []))
     done = subprocess.run([tmp_path / "kernels"], capture_output=True, text=True, env=dict(os.environ))
     verdict, *lines = done.stdout.splitlines()

@@ -102,7 +102,7 @@ def module_info_cases() -> Iterator[Case]:
                 call = given.constructor_input
                 module = info.module_cls(*call.args, **call.kwargs).to(dtype)
                 (x,) = given.forward_input.args
-                module(x)  # a lazy layer learns its channels
+                module(x)  # a lazy layer gets its channels
                 yield module_case(f"info-{info.name}-{str(dtype)[6:]}-{i}", module, x)
 
 
@@ -141,7 +141,7 @@ def test_every_dtype_is_in_or_out_of_scope() -> None:
             conv1d(*[value.tensor for value in graph.inputs], layout="NCL", filter_layout="FCS")
 
 
-# Each of torch's error inputs in its order: torch's words, ours, and what is changed where MAX cannot say the same.
+# torch's error inputs, in its order: torch's message, ours, and the change if MAX cannot express the same.
 FLOAT32_BIAS = "MAX has no complex dtype: a float32 bias breaks the same rule"
 ERRORS: list[tuple[str, str, str | None]] = [
     ("should be the same", "x must be one of", None),

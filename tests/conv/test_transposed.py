@@ -33,7 +33,7 @@ def test_arguments_and_weights_are_those_of_max(args: tuple, kwargs: dict[str, A
 
 
 def test_the_drop_in_in_a_plain_session() -> None:
-    """MAX's own layer, which has the same arguments, compiles for no sizes on the CPU (MAX 26.7.0)."""
+    """MAX's own layer has the same arguments, but does not compile for any size on the CPU (MAX 26.7.0)."""
     native = max_conv.ConvTranspose1d(4, 6, 8, F32, 2, 1, has_bias=True, name="native")
     pytorch = max_conv.ConvTranspose1d(4, 6, 8, F32, 2, 1, permute=True, name="pytorch")
     weights = {"native.weight": normal(4, 8, 6), "native.bias": normal(8), "pytorch.weight": normal(6, 8, 4)}
@@ -57,7 +57,7 @@ def test_the_drop_in_in_a_plain_session() -> None:
 
 
 def test_a_stack_of_layers() -> None:
-    """Symbolic batch and length, groups, an activation behind a layer, one layer without a batch, `output_size`."""
+    """Symbolic batch and length, groups, an activation after a layer, one layer without a batch, `output_size`."""
     up = max_conv.ConvTranspose1D(8, 24, 12, F32, stride=4, padding="causal", has_bias=True, name="up")
     grouped = max_conv.ConvTranspose1D(4, 12, 12, F32, stride=2, padding=1, num_groups=12, name="grouped")
     sparse = max_conv.ConvTranspose1D(2, 12, 5, F32, stride=3, dilation=3, has_bias=True, name="sparse", permute=True)

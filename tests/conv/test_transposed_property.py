@@ -63,7 +63,7 @@ SKIPPED = 0.8
 """Share of its layers that each kernel leaves to the others, by the layer's seed."""
 
 CONVOLUTION: Way = ("lengthwise", "NLC", "SCF")
-"""The adjoint's."""
+"""Of the adjoint."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def layers(draw: st.DrawFn) -> Layer:
     stride = draw(st.sampled_from((1, 2, 2, 3, 4, 5, 7, 8, 16)))
     dilation = draw(st.sampled_from((1, 1, 1, 2, 3, 4, 6, 25)))
     kind = draw(st.integers(0, 3))
-    if kind == 0:  # depthwise, mostly with one filter a channel
+    if kind == 0:  # depthwise, mostly with one filter per channel
         group_channels, group_filters = 1, draw(st.sampled_from((1, 1, 1, 2, 9)))
         groups = draw(st.one_of(st.sampled_from(CHANNELS), st.integers(1, 200)))
     else:
@@ -114,7 +114,7 @@ def layers(draw: st.DrawFn) -> Layer:
 
 
 def fits(way: Way, layer: Layer) -> bool:
-    """Tells whether a kernel takes a layer; where it does not, it raises."""
+    """Returns whether a kernel accepts a layer; if not, the kernel raises an error."""
     match way[0]:
         case "depthwise":
             return layer.group_channels == layer.group_filters == 1
@@ -133,7 +133,7 @@ def described(layer: Layer) -> dispatch.Layer:
 
 
 def compare(layer: Layer, dtype: DType) -> None:
-    """Runs about a fifth of the kernels that take the layer and compares with the reference, and one with the adjoint."""
+    """Runs about a fifth of the kernels that accept the layer; checks with the reference, and one with the adjoint."""
     random = np.random.default_rng(layer.seed)
     geometry, groups = layer.geometry, layer.groups
     channels, filters = groups * layer.group_channels, groups * layer.group_filters
@@ -178,7 +178,7 @@ def compare(layer: Layer, dtype: DType) -> None:
 def check_adjoint(
     layer: Layer, dtype: DType, w: Buffer, values: list[np.ndarray], out: np.ndarray, random: np.random.Generator
 ) -> None:
-    """Checks `<conv_transpose(x), y> = <x, conv(y)>` with the answer of Conv1D's kernel on the same filter."""
+    """Checks `<conv_transpose(x), y> = <x, conv(y)>` with the output of Conv1D's kernel for the same filter."""
     geometry = layer.geometry
     bits = to_bits(random.standard_normal(out.shape), dtype)
     y = from_bits(bits, dtype)

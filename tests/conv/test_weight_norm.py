@@ -1,4 +1,4 @@
-"""Layers with weight norm: folded once, in float64, however the weights come."""
+"""Layers with weight norm: folded once, in float64, however the weights are loaded."""
 
 from typing import Any
 
@@ -99,7 +99,7 @@ def test_compile_folds_the_layers_of_a_tree(kind: str, dim: int | None) -> None:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_plain_session(kind: str) -> None:
-    """The graph folds what a tree has loaded, unless `remove_weight_norm` has been called."""
+    """The graph folds weights that an outer module has loaded, unless `remove_weight_norm` has been called."""
     module = theirs(kind, 2)
     net = Net(kind, 2)
     net.load_state_dict(weight_norm_names(state_of(module, "layer.")))

@@ -1,4 +1,4 @@
-"""The front ends against the libraries whose spelling they speak."""
+"""The front ends against the libraries whose arguments they have."""
 
 from collections.abc import Callable
 from typing import Any
@@ -114,7 +114,7 @@ def test_weight_norm_is_folded(kind: Any, spelling: str, dim: int | None) -> Non
     with torch.no_grad():
         for name, value in module.named_parameters():
             if name != "bias":
-                value.mul_(torch.rand_like(value) + 0.5)  # the hook's `weight` is stale from here on
+                value.mul_(torch.rand_like(value) + 0.5)  # from here on the hook's `weight` is out of date
     got = torch.from_dlpack(ours_torch.from_torch(module).state_dict()["weight"])
     module(x)  # refreshes it
     torch.testing.assert_close(got, module.weight.detach(), rtol=1e-6, atol=1e-7)
@@ -140,7 +140,7 @@ def pruned(module: Any) -> Any:
 
 
 def reordered(module: Any) -> Any:
-    """Lets the hook that came first run last."""
+    """Makes the first hook run last."""
     module._forward_pre_hooks.move_to_end(next(iter(module._forward_pre_hooks)))
     return module
 
@@ -176,10 +176,10 @@ HOOKS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("hook", list(HOOKS))
 @pytest.mark.parametrize("kind", [torch.nn.Conv1d, torch.nn.ConvTranspose1d])
 def test_hooks_of_pytorch_are_computed(kind: Any, hook: str) -> None:
-    """As a state dict loads them: the weight that the module holds is stale until it is called."""
+    """As a state dict loads them: the module's weight is out of date until the module is called."""
     torch.manual_seed(0)
     other, module = (HOOKS[hook](kind(4, 6, 3)) for _ in range(2))
-    if hook != "pruning under weight norm":  # PyTorch itself uses a stale direction in one call
+    if hook != "pruning under weight norm":  # PyTorch itself uses an outdated direction in one call
         module.load_state_dict(other.state_dict())
     with torch.no_grad():
         for value in module.parameters():
@@ -222,7 +222,7 @@ class Masked(torch.nn.Conv1d):
 
 
 class Named(torch.nn.ConvTranspose1d):
-    """Computes what PyTorch's layer does."""
+    """Computes the same as PyTorch's layer."""
 
     def extra_repr(self) -> str:
         return "named"
@@ -276,7 +276,7 @@ REFUSED_MODULES: dict[str, tuple[Callable[[], Any], str]] = {
         r"the module's weight has the parametrization Doubled, but only weight norm and spectral norm are known; remove",
     ),
     "orthogonal": (lambda: utils.parametrizations.orthogonal(torch.nn.Conv1d(4, 4, 3)), r"parametrization _Orthogonal"),
-    "pruning of its own": (lambda: changed(lambda m: Louder.apply(m, "weight", 0.3)), r"the forward hook Louder"),
+    "own pruning": (lambda: changed(lambda m: Louder.apply(m, "weight", 0.3)), r"the forward hook Louder"),
     "both": (hooked_and_parametrized, r"the module's weight has both a hook and a parametrization; remove one"),
     "lazy": (lambda: torch.nn.LazyConv1d(4, 3), r"the module is lazy and has no weights yet; call it once first\."),
     "quantised": (
@@ -303,7 +303,7 @@ REFUSED_MODULES: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 class Strange(torch.Tensor):
-    """As torchao's quantised weights are: what it holds is not what it says."""
+    """Like torchao's quantised weights: its stored values are not the values that it shows."""
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -334,7 +334,7 @@ def test_from_torch_takes_what_computes_the_same() -> None:
 
 
 def test_padding_that_was_changed_later() -> None:
-    """PyTorch pads by a copy from its constructor, unless it pads zeros."""
+    """PyTorch uses a copy of the padding from its constructor, unless it pads with zeros."""
     for mode in ("zeros", "reflect"):
         module = torch.nn.Conv1d(4, 4, 3, padding=1, padding_mode=mode)
         module.padding = (2,)
@@ -393,7 +393,7 @@ def test_start_values(frontend: Any) -> None:
 
 
 def test_transposed_start_values() -> None:
-    """PyTorch's count the filters of a group times the taps, MLX's the channels."""
+    """PyTorch's depend on the filters of a group times the taps, MLX's on the channels."""
     sizes = dict(groups=4, generator=1)
     for frontend, fan in ((ours_torch, 256 // 4 * 5), (ours_mlx, 64 // 4 * 5)):
         values = frontend.ConvTranspose1d(64, 256, 5, **sizes).state_dict()

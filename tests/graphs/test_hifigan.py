@@ -10,7 +10,7 @@ import max_conv
 from max_conv.weights.convert import to_native
 from originals import arrays, compare, enliven
 
-V1 = {  # config_v1.json of the original, what concerns the network
+V1 = {  # config_v1.json of the original, the part about the network
     "resblock": "1",
     "upsample_rates": [8, 8, 2, 2],
     "upsample_kernel_sizes": [16, 16, 4, 4],
@@ -49,7 +49,7 @@ def spectrogram(batch: int, frames: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def v1(tmp_path_factory):
-    """The network, and the compiled graph of what the original saves of it."""
+    """The network, and the graph compiled from the checkpoint that the original would save."""
     torch.manual_seed(0)
     config = {name: value for name, value in V1.items() if name not in ("resblock", "num_mels")}
     network = enliven(SpeechT5HifiGan(SpeechT5HifiGanConfig(**config, normalize_before=False)))
@@ -98,7 +98,7 @@ def test_v3_is_the_paper():
     random = np.random.default_rng(0)
     weights = {}
     for name, shape in config.shapes().items():
-        # A transposed filter's outputs sum over its taps of one phase, half of them in these layers.
+        # An output of a transposed filter is a sum over the taps of one phase, which are half of the taps here.
         terms = 2 * shape[2] if name.startswith("ups") and len(shape) == 3 else np.prod(shape[:2])
         weights[name] = (random.standard_normal(shape) / (np.sqrt(terms) if len(shape) == 3 else 10)).astype(np.float32)
     model = max_conv.compile(hifigan.build(config, weights), weights=weights)

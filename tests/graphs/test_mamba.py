@@ -9,7 +9,7 @@ import max_conv
 from max_conv.weights.convert import to_native
 from originals import arrays, compare, enliven
 
-# Of config.json of state-spaces/mamba-130m-hf; its layers are all alike.
+# From config.json of state-spaces/mamba-130m-hf; all its layers are the same.
 PUBLISHED = dict(hidden_size=768, num_hidden_layers=24)
 SMALL = dict(hidden_size=48, expand=3, conv_kernel=3, use_conv_bias=False, use_bias=True, vocab_size=10)
 
@@ -22,7 +22,7 @@ def original(**config):
 
 
 def want(network, layer, x):
-    """What `MambaMixer.slow_forward` gives to its scan."""
+    """The input that `MambaMixer.slow_forward` passes to its scan."""
     block = network.layers[layer]
     value, gate = block.mixer.in_proj(block.norm(x)).transpose(1, 2).chunk(2, dim=1)
     value = block.mixer.act(block.mixer.conv1d(value)[..., : x.shape[1]])
@@ -49,7 +49,7 @@ def test_block_is_the_original():
 
 
 def test_small_block_is_the_original():
-    """With a bias where the published one has none, and none where it has one."""
+    """With a bias where the published model has none, and without one where it has one."""
     network = original(num_hidden_layers=1, **SMALL)
     config = mamba.Config.from_dict(network.config.to_dict())
     assert (config.intermediate, config.bias, config.conv_bias) == (144, True, False)

@@ -31,7 +31,7 @@ def test_are_as_near_as_they_say(model):
     sine, snake = values(model, x)
     wide = x.astype(np.float64)
     assert np.abs(sine - np.sin(wide)).max() <= 2e-7
-    # Half a turn more or less is the rounding of the product.
+    # The rounding of the product may add or subtract half a turn.
     turns = x * np.float32(RATE)
     assert np.abs(snake - (wide + GAIN * np.sin(np.pi * turns.astype(np.float64)) ** 2)).max() <= 1e-5
 

@@ -27,18 +27,18 @@ FILES = {
 SIZES = {"n_chan_layers": [40, 30, 30, 10, 3], "n_prefilt_layers": 3, "prefilt_kernel_size": 39, "residual": True}
 SIZES |= {"n_bins_in": 219, "output_dim": 384, "a_lrelu": 0.3}
 TRANSFORM = {"harmonics": [1], "fmin": 27.5, "bins_per_semitone": 3, "n_bins": 251, "center_bins": True, "gamma": 7}
-"""The hyper-parameters that the checkpoint of mir-1k_g7 holds."""
+"""The hyper-parameters in the checkpoint of mir-1k_g7."""
 
 
 def hann(name, length, fftbins):
-    """What the package takes from SciPy."""
+    """The functions that the package uses from SciPy."""
     assert name == "hann" and fftbins
     return torch.hann_window(length, dtype=torch.float64).numpy()
 
 
 @pytest.fixture(scope="module")
 def network():
-    """The package's network with its weights, made of its own files."""
+    """The package's network with its weights, made from the package's files."""
     names = ("pesto", "pesto.utils", "scipy", "scipy.signal")
     modules = {name: types.ModuleType(name) for name in names}
     modules["scipy.signal"].get_window = hann
@@ -67,7 +67,7 @@ def network():
 
 
 def torch_state():
-    """The checkpoint, with PyTorch's own way around the classes that it names."""
+    """The checkpoint, loaded by PyTorch itself, which is allowed to load the classes that it names."""
     classes = (
         "dictconfig.DictConfig",
         "listconfig.ListConfig",

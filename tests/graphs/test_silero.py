@@ -30,7 +30,7 @@ def audio():
 
 @pytest.fixture(scope="module")
 def tensors():
-    """What the safetensors file holds."""
+    """The tensors of the safetensors file."""
     return load_file(resolve(silero_vad.SAFETENSORS))
 
 
@@ -67,7 +67,7 @@ def onnx_probabilities(network, audio):
 
 @pytest.fixture(scope="module")
 def onnx_answers(audio):
-    """What the file gives that `load_silero_vad(onnx=True)` loads."""
+    """The output of the file that `load_silero_vad(onnx=True)` loads."""
     return onnx_probabilities(onnx.load(resolve(reference("data/silero_vad.onnx"))), audio)
 
 
@@ -154,13 +154,13 @@ def test_takes_any_length(model):
 
 
 def test_layer_by_layer_is_all_in_one(audio, probabilities):
-    # In float32 on a CPU the graph is one operation, elsewhere one for each layer.
+    # In float32 on a CPU the graph is one operation, otherwise one per layer.
     weights = silero_vad.load_weights()
     graph = silero_vad.build(CONFIG, weights, dtype=DType.float64)
     one = silero_vad.build(CONFIG, weights)
     assert [len(layers) for layers in graph.emitted] == [1] * 8 and [len(layers) for layers in one.emitted] == [8]
     names = [layer.name.removesuffix(".float64") for (layer,) in graph.emitted]
-    names[5:7] = ["lstm_cell.weight_ih", "lstm_cell.weight_hh"]  # which `lstm` takes as values
+    names[5:7] = ["lstm_cell.weight_ih", "lstm_cell.weight_hh"]  # which `lstm` reads as values
     assert names == [layer.name for layer in one.emitted[0]]
     alike = dataclasses.replace(describe(graph, *CONFIG.framing), layers=())
     assert alike == dataclasses.replace(describe(one, *CONFIG.framing), layers=())
@@ -169,7 +169,7 @@ def test_layer_by_layer_is_all_in_one(audio, probabilities):
 
 
 def test_a_spectrum_of_other_filters():
-    # The one operation is for waves, of which it keeps a quarter.
+    # The single operation is for filters that are waves, of which it keeps a quarter.
     weights = silero_vad.load_weights()
     other = weights | {"stft_conv.weight": weights["stft_conv.weight"] + np.float32(0.01)}
     assert [len(layers) for layers in silero_vad.build(CONFIG, other).emitted] == [1] * 8

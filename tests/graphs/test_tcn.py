@@ -50,7 +50,7 @@ def test_no_output_sees_what_comes_after_it(model):
     changed = x.copy()
     changed[:, 120] += 1
     before, after = model(x), model(changed)
-    # Some kernels share products between neighbours, which rounds differently.
+    # Some kernels share products between neighbouring outputs, which rounds differently.
     np.testing.assert_allclose(before[:, :120], after[:, :120], rtol=0, atol=1e-5)
     assert np.abs(before[:, 120] - after[:, 120]).max() > 0.01
 

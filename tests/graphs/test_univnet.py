@@ -16,7 +16,7 @@ from originals import arrays, compare, enliven
 
 @pytest.fixture(scope="module")
 def original():
-    """The published network, with predicted filters under which gates do not saturate."""
+    """The published network, with predicted filters for which the gates do not saturate."""
     torch.manual_seed(0)
     network = enliven(UnivNetModel(UnivNetConfig()))
     for name, value in network.named_parameters():
@@ -74,7 +74,7 @@ def test_reads_the_published_config():
 def test_is_described(weights):
     span = describe(univnet.build(univnet.Config(), weights)).span
     assert 1 / span.step == univnet.Config().hop
-    # Frames on either side: the predictor's 2 + 3 * 2 + 1, and behind its first filters dilations of 3, 9 and 27 eighths.
+    # Frames on each side: the predictor's 2 + 3 * 2 + 1, and after its first filters dilations of 3, 9 and 27 eighths.
     assert 14 < span.left < 15 and 14 < span.right < 15
 
 

@@ -14,7 +14,7 @@ from max_conv.weights.convert import to_native
 from originals import arrays, compare, enliven
 
 POSITIONS = "encoder.pos_conv_embed.conv"
-LARGE = dict(  # what differs in config.json of facebook/hubert-large-ll60k and facebook/wav2vec2-large-lv60
+LARGE = dict(  # the differences in config.json of facebook/hubert-large-ll60k and facebook/wav2vec2-large-lv60
     conv_bias=True,
     do_stable_layer_norm=True,
     feat_extract_norm="layer",
@@ -33,18 +33,18 @@ SMALL = dict(
 
 
 def original(kind, config):
-    """A model with one transformer layer, which is left out here, in which signals neither vanish nor are all alike."""
+    """A model with one transformer layer, which is left out here; its signals neither vanish nor are all the same."""
     network = enliven(kind(config))
     for module in network.modules():
         if isinstance(module, torch.nn.LayerNorm | torch.nn.GroupNorm):
             module.weight.data = torch.linspace(0.5, 1.5, len(module.weight))
     for layer in network.feature_extractor.conv_layers:
-        layer.conv.weight.data *= 1.6  # GELU takes away as much
+        layer.conv.weight.data *= 1.6  # GELU reduces it by as much
     return network
 
 
 def transformer_input(network, sound):
-    """What the first transformer layer is given."""
+    """The input of the first transformer layer."""
     given = []
     hook = network.encoder.layers[0].register_forward_pre_hook(lambda _, values: given.append(values[0]))
     network(sound)
@@ -80,7 +80,7 @@ def test_features_are_the_original(base, features, batch, samples):
 
 @pytest.mark.parametrize(("gain", "offset"), [(1, 0), (0.1, 0.5)])
 def test_features_of_speech(base, features, gain, offset):
-    """Speech is loudest in the bass, and the offset louder still: sums over time must not cancel."""
+    """Speech is loudest in the bass, and the offset is even louder: sums over time must not cancel."""
     audio = read_audio(resolve(silero_vad.SAMPLE_AUDIO), 16000).mean(axis=0)[16000 * 8 : 16000 * 12]
     sound = torch.from_numpy(audio[None] / audio.std() * gain + offset).float()
     with torch.inference_mode():
@@ -121,7 +121,7 @@ def test_small_is_the_original():
 
 @pytest.mark.parametrize("prefix", ["", "wav2vec2.", "hubert."])
 def test_reads_a_checkpoint(base, prefix, tmp_path):
-    """Weight norm as torch 2 saves it, and as the published files spell it."""
+    """Weight norm as torch 2 saves it, and as the published files name it."""
     state = {prefix + name: value.contiguous() for name, value in base.state_dict().items()}
     if prefix:
         for part, number in (("weight_g", 0), ("weight_v", 1)):

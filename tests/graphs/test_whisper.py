@@ -18,7 +18,7 @@ TINY = dict(  # config.json of openai/whisper-tiny
     max_source_positions=1500,
     activation_function="gelu",
 )
-LARGE = TINY | dict(  # what differs in that of openai/whisper-large-v3
+LARGE = TINY | dict(  # the differences in that of openai/whisper-large-v3
     num_mel_bins=128, d_model=1280, encoder_attention_heads=20, encoder_layers=32, encoder_ffn_dim=5120
 )
 
@@ -60,7 +60,7 @@ def test_is_the_original(network, model, batch):
 
 @pytest.mark.parametrize(("batch", "frames"), [(2, 302), (1, 2), (1, 64)])
 def test_takes_fewer_frames(network, model, batch, frames):
-    """The original takes 30 s only, so another is told that its table ends sooner."""
+    """The original accepts only 30 s, so a copy with a shorter table is compared."""
     short = WhisperEncoder(WhisperConfig(**TINY | {"max_source_positions": frames // 2})).eval()
     table = network.embed_positions.weight[: frames // 2]
     short.load_state_dict(dict(network.state_dict()) | {"embed_positions.weight": table})

@@ -1,4 +1,4 @@
-"""In a forked child MAX's threads are gone: a sentence, not a hang. Each case runs in its own process, with a time limit."""
+"""In a forked child MAX's threads do not exist: an error, not a hang. Each case is a process with a time limit."""
 
 import os
 import subprocess
@@ -53,7 +53,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(folder: Path, code: str, *arguments: str) -> list[str]:
-    """Returns the lines that a program prints; fails where it takes too long, and ends the children that hang."""
+    """Returns the lines that a program prints; fails if it takes too long, and ends children that hang."""
     script = folder / "script.py"
     script.write_text(COMMON + code)
     process = subprocess.Popen(

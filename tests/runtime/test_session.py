@@ -1,4 +1,4 @@
-"""compile, save, load: arrays in, arrays out."""
+"""`compile`, `save` and `load`, and calls of models on arrays."""
 
 import contextlib
 import io
@@ -136,7 +136,7 @@ SHORT = r"model: input 'x' is too short: its dimension 'length' must be at least
 
 
 def test_an_input_that_is_too_short_for_the_network(tmp_path: Path) -> None:
-    """MAX would print a page about memory: each layer's length is known, and what the first one lacks comes out negative."""
+    """MAX would print a page about memory: each layer's length is known, and too short an input makes it negative."""
     first = max_conv.Conv1D(3, 4, 4, DType.float32, stride=2, name="first")
     second = max_conv.Conv1D(5, 4, 4, DType.float32, name="second")
     weights = {"first.weight": np.zeros((3, 4, 4), np.float32), "second.weight": np.zeros((5, 4, 4), np.float32)}
@@ -148,7 +148,7 @@ def test_an_input_that_is_too_short_for_the_network(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=rf"^{SHORT.format(length)}$"):
                 net(np.zeros((1, length, 4), np.float32))
         with pytest.raises(ValueError, match=r"^conv1d: the filter reaches over 5 positions"):
-            net(np.zeros((1, 9, 4), np.float32))  # no output, which a kernel says
+            net(np.zeros((1, 9, 4), np.float32))  # no output: the kernel's error
 
 
 PORTS: list[tuple[str, dict[str, int], tuple[str, int | None] | None]] = [
@@ -222,7 +222,7 @@ def test_a_fast_compile_says_nothing(monkeypatch: Any) -> None:
     assert not said
 
 
-def test_compile_tells_what_it_compiles(monkeypatch: Any) -> None:
+def test_compile_reports_what_it_compiles(monkeypatch: Any) -> None:
     names: list[str] = []
 
     @contextlib.contextmanager
@@ -312,7 +312,7 @@ def test_a_graph_a_function_and_a_tree_of_layers() -> None:
     state = {**{f"first.{name}": value for name, value in STATE.items()}, "second.weight": head}
     tree = Tree()
     np.testing.assert_allclose(max_conv.compile(tree, conv.input_types(), weights=state)(X), WANT @ head[0], atol=1e-4)
-    own = Tree()  # each layer has weights of its own, as front ends do
+    own = Tree()  # each layer has its own weights, like the front ends' layers
     with pytest.raises(ValueError, match=r"compile: the weight 'second\.weight' of Tree has no value"):
         max_conv.compile(own, conv.input_types())
     own.second.load_state_dict({"weight": head})
@@ -367,7 +367,7 @@ def test_loads_in_a_new_process_without_compiling(saved: Path, tmp_path: Path) -
         "y = max_conv.load(sys.argv[1])(np.load(sys.argv[2])); np.save(sys.argv[3], y)"
     )
     arguments = [str(saved), str(tmp_path / "x.npy"), str(tmp_path / "y.npy")]
-    # MAX exports a PYTHONEXECUTABLE that would lead the new process out of its virtual environment.
+    # MAX exports a PYTHONEXECUTABLE with which the new process would leave its virtual environment.
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, env=dict(os.environ))
     close(np.load(tmp_path / "y.npy"))
 
@@ -382,7 +382,7 @@ def test_bfloat16_weights_are_saved_bit_for_bit(tmp_path: Path) -> None:
 
 
 def edited(saved: Path, target: Path, **changes: Any) -> Path:
-    """Copies a saved model with other facts about where it was made."""
+    """Copies a saved model, with other facts about the machine it was made for."""
     with zipfile.ZipFile(saved) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             data = old.read(name)

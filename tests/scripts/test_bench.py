@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic and its sentences. Nothing is timed here."""
+"""The benchmark's arithmetic and its messages. Nothing is timed here."""
 
 import json
 import math
@@ -24,7 +24,7 @@ CRASHED = {"MAX": {"failed": "crashed", "why": "SIGSEGV"}}
 
 
 def made_up(**milliseconds: float) -> dict:
-    """Returns a row of two rounds a contender, whose names come without spaces."""
+    """Returns a row with two rounds per contender; the contenders' names have no spaces."""
     names = {name.replace(" ", "_").replace(".", "_"): name for name in RACE.contenders}
     seconds = {names[key]: [0.9e-3 * ms, 1.1e-3 * ms] for key, ms in milliseconds.items()}
     return report.row(RACE, SMALL, seconds, CRASHED, PEAKS)

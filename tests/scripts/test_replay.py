@@ -1,4 +1,4 @@
-"""replay.py's reports, its files, and what it draws; nothing is compiled here."""
+"""replay.py's reports, its files, and the layers that it draws; nothing is compiled here."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every network of the gallery says what it does, and can be run by what it says."""
+"""Every network of the gallery has a task, and runs according to its description."""
 
 import inspect
 import json
@@ -117,7 +117,7 @@ def test_wav2vec2_normalises_as_transformers() -> None:
 
 
 def test_from_a_saved_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is fetched or compiled, and `step` hears what is done."""
+    """Nothing is downloaded or compiled, and `step` is called with each step."""
     steps = []
 
     class Step:

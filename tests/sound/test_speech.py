@@ -1,4 +1,4 @@
-"""Speech turns, their labels, their picture, and the sound they are found in."""
+"""Speech turns, their labels, their picture, and the sound that they are found in."""
 
 import builtins
 import math
@@ -193,7 +193,7 @@ def test_wrong_sound(tmp_path):
 
 @pytest.fixture
 def without(monkeypatch):
-    """Makes a module look as if it were not installed."""
+    """Makes a module appear not to be installed."""
 
     def remove(missing):
         real = builtins.__import__

@@ -1,4 +1,4 @@
-"""What is told of a network, against what it does."""
+"""The description of a network, against its real outputs."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def network(number: int, module: Module) -> PackedGraph:
 
 @pytest.fixture(scope="module")
 def networks():
-    """Every network's graph, and itself compiled."""
+    """Every network's graph, and the compiled network."""
     module = Module()
     graphs = [network(number, module) for number in range(len(LAYERS))]
     loaded = InferenceSession(devices=[CPU()]).load_all(module, custom_extensions=[kernel_library()])
@@ -44,18 +44,18 @@ def networks():
 
 
 @pytest.mark.parametrize("number", range(len(LAYERS)))
-def test_an_output_sees_what_is_told(networks, number):
+def test_an_output_sees_the_described_span(networks, number):
     graph, model = networks[number]
     span = describe(graph).span
     pulses = [Buffer.from_numpy(pulse[None, :, None]) for pulse in np.eye(LENGTH, dtype=np.float32)]
-    # All weights are one: an output grows with every input that it sees.
+    # All weights are 1: an output grows with every input that it sees.
     seen = np.stack([model.execute(pulse)[0].to_numpy()[0, :, 0] > 0 for pulse in pulses])
     inside = [o for o in range(seen.shape[1]) if span.left <= o * span.step < LENGTH - 1 - span.right]
     assert len(inside) > 5
     for output in inside:
         inputs = np.flatnonzero(seen[:, output])
         assert output * span.step - span.left <= inputs[0] and inputs[-1] <= output * span.step + span.right
-    # Behind a stride down and one up no output may see as far to both sides as some do to one.
+    # After a stride down and a stride up, no single output may see as far on both sides as some outputs see on one.
     spare = any(options.get("stride") for _, _, options in LAYERS[number][:-1]) and len(LAYERS[number]) == 3
     widest = max(np.ptp(np.flatnonzero(seen[:, output])) + 1 for output in inside)
     assert widest <= span.field <= widest + spare

@@ -1,4 +1,4 @@
-"""Files out of wheels. The wheel here is made by hand, so that pip finds it without a network."""
+"""Files from wheels. The wheel is made here, so that pip finds it without a network."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ INFO = {
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A wheel on a shelf that is all pip can see, and an empty cache."""
+    """A wheel in a folder, which is all that pip can see, and an empty cache."""
     shelf = tmp_path / "shelf"
     shelf.mkdir()
     path = shelf / "parcel-1.5-py3-none-any.whl"
@@ -48,7 +48,7 @@ def test_extracts_one_file_and_keeps_it(wheel, tmp_path, monkeypatch, file, pinn
     assert path.name == file.rsplit("/")[-1]
     assert path.read_bytes() == FILES[file]
     assert [found for found in (tmp_path / "cache").rglob("*") if found.is_file()] == [path]
-    monkeypatch.setattr(assets.subprocess, "run", None)  # the second time pip is not needed
+    monkeypatch.setattr(assets.subprocess, "run", None)  # pip is not needed the second time
     assert resolve(reference) == path
 
 
@@ -132,7 +132,7 @@ def test_no_pip(wheel, tmp_path, monkeypatch):
 
 
 class Hub:
-    """Stands in for huggingface_hub, which would need a network."""
+    """Replaces huggingface_hub, which would need a network."""
 
     def __init__(self, folder):
         self.folder, self.asked = folder, []

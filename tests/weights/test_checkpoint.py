@@ -1,4 +1,4 @@
-"""Checkpoints of every kind: read lazily and without losing a bit, or refused in one sentence."""
+"""Checkpoints of every kind: read lazily and without losing a bit, or rejected with one sentence."""
 
 import io
 import json
@@ -25,7 +25,7 @@ FILTERS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, *FLOAT8]
 
 
 def state() -> dict[str, torch.Tensor]:
-    """A checkpoint with a filter of every floating dtype, NaN payloads among them, and everything else there is."""
+    """A checkpoint with a filter of every floating dtype, NaN payloads included, and tensors of all other dtypes."""
     torch.manual_seed(0)
     tensors = {f"conv{i}.weight": torch.randn(8, 4, 3).to(dtype) for i, dtype in enumerate(FILTERS)}
     tensors["conv1.weight"].view(torch.int32)[0, 0, 0] = 0x7FC12345
@@ -103,7 +103,7 @@ def test_reads_every_bit(kind: str, tmp_path: Path) -> None:
         for name, tensor in want.items():
             assert checkpoint.shape(name) == tuple(tensor.shape)
             assert same_bits(as_torch(checkpoint, name), tensor), name
-            # Twice: what was given back to the file is read again.
+            # Twice: pages that were given back to the file are read again.
             assert same_bits(as_torch(checkpoint, name), tensor), name
 
 
@@ -219,7 +219,7 @@ def claim(folder: Path) -> Path:
 
 
 def unpickling(folder: Path, call: bytes) -> Path:
-    """A file whose pickle calls something with 5 << 32, within what PyTorch lets pickles do."""
+    """A file whose pickle calls something with 5 << 32, which PyTorch allows pickles to do."""
     path = saved(folder, "m.pt", {"a": torch.zeros(1)})
     with zipfile.ZipFile(path) as archive:
         contents = {info.filename: archive.read(info) for info in archive.infolist()}
@@ -430,7 +430,7 @@ def test_values_are_torch_s(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rounds_once_and_to_even(dtype: torch.dtype) -> None:
-    """Between every two neighbours: the middle, and what is a little less or more, by less than float32 can tell."""
+    """Between every two neighbours: the middle, and values that differ from it by less than float32 can represent."""
     code = CODES[str(dtype).removeprefix("torch.")]
     if dtype == torch.float32:
         low = np.random.default_rng(0).integers(0, 0x7F7FFFFF, 60_000).astype(np.uint32)

@@ -1,4 +1,4 @@
-"""Every error sentence of what reads and converts checkpoints is reached by a test that passes and asks for sentences."""
+"""Every error sentence of the code that reads and converts checkpoints is reached by a passing test that expects it."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Where checkpoints come from: other tools' files, what training scripts save around weights, and what is no checkpoint."""
+"""Sources of checkpoints: other tools' files, files of training scripts, and files that are not checkpoints."""
 
 import argparse
 import collections
@@ -136,7 +136,7 @@ def header(text: str) -> bytes:
 
 
 def lying(folder: Path) -> Path:
-    """An archive whose data do not have the checksum that they should have."""
+    """An archive whose data has a wrong checksum."""
     content = bytearray(packed(folder, {"a.npy": npy(np.zeros(40_000))}, zipfile.ZIP_STORED).read_bytes())
     content[200_000] ^= 1
     (folder / "m.npz").write_bytes(content)
@@ -188,7 +188,7 @@ def test_npz_that_is_damaged_inside(tmp_path: Path) -> None:
             checkpoint.read("a")
 
 
-# What lies around the state dict.
+# Objects around the state dict.
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ KEYS: dict[str, tuple[Any, str | None, str]] = {
 
 
 @pytest.mark.parametrize("case", KEYS)
-def test_tells_the_keys_there_are(case: str, tmp_path: Path) -> None:
+def test_lists_the_keys_there_are(case: str, tmp_path: Path) -> None:
     value, key, sentence = KEYS[case]
     with pytest.raises(ValueError, match=rf"^checkpoint: [^\n]*{sentence}"):
         open_checkpoint(saved(tmp_path, value), key)
@@ -267,7 +267,7 @@ def test_readers_say_what_was_taken(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 def test_a_dict_within_itself(tmp_path: Path) -> None:
     value: dict[str, Any] = {"w": {"a": torch.zeros(1)}}
-    for _ in range(60):  # 2 ** 60 ways lead through it
+    for _ in range(60):  # there are 2 ** 60 paths through it
         value = {"a": value, "b": value}
     with pytest.raises(ValueError, match="'a' is a dict"):
         open_checkpoint(saved(tmp_path, value))
@@ -301,7 +301,7 @@ def test_harmless_pickles_are_passed_over(kind: str, zipped: bool, tmp_path: Pat
 
 
 class AttributeDict(dict):
-    """What Lightning pickles for its hyper-parameters."""
+    """The class that Lightning pickles for its hyper-parameters."""
 
 
 def test_lightning_s_dicts_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +353,7 @@ def test_what_somebody_else_allows_is_not_run(tmp_path: Path, monkeypatch: pytes
     assert not Spy.ran
 
 
-# What is no checkpoint.
+# Files that are not checkpoints.
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 PAGE = b"\n <!DOCTYPE html>\n<html><body>Sign in</body></html>"

@@ -1,4 +1,4 @@
-"""`max-conv convert`: what it writes, that it comes back, what it refuses, and how little memory it takes."""
+"""`max-conv convert`: the output, the inverse conversion, the errors, and the memory that it needs."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 class Net(torch.nn.Module):
-    """Every spelling of every norm, on both kinds of layers, and other tensors."""
+    """Every naming of every norm, on both kinds of layers, and other tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Net(torch.nn.Module):
         self.spectral_new_t = parametrizations.spectral_norm(transposed(4, 8, 3))
         self.linear = torch.nn.Linear(3, 3)
         self.eval()
-        for layer in (self.spectral, self.spectral_t):  # computes its weight as it is called
+        for layer in (self.spectral, self.spectral_t):  # computes its weight when it is called
             layer(torch.zeros(1, 4, 9))
 
     def kind(self, name: str) -> str:
@@ -123,7 +123,7 @@ def test_weights_in_16_bits_are_read_as_float32(tmp_path: Path) -> None:
     assert weights["a.weight"].dtype == np.float32 and weights["n"].dtype == np.int64
 
 
-# Losing nothing, and the way back.
+# Lossless conversion, and the inverse.
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "lightning", "sharded", "directory"])
@@ -276,7 +276,7 @@ def test_shards_in_and_out(tmp_path: Path) -> None:
     good(tmp_path / names[0], tmp_path / "back.safetensors", "--to", "torch")
     back = load_file(tmp_path / "back.safetensors")
     assert all(same_bits(back[name], tensor) for name, tensor in tensors.items())
-    # Shards of before are not left beside fewer new ones.
+    # Old shards are removed if there are fewer new ones.
     facts = good(source, tmp_path / "native.safetensors", "--conv", "*", "--max-shard-size", "2KB", "--force")
     assert sorted(path.name for path in tmp_path.glob("native*")) == sorted(Path(path).name for path in facts["files"])
     good(source, tmp_path / "native.safetensors", "--conv", "*", "--force")
@@ -289,7 +289,7 @@ def test_a_checkpoint_is_converted_in_its_place(tmp_path: Path) -> None:
     assert load_file(tmp_path / "m.safetensors")["conv1.weight"].shape == (3, 4, 8)
 
 
-# What is shown.
+# Output.
 
 
 def test_dry_run_shows_and_writes_nothing(net_file: Path, tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_a_model_and_a_tensor_to_leave_out(tmp_path: Path, monkeypatch: pytest.M
     assert call(tmp_path / "m.pt", "--conv", "weight").stderr.endswith("Error: Missing argument 'TARGET'.\n")
 
 
-# The check finds what is wrong.
+# The check finds errors.
 
 
 @pytest.mark.parametrize("name", ["plain", "grouped", "new0", "spectral_t"])
@@ -392,7 +392,7 @@ def test_verify_finds_one_wrong_value_and_one_wrong_bit(tmp_path: Path) -> None:
                 verify(source, plan, target)
 
 
-# What is refused: one sentence, exit code 2, nothing left behind.
+# Errors: one sentence, exit code 2, no files left.
 
 SPOILT = '"half*", "odd*", "intnorm*", "twins*", "spec.*"'
 MAPS = {
@@ -611,7 +611,7 @@ def test_refuses_markers(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["max_conv.weights.convert"]  # the folder has the function by this name
+    module = sys.modules["max_conv.weights.convert"]  # the package's attribute of this name is the function
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "x")
@@ -642,7 +642,7 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("suffix", "dtype"), [("safetensors", "BF16"), ("pt", "")])
 def test_memory_stays_near_one_tensor(suffix: str, dtype: str, tmp_path: Path) -> None:
-    """240 MB in tensors of 10 and one of 80 MB, which is only copied: everything that is resident counts."""
+    """240 MB in tensors of 10 MB and one of 80 MB, which is only copied: all resident memory counts."""
     tensors = {f"conv{i}.weight": torch.randn(512, 512, 10) for i in range(16)} | {"embedding": torch.randn(20_000_000)}
     path = tmp_path / f"big.{suffix}"
     torch.save(tensors, path) if suffix == "pt" else save_file(tensors, path)

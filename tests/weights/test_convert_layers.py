@@ -176,7 +176,7 @@ def test_filters_of_mlx(tmp_path: Path) -> None:
         want = mx.conv_transpose1d(mx.array(x), mx.array(weights["up.weight"]), 2) + mx.array(weights["up.bias"])
         y = conv_transpose1d_ref(x, got["up.weight"], got["up.bias"], stride=2, layout="NLC", filter_layout="SFC")
         np.testing.assert_allclose(y, np.array(want), atol=1e-5)
-    # Back is PyTorch's layout, whatever it came from.
+    # The inverse gives PyTorch's layout, whatever the source was.
     good(tmp_path / "n.safetensors", tmp_path / "t.safetensors", "--to", "torch", "--verify")
     back = load_file(tmp_path / "t.safetensors")
     np.testing.assert_array_equal(back["c.weight"], weights["c.weight"].transpose(0, 2, 1))
@@ -449,7 +449,7 @@ def test_norms_that_are_not_folded(case: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
 
 
-# Keys, and what is said.
+# Keys, and messages.
 
 
 def test_convert_with_a_key(tmp_path: Path) -> None:
@@ -501,7 +501,7 @@ main(["convert", *sys.argv[1:]])
 
 
 def started(folder: Path, target: str = "n.safetensors") -> subprocess.Popen:
-    """Starts a conversion that has written its files, and not yet put them into their places."""
+    """Starts a conversion that has written its files, but has not yet moved them into place."""
     save_file({"c.weight": torch.ones(1, 1, 1)}, folder / "m.safetensors")
     arguments = [folder / "m.safetensors", folder / target, "--conv", "c.weight"]
     command = [sys.executable, "-c", SLOW, *map(str, arguments)]
@@ -525,7 +525,7 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     killed, alive = started(tmp_path), started(tmp_path, "other.safetensors")
     killed.kill()
     killed.communicate(timeout=30)
-    foreign = tmp_path / ".n.safetensors.backup12"  # a name as ours, and nothing of ours in it
+    foreign = tmp_path / ".n.safetensors.backup12"  # a name like ours, but without our lock
     foreign.mkdir()
     (foreign / "precious").touch()
     (left,) = {*tmp_path.glob(".n.safetensors.*")} - {foreign}
@@ -548,7 +548,7 @@ def test_a_link_to_a_folder_is_no_leftover(tmp_path: Path) -> None:
 
 
 def test_signals_are_left_to_who_handles_them(tmp_path: Path) -> None:
-    """In a thread, and where a program has its own handlers or ignores a signal."""
+    """In a thread, and in a program that has its own handlers or ignores a signal."""
     save_file({"c.weight": torch.ones(1, 1, 1)}, tmp_path / "m.safetensors")
     seen: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))

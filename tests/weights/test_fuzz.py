@@ -1,4 +1,4 @@
-"""Readers of checkpoints against damage: sane tensors or one sentence, nothing else, and never much memory."""
+"""Readers of damaged checkpoints: valid tensors or one sentence, nothing else, and never much memory."""
 
 import io
 import json
@@ -52,7 +52,7 @@ FILES = {
 def damage(draw: st.DrawFn, content: bytes) -> bytes:
     """A file with some bytes flipped, cut, doubled, moved, or replaced by others."""
     data = bytearray(content)
-    # Headers come first in most files: damage there is what gets furthest.
+    # Headers come first in most files: damage there gets furthest.
     place = st.one_of(st.integers(0, min(len(data) - 1, 300)), st.integers(0, len(data) - 1))
     for _ in range(draw(st.integers(1, 4))):
         start = min(draw(place), len(data))
@@ -76,7 +76,7 @@ def damage(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def check(path: Path) -> None:
-    """Opens and reads a file; raises where the outcome is neither sane nor a sentence."""
+    """Opens and reads a file; raises an error if the result is neither valid nor a sentence."""
     try:
         with open_checkpoint(path) as checkpoint:
             for name in checkpoint.names:
@@ -102,7 +102,7 @@ def test_damaged_files(name: str, tmp_path_factory: pytest.TempPathFactory, data
 @given(data=st.data())
 @FUZZ
 def test_damaged_pickles(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """In an archive that is whole: what PyTorch's own unpickler gets to see."""
+    """In an intact archive: damage that reaches PyTorch's own unpickler."""
     path = tmp_path_factory.getbasetemp() / "pickle.pt"
     with zipfile.ZipFile(io.BytesIO(FILES["m.pt"])) as before, zipfile.ZipFile(path, "w") as after:
         for entry in before.infolist():
@@ -139,7 +139,7 @@ ENTRY = st.fixed_dictionaries(
 @given(header=st.dictionaries(st.text(max_size=9), ENTRY | JSON, max_size=3) | JSON, data=st.binary(max_size=40))
 @FUZZ
 def test_headers_of_any_json(tmp_path_factory: pytest.TempPathFactory, header: Any, data: bytes) -> None:
-    """What this reader takes, the safetensors library takes, too, and both see the same."""
+    """Files that this reader accepts, the safetensors library accepts, too, with the same contents."""
     text = json.dumps(header).encode()
     path = tmp_path_factory.getbasetemp() / "json.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
@@ -188,7 +188,7 @@ def test_claims_cost_no_memory(start: bytes, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     with path.open("wb") as file:
         file.write(start)
-        file.truncate(100 << 30)  # a file of 100 GB that takes no room
+        file.truncate(100 << 30)  # a sparse file of 100 GB
     tracemalloc.start()
     with pytest.raises(ValueError, match="is not a safetensors file"):
         open_checkpoint(path)
@@ -197,7 +197,7 @@ def test_claims_cost_no_memory(start: bytes, tmp_path: Path) -> None:
 
 
 def test_a_tensor_of_100_gb_opens_at_once(tmp_path: Path) -> None:
-    """What a header claims truly is not read before it is asked for, and then in pieces."""
+    """Data that a valid header declares is read only on request, and then in pieces."""
     path = tmp_path / "m.safetensors"
     size = 100 << 30
     text = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()

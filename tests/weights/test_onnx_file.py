@@ -31,7 +31,7 @@ def constant(name, array, kind="Constant"):
 
 
 def branches(*nodes):
-    """A condition with two graphs of the same nodes, but for their names."""
+    """A condition with two graphs of the same nodes, except for their names."""
     parts = {}
     for branch in ("then_branch", "else_branch"):
         renamed = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
