@@ -44,11 +44,6 @@ LINT: dict[str, Step] = {
 }
 WIDTH = 120
 """Columns of a line of Mojo."""
-UNFORMATTED = {
-    *("careful", "checks", "dense", "dispatch", "lanes", "lengthwise", "ops", "paired", "points", "silero"),
-    *("targets", "transforms", "transposed", "window", "winograd", "peaks"),
-}
-"""Mojo files that the checks of Mojo sources pass over until they are formatted; none is to be added."""
 SMOKE = [
     "tests/test_docs.py::test_docstring_examples[max_conv.conv.geometry]",
     "tests/test_docs.py::test_docstring_examples[max_conv.conv.layouts]",
@@ -140,7 +135,7 @@ def run_all(python: Path, steps: dict[str, Step]) -> int:
 def mojo_sources() -> list[Path]:
     """Returns the Mojo files that are checked."""
     files = [file for folder in ("max_conv", "scripts", "tests") for file in (ROOT / folder).rglob("*.mojo")]
-    return sorted(file for file in files if file.stem not in UNFORMATTED)
+    return sorted(files)
 
 
 def mojo_format(python: Path) -> int:

@@ -46,9 +46,7 @@ struct Source[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 
 
 @always_inline
-def calm_filter[
-    acc: DType, //
-](plan: Plan, w: Memory[acc], channels: Int, filter_row: Int) -> Bool:
+def calm_filter[acc: DType, //](plan: Plan, w: Memory[acc], channels: Int, filter_row: Int) -> Bool:
     """Tells whether a panel could be transformed: NaN in place of its first products says that it could not."""
     for part in range(len(plan.sizes)):
         if isnan(w[unsafe_offset=part * channels * filter_row]):
@@ -87,9 +85,7 @@ def restore_taps[
             var to = target.unsafe_offset((plan.first[part] + j * plan.step) * channels * panel)
             for c in range(channels):
                 for f in range(panel):
-                    to[unsafe_offset=c * panel + f] = restored(
-                        g, plan, w.unsafe_offset(f), filter_row, raw, part, j, c
-                    )
+                    to[unsafe_offset=c * panel + f] = restored(g, plan, w.unsafe_offset(f), filter_row, raw, part, j, c)
 
 
 @no_inline
@@ -109,15 +105,7 @@ def gather_taps[
 @no_inline
 def direct[
     dtype: DType, acc: DType, //, nlc: Bool, vectors: Int
-](
-    g: Geometry,
-    plan: Plan,
-    source: Source[dtype],
-    part: Part,
-    taps: Memory[acc],
-    sums: Memory[acc],
-    output_size: Int,
-):
+](g: Geometry, plan: Plan, source: Source[dtype], part: Part, taps: Memory[acc], sums: Memory[acc], output_size: Int,):
     """Sums the products of a part's quads and some vectors of filters.
 
     The outputs of a quad stand `output_size` apart.

@@ -21,15 +21,24 @@ def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
         raise Error("conv1d: padding must not be negative.")
     if g.groups < 1 or g.groups * filter_channels != g.channels or g.filters % g.groups != 0:
         raise Error(
-            "conv1d: x has ", g.channels, " channels, but the filter takes ", filter_channels, " for each of ",
+            "conv1d: x has ",
+            g.channels,
+            " channels, but the filter takes ",
+            filter_channels,
+            " for each of ",
             g.groups,
-            " groups and gives ", g.filters, "; pass what the graph was built for.",
+            " groups and gives ",
+            g.filters,
+            "; pass what the graph was built for.",
         )
     var reach = (g.kernel - 1) * g.dilation + 1
     var padded = g.length + g.pad_left + pad_right
     if padded < reach:
         raise Error(
-            "conv1d: the filter reaches over ", counted(reach), ", but the padded input has only ", padded,
+            "conv1d: the filter reaches over ",
+            counted(reach),
+            ", but the padded input has only ",
+            padded,
             "; pad more or pass a longer input.",
         )
     if g.out_length != (padded - reach) // g.stride + 1:
@@ -43,7 +52,10 @@ def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
     )
     if wide:
         raise Error(
-            "conv1d: padding of ", pad, " with values of the input needs more than its ", counted(g.length),
+            "conv1d: padding of ",
+            pad,
+            " with values of the input needs more than its ",
+            counted(g.length),
             "; pad less or pass a longer input.",
         )
 
@@ -56,8 +68,15 @@ def check_transposed(t: Transposed, pad_right: Int, filter_channels: Int) raises
         raise Error("conv_transpose1d: padding must not be negative.")
     if t.groups < 1 or t.groups * filter_channels != t.channels or t.filters % t.groups != 0:
         raise Error(
-            "conv_transpose1d: x has ", t.channels, " channels, but the filter takes ", filter_channels,
-            " for each of ", t.groups, " groups and gives ", t.filters, "; pass what the graph was built for.",
+            "conv_transpose1d: x has ",
+            t.channels,
+            " channels, but the filter takes ",
+            filter_channels,
+            " for each of ",
+            t.groups,
+            " groups and gives ",
+            t.filters,
+            "; pass what the graph was built for.",
         )
     if t.length < 1:
         raise Error("conv_transpose1d: x must have at least 1 position, but has ", t.length, ".")
@@ -65,7 +84,12 @@ def check_transposed(t: Transposed, pad_right: Int, filter_channels: Int) raises
     var longest = shortest + max(t.stride, t.dilation) - 1
     if t.out_length < max(1, shortest) or t.out_length > longest:
         raise Error(
-            "conv_transpose1d: the output has ", t.out_length, " positions, not ", max(1, shortest), " to ", longest,
+            "conv_transpose1d: the output has ",
+            t.out_length,
+            " positions, not ",
+            max(1, shortest),
+            " to ",
+            longest,
             "; pad less or pass a longer input.",
         )
 

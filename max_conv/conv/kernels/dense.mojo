@@ -163,9 +163,7 @@ def column[
 
 
 @always_inline
-def pack[
-    dtype: DType, acc: DType, //
-](w: Memory[dtype], row_size: Int, rows: Int, lanes: Int, target: Memory[acc]):
+def pack[dtype: DType, acc: DType, //](w: Memory[dtype], row_size: Int, rows: Int, lanes: Int, target: Memory[acc]):
     """Copies `rows` rows of `lanes` filters side by side, with zeros behind the last filter."""
     comptime width = simd_width_of[acc]()
     for r in range(rows):

@@ -93,16 +93,7 @@ struct Grid(ImplicitlyCopyable, TrivialRegisterPassable):
 
 def by_chunks[
     dtype: DType, Prepare: def(Int, Int, Int, Memory[dtype]) -> None, Work: def(Part, Panels[dtype]) -> None, //
-](
-    g: Geometry,
-    grid: Grid,
-    chunk: Int,
-    held: Panels[dtype],
-    prepare: Prepare,
-    pieces: Int,
-    work: Work,
-    threads: Int,
-):
+](g: Geometry, grid: Grid, chunk: Int, held: Panels[dtype], prepare: Prepare, pieces: Int, work: Work, threads: Int,):
     """Lays out `chunk` panels of filters at a time, and computes with them before the next ones.
 
     Args:

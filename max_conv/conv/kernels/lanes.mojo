@@ -22,9 +22,7 @@ comptime accumulator[dtype: DType] = DType.float64 if dtype == DType.float64 els
 
 
 @always_inline
-def load[dtype: DType, //, acc: DType, width: Int, partial: Bool](
-    p: Memory[dtype], lanes: Int
-) -> SIMD[acc, width]:
+def load[dtype: DType, //, acc: DType, width: Int, partial: Bool](p: Memory[dtype], lanes: Int) -> SIMD[acc, width]:
     """Loads `width` values, or with `partial` the first `lanes` of them and zeros."""
     comptime if partial:
         var mask = iota[DType.int32, width]().lt(Int32(lanes))
@@ -34,9 +32,7 @@ def load[dtype: DType, //, acc: DType, width: Int, partial: Bool](
 
 
 @always_inline
-def load_strided[
-    dtype: DType, //, acc: DType, width: Int
-](p: Memory[dtype], step: Int, lanes: Int) -> SIMD[acc, width]:
+def load_strided[dtype: DType, //, acc: DType, width: Int](p: Memory[dtype], step: Int, lanes: Int) -> SIMD[acc, width]:
     """Loads `lanes` values that stand `step` apart, and zeros after them."""
     if step == 1:
         if lanes >= width:
@@ -49,9 +45,9 @@ def load_strided[
 
 
 @always_inline
-def store[dtype: DType, //, acc: DType, width: Int, partial: Bool](
-    p: Memory[dtype], value: SIMD[acc, width], lanes: Int
-):
+def store[
+    dtype: DType, //, acc: DType, width: Int, partial: Bool
+](p: Memory[dtype], value: SIMD[acc, width], lanes: Int):
     """Stores `width` values, or with `partial` the first `lanes` of them."""
     comptime if partial:
         masked_store(value.cast[dtype](), p, iota[DType.int32, width]().lt(Int32(lanes)))

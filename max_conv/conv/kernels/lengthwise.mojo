@@ -67,9 +67,7 @@ struct Lines(ImplicitlyCopyable, TrivialRegisterPassable):
         var reach = k * g.dilation
         return reach % g.stride * self.length + reach // g.stride
 
-    def fill[
-        dtype: DType, acc: DType, //, nlc: Bool
-    ](self, g: Geometry, x: Memory[dtype], target: Memory[acc]):
+    def fill[dtype: DType, acc: DType, //, nlc: Bool](self, g: Geometry, x: Memory[dtype], target: Memory[acc]):
         """Writes every line of every channel of one group, whose data starts at `x`."""
         comptime width = simd_width_of[acc]()
         var channels = g.group_channels()

@@ -35,9 +35,7 @@ def has_pairs() -> Bool:
 @always_inline
 def dot[
     dtype: DType, //
-](
-    a: SIMD[dtype, 2 * WIDTH], b: SIMD[dtype, 2 * WIDTH], sum: SIMD[DType.float32, WIDTH]
-) -> SIMD[DType.float32, WIDTH]:
+](a: SIMD[dtype, 2 * WIDTH], b: SIMD[dtype, 2 * WIDTH], sum: SIMD[DType.float32, WIDTH]) -> SIMD[DType.float32, WIDTH]:
     comptime assert dtype == DType.bfloat16 and WIDTH == 16
     return llvm_intrinsic["llvm.x86.avx512bf16.dpbf16ps.512", SIMD[DType.float32, WIDTH]](sum, a, b)
 

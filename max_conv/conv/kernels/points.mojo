@@ -21,6 +21,7 @@ comptime POINTS = 6
 """0, 1, -1, infinity, 1/2, -2: groups of one tap use the first four, of two taps five, of three taps six."""
 comptime TAPS = 3
 
+
 struct Plan(Movable):
     """How the taps of a layer fall into groups. Large groups come first, so that each point has a prefix of them."""
 

@@ -66,9 +66,7 @@ def before(r: Int, first_tasks: Int, later_tasks: Int) -> Int:
     return 0 if r == 0 else first_tasks + (r - 1) * later_tasks
 
 
-def rounds[
-    Task: def(Int, Int) -> None, //
-](task: Task, count: Int, first_tasks: Int, later_tasks: Int, threads: Int):
+def rounds[Task: def(Int, Int) -> None, //](task: Task, count: Int, first_tasks: Int, later_tasks: Int, threads: Int):
     """Runs `task(r, i)` for the `first_tasks` of round 0, then for the `later_tasks` of each round up to `count - 1`.
 
     Threads spin until the rounds before are done: a round may be as short as a few microseconds.

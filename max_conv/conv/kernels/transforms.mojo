@@ -31,15 +31,7 @@ struct Planes[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 @always_inline
 def transform_filter[
     dtype: DType, acc: DType, //, size: Int
-](
-    g: Geometry,
-    plan: Plan,
-    group: Int,
-    w: Memory[dtype],
-    steps: FilterSteps,
-    lanes: Int,
-    target: Memory[acc],
-):
+](g: Geometry, plan: Plan, group: Int, w: Memory[dtype], steps: FilterSteps, lanes: Int, target: Memory[acc],):
     """Writes one group of taps of one panel, whose first filter `w` points at, all channels, to each point's place.
 
     A value that the transforms do not take turns the first product into NaN, for `calm_filter`.

@@ -119,13 +119,7 @@ struct Rows[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
     @staticmethod
     def of[
         source: DType, //
-    ](
-        window: Window,
-        g: Geometry,
-        x: Memory[source],
-        channels: Int,
-        mut scratch: Scratch[Self.dtype],
-    ) -> Self:
+    ](window: Window, g: Geometry, x: Memory[source], channels: Int, mut scratch: Scratch[Self.dtype],) -> Self:
         """Returns where `channels` channels of the window's rows stand: in NLC data that starts at `x`, where every row
         lies in the input and has the right type, and otherwise copied to `scratch`.
         """

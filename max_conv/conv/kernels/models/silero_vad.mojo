@@ -275,8 +275,16 @@ def convolve[relu: Bool](layer: Layer, x: Frames, y: Frames, chunks: Int):
     """Computes a layer of some chunks, whose filters fill their panels."""
     var all_terms = layer.taps * x.channels
     var p = Product(
-        x.data, layer.stride * x.channels, y.positions, layer.w, all_terms, all_terms * PACK, layer.bias, y.data,
-        y.channels, y.channels,
+        x.data,
+        layer.stride * x.channels,
+        y.positions,
+        layer.w,
+        all_terms,
+        all_terms * PACK,
+        layer.bias,
+        y.data,
+        y.channels,
+        y.channels,
     )
     if chunks < y.positions:
         for n in range(chunks):

@@ -37,7 +37,8 @@ struct LongShortTermMemory:
             or w.dim_size(1) != GATES * units
         ):
             raise Error(
-                "lstm: the gates and the weights do not fit an output of ", units,
+                "lstm: the gates and the weights do not fit an output of ",
+                units,
                 " units; pass what the graph was built for.",
             )
         if (
@@ -47,7 +48,10 @@ struct LongShortTermMemory:
             or cell.dim_size(1) != units
         ):
             raise Error(
-                "lstm: hidden and cell must both have shape (", batch, ", ", units,
+                "lstm: hidden and cell must both have shape (",
+                batch,
+                ", ",
+                units,
                 "); pass states of the gates' batch and units.",
             )
         if batch == 0:
