@@ -26,12 +26,6 @@ def run() -> None:
     """Runs a network on real data."""
 
 
-def _networks(kind: str, default: str | None = None) -> Any:
-    """Returns the option --network; its choices are known without loading a network."""
-    known = "Networks: " + ", ".join(NETWORKS[kind]) + "."
-    return click.option("--network", "name", default=default, required=not default, show_default=True, help=known)
-
-
 NETWORKS = {
     "speech": ["silero-vad"],
     "pitch": ["crepe", "pesto"],
@@ -39,16 +33,13 @@ NETWORKS = {
     "codec": ["dac", "encodec"],
     "features": ["mamba", "tcn", "wav2vec2", "whisper"],
 }
-"""The networks of each kind. A test compares them with each file's TASK."""
+"""The networks of each kind, known without loading one. A test compares them with each file's TASK."""
 
 
-def _open(kind: str, name: str, settings: Any, weights: str | None, saved: Path | None) -> Any:
-    """Returns the network, or raises an error if it is not of this kind."""
-    from ..serving import open_network
-
-    if name.replace("_", "-") not in NETWORKS[kind]:
-        raise ValueError(f"run: {name} is no network for {kind}; take {', '.join(NETWORKS[kind])}.")
-    return open_network(name, settings, weights=weights, saved=saved, step=step)
+def _networks(kind: str, default: str | None = None) -> Any:
+    """Returns the option --network."""
+    choice = click.Choice(NETWORKS[kind])
+    return click.option("--network", "name", type=choice, default=default, required=not default, show_default=True)
 
 
 def _sample(audio: Path | None) -> Path:
@@ -89,7 +80,7 @@ def speech(
     \b
     --weights pypi://silero-vad==6.2.3/silero_vad/data/silero_vad_16k.safetensors
     """
-    from ..serving import graph_file
+    from ..serving import graph_file, open_network
     from ..sound import agreement, draw_speech, read_audio, read_rttm, turns
     from ..weights import resolve
 
@@ -100,7 +91,7 @@ def speech(
     rate, hop = settings.rate, settings.hop / settings.rate
     sound = read_audio(audio, rate).mean(axis=0)
     known = read_rttm(labels) if labels else None
-    network = _open("speech", name, settings, **source)
+    network = open_network(name, settings, **source, step=step)
     with step("listening"):
         start = time.perf_counter()
         probabilities = network.run(sound)
@@ -153,13 +144,14 @@ def pitch(
 
     Without AUDIO it uses a 30 s conversation of two people.
     """
+    from ..serving import open_network
     from ..sound import draw_pitch, note, read_audio, stretches
 
     picture = new_file(picture or Path(f"{name}.png"), force=True)
     audio = _sample(audio)
     settings = config(name, None, capacity=capacity)
     sound = read_audio(audio, settings.rate).mean(axis=0)
-    network = _open("pitch", name, settings, weights, saved)
+    network = open_network(name, settings, weights=weights, saved=saved, step=step)
     with step("listening"):
         start = time.perf_counter()
         followed = network.run(sound, **{name: value for name, value in options.items() if value is not None})
@@ -211,7 +203,7 @@ def _say(duration: float, taken: float, picture: Path) -> None:
 @JSON
 def vocoder(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """Makes sound from the mel spectrogram SOURCE (.npy, (frames, mels)), and writes it to TARGET."""
-    _make_sound("vocoder", source, target, as_json, **options)
+    _make_sound(source, target, as_json, **options)
 
 
 @run.command()
@@ -225,14 +217,14 @@ def vocoder(source: Path, target: Path, as_json: bool, **options: Any) -> None:
 @JSON
 def codec(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """Codes and decodes the sound SOURCE, channel by channel, and writes the decoded sound to TARGET."""
-    _make_sound("codec", source, target, as_json, **options)
+    _make_sound(source, target, as_json, **options)
 
 
-def _make_sound(kind: str, source: Path, target: Path, as_json: bool, force: bool, **options: Any) -> None:
+def _make_sound(source: Path, target: Path, as_json: bool, force: bool, **options: Any) -> None:
     from ..sound import check_sound_file, write_audio
 
     new_file(check_sound_file(target), force)
-    network, sound, taken = _run_on(kind, source, **options)
+    network, sound, taken = _run_on(source, **options)
     rate = network.config.rate
     write_audio(target, sound, rate)
     seconds = sound.shape[1] / rate
@@ -261,7 +253,7 @@ def features(source: Path, target: Path, as_json: bool, force: bool, **options: 
     if target.suffix != ".npy":
         raise ValueError(f"run: {target} must end in .npy.")
     new_file(target, force)
-    _, vectors, taken = _run_on("features", source, **options)
+    _, vectors, taken = _run_on(source, **options)
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
         try:
             np.save(file, vectors)
@@ -277,12 +269,14 @@ def features(source: Path, target: Path, as_json: bool, force: bool, **options: 
 
 
 def _run_on(
-    kind: str, source: Path, name: str, weights: str | None, file: Path | None, saved: Path | None
+    source: Path, name: str, weights: str | None, file: Path | None, saved: Path | None
 ) -> tuple[Any, Any, float]:
     """Returns the network, its output for a file, and the seconds that it took."""
+    from ..serving import open_network
+
     settings = config(name, file)
     given = _given(name, source, settings)
-    network = _open(kind, name, settings, weights, saved)
+    network = open_network(name, settings, weights=weights, saved=saved, step=step)
     with step("running"):
         start = time.perf_counter()
         result = network.run(given)
