@@ -14,6 +14,7 @@ a layer, ours or its own, in 10 to 25 s and caches it: the first run over all la
 others.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -158,15 +159,14 @@ class Racer:
             self.process.send_signal(signal.SIGSTOP)
             return json.loads(line)
         status = self.process.wait()
-        self.process = None
-        why = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        return {"failed": "crashed", "why": why}
+        self.stop()
+        return {"failed": "crashed", "why": signal.Signals(-status).name if status < 0 else f"exit status {status}"}
 
     def stop(self) -> None:
         if self.process:
             self.process.kill()
-            self.process.wait()
-            self.process = None
+            with contextlib.suppress(BrokenPipeError), self.process:  # a question that nobody has read
+                self.process = None
 
 
 def missing(contenders: Mapping[str, Any], name: str) -> str | None:
