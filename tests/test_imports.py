@@ -25,7 +25,7 @@ FOLDERS = {
     "sound": "",
     "conv": "cache",
 }
-OF_WEIGHTS = {"conv.folding", "conv.geometry", "conv.layouts", "conv.reference"}
+OF_WEIGHTS = {"conv.dlpack", "conv.folding", "conv.geometry", "conv.layouts", "conv.reference"}
 """The modules of conv that weights may import: NumPy only."""
 
 LIGHT = [

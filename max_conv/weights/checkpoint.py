@@ -16,7 +16,7 @@ from .file_kind import check_kind
 from .marker import MARK, Marker
 from .npz_file import NpzFile
 from .safetensors_file import HEADER_LIMIT, SafetensorsFile, Spec, some
-from .tensors import DTYPES, Tensor, of_array, width
+from .tensors import DTYPES, Tensor, of_value, width
 from .torch_file import TorchFile
 
 __all__ = ["MARK", "Checkpoint", "Tensor", "fold_weight_norm", "open_checkpoint", "read_layer", "weight_norm_names"]
@@ -78,19 +78,19 @@ class Checkpoint:
         self._closing = list(opened)
 
     @classmethod
-    def of_arrays(cls, state: Mapping[str, np.ndarray], source: str = "the state") -> "Checkpoint":
-        """Returns arrays in memory as a checkpoint.
+    def of_arrays(cls, state: Mapping[str, Any], source: str = "the state") -> "Checkpoint":
+        """Returns arrays in memory as a checkpoint: NumPy's, torch's, or any with `__dlpack__`.
 
         >>> Checkpoint.of_arrays({"a": np.zeros((2, 3), np.float32)}).shape("a")
         (2, 3)
         """
 
-        def entry(array: np.ndarray) -> Entry:
-            tensor = of_array(np.asarray(array))
+        def entry(name: str, array: Any) -> Entry:
+            tensor = of_value(array, name)
             flat = tensor.bits.reshape(-1)
             return Entry(Spec(tensor.dtype, tensor.bits.shape), lambda start, stop: flat[start:stop])
 
-        return cls(source, [], {name: entry(array) for name, array in state.items()}, {})
+        return cls(source, [], {name: entry(name, array) for name, array in state.items()}, {})
 
     def __enter__(self) -> Self:
         return self

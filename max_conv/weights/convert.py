@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,11 +53,12 @@ def read_native(reference: str | Path, layers: LayerMap, what: str, key: str | N
         return _arrays(checkpoint, layers, what)
 
 
-def to_native(state: Mapping[str, np.ndarray], layers: LayerMap, what: str) -> dict[str, np.ndarray]:
+def to_native(state: Mapping[str, Any], layers: LayerMap, what: str) -> dict[str, np.ndarray]:
     """Converts a state dict in memory to native weights, as `read_native` does for a file.
 
     Args:
-        state: PyTorch's names and layouts, such as `{k: v.numpy() for k, v in module.state_dict().items()}`.
+        state: PyTorch's names and layouts, such as `module.state_dict()`: arrays of NumPy, tensors of torch, or any
+            object with `__dlpack__`.
         layers, what: As for `read_native`.
 
     Raises:

@@ -1,8 +1,12 @@
 """Tensors as bits, of every dtype of a checkpoint; their values, and values rounded to a dtype."""
 
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from ..conv.dlpack import dense
 
 DTYPES = {
     "F64": ("float64", 8),
@@ -77,6 +81,43 @@ def of_array(array: np.ndarray) -> Tensor:
     shape = array.shape
     native = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
     return Tensor(code, native.view(f"u{width(code)}").reshape(shape))
+
+
+def of_value(value: Any, name: str) -> Tensor:
+    """Returns an array of any producer as bits: NumPy, a torch tensor, or any object with `__dlpack__` on the CPU.
+
+    Args:
+        value: Any strides and any dtype of a checkpoint, bfloat16 also.
+        name: The tensor's name, for errors.
+
+    Raises:
+        TypeError: If it is not an array, or not a dense one on the CPU of such a dtype.
+
+    >>> of_value(np.arange(4, dtype=np.int8)[::-2], "a").bits.tolist()
+    [3, 1]
+    """
+    try:
+        if isinstance(value, np.ndarray | np.generic):
+            return of_array(np.asarray(value))
+        torch = sys.modules.get("torch")  # who holds a tensor has imported it
+        if torch is not None and isinstance(value, torch.Tensor):
+            value = value.detach().cpu().resolve_neg().contiguous()
+        if hasattr(value, "__dlpack__"):
+            found = dense(value)
+            if found is None:
+                raise TypeError("it is not on the CPU")
+            bits, dtype = found
+            if dtype not in CODES:
+                raise TypeError(f"it holds {dtype}")
+            return Tensor(CODES[dtype], bits)
+    except MemoryError:
+        raise
+    except Exception as error:  # a foreign producer may raise anything
+        reason = " ".join(str(error).removeprefix("tensors: ").split()).rstrip(".") or type(error).__name__
+        raise TypeError(f"tensors: the tensor {name!r} cannot be read: {reason}; pass a dense array.") from None
+    raise TypeError(
+        f"tensors: the tensor {name!r} must be an array (NumPy or DLPack), but is a {type(value).__name__}."
+    )
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
