@@ -30,7 +30,13 @@ CHECKED = [
     "staging",
     "convert",
 ]
-TESTS = ["test_checkpoint.py", "test_checkpoint_sources.py", "test_convert.py", "test_convert_layers.py"]
+TESTS = [
+    "test_state_of_arrays.py",
+    "test_checkpoint.py",
+    "test_checkpoint_sources.py",
+    "test_convert.py",
+    "test_convert_layers.py",
+]
 SLOW = "memory_stays or there_and_back or reads_every_bit or rounds or values_are or signals or killed or shards_in_and_out"
 
 # Runs the tests, and prints where the checked modules raised.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from max_conv.weights import LayerMap, to_native
+from max_conv.weights import LayerMap, tensors, to_native
 from max_conv.weights.tensors import of_value, values
 
 VALUES = np.random.default_rng(0).standard_normal((4, 6, 8)).astype(np.float32)
@@ -67,6 +67,17 @@ def test_refused_in_one_sentence(case: str) -> None:
         to_native({"up.weight": VALUES, "up.bias": value}, LayerMap(conv=("up.weight",), copy=("up.bias",)), "net")
     text = str(caught.value)
     assert "\n" not in text and text.endswith(".") and text.count(". ") == 0
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [(None, "it is not on the CPU"), ((np.zeros(2, np.uint8), "float8_e3m4"), "it holds float8_e3m4")],
+)
+def test_memory_and_dtypes_of_other_machines(found: Any, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `dense` finds in a capsule: None for memory that the CPU cannot read."""
+    monkeypatch.setattr(tensors, "dense", lambda value: found)
+    with pytest.raises(TypeError, match=rf"^tensors: the tensor 'a' cannot be read: {sentence}; pass a dense array\.$"):
+        of_value(mx.array(VALUES), "a")
 
 
 def test_a_state_dict_of_torch() -> None:
