@@ -80,6 +80,17 @@ def _of_tensor(value: Any, torch: Any) -> Buffer:
     return Buffer.from_dlpack(value.detach().resolve_neg().contiguous())
 
 
+def bytes_of(buffer: Buffer) -> np.ndarray:
+    """Returns the bytes of a buffer; on the CPU they share its memory."""
+    host = buffer.to(CPU())
+    return host.view(DType.uint8, [host.num_elements * host.dtype.size_in_bytes]).to_numpy()
+
+
+def copy_of(buffer: Buffer) -> Buffer:
+    """Returns a copy in the CPU's memory. `Buffer.copy` returns before it has copied, which may be too late."""
+    return Buffer.from_numpy(bytes_of(buffer).copy()).view(buffer.dtype, list(buffer.shape))
+
+
 def as_buffer(values: np.ndarray, dtype: DType) -> Buffer:
     """Returns values rounded to `dtype`."""
     if dtype != DType.bfloat16:

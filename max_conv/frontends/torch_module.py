@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from max.driver import CPU, Buffer
+from max.driver import Buffer
 
-from ..conv.arrays import as_buffer, as_float64, buffer_of
+from ..conv.arrays import as_buffer, as_float64, buffer_of, copy_of
 from ..conv.folding import fold_spectral_norm, fold_weight_norm
 from .eager import as_dtype
 
@@ -100,7 +100,7 @@ def values_of(module: Any) -> dict[str, Buffer]:
         if name in made:
             values[name] = as_buffer(made[name], as_dtype(_origin(module, name).dtype))
         elif (tensor := getattr(module, name)) is not None:
-            values[name] = buffer_of(_plain(tensor, name), "from_torch: weight", name).to(CPU()).copy()
+            values[name] = copy_of(buffer_of(_plain(tensor, name), "from_torch: weight", name))
     return values
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from max.driver import CPU, Buffer, accelerator_architecture_name, accelerator_count
+from max.driver import Buffer, accelerator_architecture_name, accelerator_count
 from max.dtype import DType
 from max.engine import read as read_mef
 
+from ..conv.arrays import bytes_of
 from ..conv.packing import aligned, cpu_features
 from .ports import Port
 
@@ -52,7 +53,7 @@ def write(
             file.writestr("meta.json", json.dumps(meta, indent=1))
             file.write(mef, "model.mef")
             for number, weight in enumerate(weights.values()):
-                file.writestr(f"weights/{number}", _bytes_of(weight).tobytes())
+                file.writestr(f"weights/{number}", bytes_of(weight).tobytes())
         whole.replace(path)
 
 
@@ -103,11 +104,6 @@ def _check_machine(path: Any, meta: Mapping[str, Any]) -> None:
         raise ValueError(
             f"load: {path} was compiled for a CPU with {', '.join(missing)}, which this one lacks; compile it again."
         )
-
-
-def _bytes_of(buffer: Buffer) -> np.ndarray:
-    host = buffer.to(CPU())
-    return host.view(DType.uint8, [host.num_elements * host.dtype.size_in_bytes]).to_numpy()
 
 
 def _values(file: IO[bytes], size: int, entry: Mapping[str, Any]) -> Buffer:

@@ -121,12 +121,13 @@ def test_weight_norm_is_folded(kind: Any, spelling: str, dim: int | None) -> Non
 
 
 def test_from_torch_keeps_bfloat16_and_copies() -> None:
-    module = torch.nn.Conv1d(4, 8, 3).to(torch.bfloat16)
-    conv = ours_torch.from_torch(module)
-    before = module.weight.detach().clone()
-    with torch.no_grad():
-        module.weight.zero_()
-    assert torch.equal(torch.from_dlpack(conv.state_dict()["weight"]), before)
+    for _ in range(50):  # MAX's own copy is made later, most often
+        module = torch.nn.Conv1d(4, 8, 3).to(torch.bfloat16)
+        before = module.weight.detach().clone()
+        conv = ours_torch.from_torch(module)
+        with torch.no_grad():
+            module.weight.zero_()
+        assert torch.equal(torch.from_dlpack(conv.state_dict()["weight"]), before)
 
 
 utils, spectral = torch.nn.utils, torch.nn.utils.parametrizations.spectral_norm
