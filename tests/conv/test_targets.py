@@ -21,7 +21,7 @@ TARGETS = {
 def build(output: Path, *options: str) -> None:
     from mojo.run import subprocess_run_mojo
 
-    source = ROOT / "tests" / "targets.mojo"
+    source = Path(__file__).parent / "targets.mojo"
     command = ["build", "-I", str(ROOT / "max_conv" / "conv"), *options, str(source), "-o", str(output)]
     done = subprocess_run_mojo(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
