@@ -95,7 +95,7 @@ class Config:
 def transform(config: Config = Config()) -> np.ndarray:
     """Returns the filters of the constant-Q transform, (taps, 1, 2 * bands): the real parts, then the imaginary.
 
-    Each is a wave under a Hann window in the middle of the taps, and has a length of its own, with zeros around it.
+    Each is a wave under a Hann window in the middle of the taps, and has its own length, with zeros around it.
 
     >>> transform().shape
     (2127, 1, 502)

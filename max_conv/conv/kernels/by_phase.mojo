@@ -137,8 +137,8 @@ def conv_transpose1d[
     """Computes a transposed convolution of NLC or NCL data on the CPU.
 
     The filter is "packed" for the kernel, "phased" (what `Transposed.scf` makes), or as `steps` and `group_step` say.
-    `fills_vectors` says that the filters of a group are a multiple of `LANES`, `fills_panels` that those of all phases
-    are a multiple of 32.
+    `fills_vectors` says that the filters of a group are a multiple of `LANES`, `fills_panels` that the filters of all
+    phases are a multiple of 32.
     """
     comptime packed = filter_layout == "packed"
     comptime depthwise = kernel == "depthwise"
@@ -165,7 +165,7 @@ def conv_transpose1d[
     def seen[width: Int](n: Int, position: Int, column: Int, values: SIMD[dtype, width]) -> SIMD[dtype, width]:
         """Returns outputs of which one is not finite, each from what it sees alone.
 
-        The kernel has also multiplied rows beside the input, and zeros in place of the taps that a phase lacks.
+        The kernel has also multiplied rows next to the input, and zeros in place of the taps that a phase lacks.
         """
         var result = values
         for i in range(width):
@@ -179,7 +179,7 @@ def conv_transpose1d[
     @__parameter
     @always_inline
     def scatter[width: Int](n: Int, output: Int, filter: Int, value: SIMD[dtype, width]):
-        """Writes outputs that stand a stride apart, as far as they are there."""
+        """Writes outputs that are a stride apart, if they exist."""
         if output >= 0 and output + (width - 1) * t.stride < t.out_length:
             comptime for i in range(width):
                 write[1](n, output + i * t.stride, filter, value[i])

@@ -108,7 +108,7 @@ def direct[
 ](g: Geometry, plan: Plan, source: Source[dtype], part: Part, taps: Memory[acc], sums: Memory[acc], output_size: Int,):
     """Sums the products of a part's quads and some vectors of filters.
 
-    The outputs of a quad stand `output_size` apart.
+    The outputs of a quad are `output_size` apart.
     """
     comptime width = simd_width_of[acc]()
     comptime panel = vectors * width

@@ -42,7 +42,7 @@ struct Panel[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def after(self, sums: Int) -> Self:
-        """Returns the same panel for positions behind some sums."""
+        """Returns the same panel for positions after some sums."""
         return Self(self.data, self.row_size, self.first_tap, self.end_tap, self.sums.unsafe_offset(sums))
 
 
