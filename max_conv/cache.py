@@ -1,11 +1,12 @@
-"""The user's cache folder, and files that appear in it whole or not at all."""
+"""The user's cache folder, and files and folders that appear whole or not at all."""
 
 import atexit
+import contextlib
 import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -63,3 +64,12 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a path in a temporary folder next to `path`; the file there is renamed to `path` if nothing is raised."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        whole = Path(folder) / path.name
+        yield whole
+        whole.replace(path)

@@ -1,14 +1,13 @@
 """The commands `max-conv run`: one for each kind of network, on real data."""
 
 import json
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..cache import whole_file
 from .terminal import CONFIG, FORCE, JSON, WEIGHTS, config, new_file, step, table
 
 # Importing MAX and NumPy is slow: each command imports what it uses, so that --help is fast.
@@ -186,9 +185,13 @@ def _summary(audio: Path, duration: float, taken: float, picture: Path) -> dict[
     }
 
 
+def _speed(seconds: float, taken: float) -> str:
+    return f"{seconds:.1f} s of sound in {taken * 1e3:.1f} ms: {seconds / taken:,.0f} times real time"
+
+
 def _say(duration: float, taken: float, picture: Path) -> None:
     """Prints the last lines of speech and pitch."""
-    click.echo(f"{duration:.1f} s of sound in {taken * 1e3:.1f} ms: {duration / taken:,.0f} times real time")
+    click.echo(_speed(duration, taken))
     click.echo(f"picture: {picture}")
 
 
@@ -232,9 +235,7 @@ def _make_sound(source: Path, target: Path, as_json: bool, force: bool, **option
         facts = {"source": str(source), "target": str(target), "seconds": seconds, "seconds_taken": taken}
         click.echo(json.dumps(facts | {"times_real_time": seconds / taken}))
     else:
-        click.echo(
-            f"{target}: {seconds:.1f} s of sound in {taken * 1e3:.1f} ms: {seconds / taken:,.0f} times real time"
-        )
+        click.echo(f"{target}: {_speed(seconds, taken)}")
 
 
 @run.command()
@@ -254,13 +255,8 @@ def features(source: Path, target: Path, as_json: bool, force: bool, **options: 
         raise ValueError(f"run: {target} must end in .npy.")
     new_file(target, force)
     _, vectors, taken = _run_on(source, **options)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-        try:
-            np.save(file, vectors)
-            os.replace(file.name, target)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with whole_file(target) as whole:
+        np.save(whole, vectors)
     if as_json:
         facts = {"source": str(source), "target": str(target), "shape": list(vectors.shape), "seconds_taken": taken}
         click.echo(json.dumps(facts))

@@ -7,7 +7,7 @@ import numpy as np
 from max.driver import CPU, Buffer
 from max.dtype import DType
 
-from .dlpack import dense
+from .dlpack import dense, reason
 
 ARRAYS = (np.ndarray, np.generic)
 
@@ -47,9 +47,8 @@ def buffer_of(value: Any, kind: str, name: str) -> Buffer:
     except MemoryError:
         raise
     except Exception as error:  # another library may raise anything
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise TypeError(
-            f"{kind} {name!r} cannot be read: {reason}; pass a dense array of a real dtype that MAX has."
+            f"{kind} {name!r} cannot be read: {reason(error)}; pass a dense array of a real dtype that MAX has."
         ) from None
     raise TypeError(f"{kind} {name!r} must be an array (NumPy or DLPack), but is a {type(value).__name__}.")
 

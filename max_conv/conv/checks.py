@@ -25,8 +25,8 @@ def graph_value(op: str, name: str, value: Any) -> TensorValue:
         ) from None
 
 
-def check_axes(op: str, x: TensorValue, filter: TensorValue, layout: str, filter_layout: str) -> str:
-    """Checks the shapes of x and filter separately; returns the axes of x: `layout`, or without N if x has no batch."""
+def check_axes(op: str, x: TensorValue, filter: TensorValue, layout: str, filter_layout: str) -> None:
+    """Checks the shapes of x and filter separately."""
     if len(x.shape) not in (2, 3):
         raise ValueError(f"{op}: x must have 3 axes ({layout}) or 2 (no batch), but has shape {_shape(x)}.")
     if len(filter.shape) != 3:
@@ -35,7 +35,6 @@ def check_axes(op: str, x: TensorValue, filter: TensorValue, layout: str, filter
         raise ValueError(f"{op}: the filter's shape must be known when the graph is built, but is {_shape(filter)}.")
     if not all(int(size) for size in filter.shape):
         raise ValueError(f"{op}: the filter must not be empty, but has shape {_shape(filter)}, layout {filter_layout}.")
-    return layout if len(x.shape) == 3 else layout.replace("N", "")
 
 
 def check_bias(op: str, bias: TensorValue | None, filters: int) -> None:
@@ -97,7 +96,7 @@ class Operands:
         x = graph_value(op, "x", x)
         filter = graph_value(op, "filter", filter)
         bias = None if bias is None else graph_value(op, "bias", bias)
-        axes = check_axes(op, x, filter, layout, filter_layout)
+        check_axes(op, x, filter, layout, filter_layout)
         check_types(op, x, filter, bias)
         groups = positive("groups", groups, op)
         taps, channels, filters = (int(filter.shape[filter_layout.index(axis)]) for axis in "SCF")
@@ -111,18 +110,18 @@ class Operands:
             )
         sizes = (channels // groups, filters) if all_channels else (channels, filters // groups)
         operands = cls(op, x, filter, bias, layout, filter_layout, groups, taps, *sizes)
-        operands._check_channels(axes)
+        operands._check_channels()
         check_bias(op, bias, groups * operands.group_filters)
         return operands
 
-    def _check_channels(self, axes: str) -> None:
-        given = self.x.shape[axes.index("C")]
+    def _check_channels(self) -> None:
+        given = self.x.shape[self.axes.index("C")]
         if not isinstance(given, StaticDim):
             return  # the kernel checks it
         if int(given) % self.groups:
             raise ValueError(
                 f"{self.op}: groups={self.groups} must divide the {given} channels of x "
-                f"(shape {_shape(self.x)}, layout {axes})."
+                f"(shape {_shape(self.x)}, layout {self.axes})."
             )
         if int(given) != self.group_channels * self.groups:
             raise ValueError(
@@ -137,9 +136,14 @@ class Operands:
         return len(self.x.shape) == 3
 
     @property
+    def axes(self) -> str:
+        """The axes of x: `layout`, or without N."""
+        return self.layout if self.batched else self.layout.replace("N", "")
+
+    @property
     def length(self) -> Dim:
         """L of x."""
-        return self.x.shape[(self.layout if self.batched else self.layout.replace("N", "")).index("L")]
+        return self.x.shape[self.axes.index("L")]
 
     @property
     def batch(self) -> Dim:

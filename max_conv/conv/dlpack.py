@@ -85,3 +85,8 @@ def _dtype(tensor: _Tensor) -> str:
     if tensor.lanes != 1 or tensor.bits not in (8, 16, 32, 64) or kind == "complex" or name.startswith("the "):
         raise TypeError(f"it holds {name}{f' in vectors of {tensor.lanes}' if tensor.lanes != 1 else ''}")
     return "bool" if kind == "bool" else name
+
+
+def reason(error: Exception) -> str:
+    """Returns what another library's error says, in one line and without a full stop."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

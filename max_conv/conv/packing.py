@@ -219,7 +219,7 @@ class PackedGraph(Graph):
         self.emitted = []
         self._unnamed: list[nn.Module] = []
         self._named: dict[str, tuple[Weight, Weight, nn.Module]] = {}
-        super().__init__(*args, kernel_library=_Kernels(), **kwargs)
+        super().__init__(*args, **{"kernel_library": _Kernels()} | kwargs)
 
     def named(self, weight: Weight, layer: nn.Module, unnamed: bool) -> Weight:
         """Returns the weight of a layer under the name that it has in this graph."""

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import os
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +14,7 @@ from max.engine import read
 from max.graph import Graph
 from max.mlir import ArrayAttr
 
-from ..cache import cache_dir, cache_limit
+from ..cache import cache_dir, cache_limit, whole_file
 from ..conv.library import kernel_key, kernel_library
 from ..conv.packing import cpu_features
 
@@ -86,13 +85,11 @@ def _read(path: Path) -> Any:
 
 def _write(path: Path, result: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        mef = Path(folder) / path.name
+    with whole_file(path) as mef:
         result.export_mef(mef)
         digest = hashlib.sha256(mef.read_bytes()).digest()
         with mef.open("ab") as file:
             file.write(digest)
-        mef.replace(path)
 
 
 def _prune(folder: Path) -> None:
@@ -102,9 +99,9 @@ def _prune(folder: Path) -> None:
         with contextlib.suppress(OSError):  # another process removed it
             facts = path.stat()
             files.append((facts.st_mtime, facts.st_size, path))
-    left = sum(size for _, size, _ in files)
+    left, limit = sum(size for _, size, _ in files), cache_limit()
     for _, size, path in sorted(files):
-        if left <= cache_limit():
+        if left <= limit:
             return
         path.unlink(missing_ok=True)
         left -= size

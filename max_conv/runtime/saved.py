@@ -4,7 +4,6 @@ import io
 import json
 import os
 import platform
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from max.driver import Buffer, accelerator_architecture_name, accelerator_count
 from max.dtype import DType
 from max.engine import read as read_mef
 
+from ..cache import whole_file
 from ..conv.arrays import bytes_of
 from ..conv.packing import aligned, cpu_features
 from .ports import Port
@@ -46,15 +46,14 @@ def write(
         "outputs": [asdict(port) for port in outputs],
         "weights": [{"name": n, "dtype": w.dtype.name, "shape": list(w.shape)} for n, w in weights.items()],
     }
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        mef, whole = Path(folder) / "model.mef", Path(folder) / "whole"
+    with whole_file(path) as whole:
+        mef = whole.with_name(f"{path.name}.mef")
         compiled.export_mef(mef)
         with zipfile.ZipFile(whole, "w") as file:
             file.writestr("meta.json", json.dumps(meta, indent=1))
             file.write(mef, "model.mef")
             for number, weight in enumerate(weights.values()):
                 file.writestr(f"weights/{number}", bytes_of(weight).tobytes())
-        whole.replace(path)
 
 
 def read(path: str | os.PathLike) -> tuple[Any, dict[str, Buffer], list[Port], list[Port]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..conv.dlpack import dense
+from ..conv.dlpack import dense, reason
 
 DTYPES = {
     "F64": ("float64", 8),
@@ -113,8 +113,8 @@ def of_value(value: Any, name: str) -> Tensor:
     except MemoryError:
         raise
     except Exception as error:  # a foreign producer may raise anything
-        reason = " ".join(str(error).removeprefix("tensors: ").split()).rstrip(".") or type(error).__name__
-        raise TypeError(f"tensors: the tensor {name!r} cannot be read: {reason}; pass a dense array.") from None
+        why = reason(error).removeprefix("tensors: ")
+        raise TypeError(f"tensors: the tensor {name!r} cannot be read: {why}; pass a dense array.") from None
     raise TypeError(
         f"tensors: the tensor {name!r} must be an array (NumPy or DLPack), but is a {type(value).__name__}."
     )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from max.dtype import DType
-from max.graph import Graph, TensorType, ops
+from max.graph import Graph, KernelLibrary, TensorType, ops
 
 import max_conv
 from harness import HOST, is_one_sentence, normal
@@ -93,3 +93,8 @@ def test_a_plain_graph_asks_for_names() -> None:
     weights = {name: value for conv in named for name, value in conv.state_dict().items()}
     x = normal(1, 20, 16)
     np.testing.assert_allclose(max_conv.compile(graph, weights=weights)(x), expected(expected(x, 1), 2), atol=2e-2)
+
+
+def test_a_graph_accepts_a_kernel_library() -> None:
+    own = KernelLibrary()
+    assert PackedGraph("own", kernel_library=own)._kernel_library is own

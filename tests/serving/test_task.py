@@ -155,6 +155,7 @@ def test_features_of_an_array(tmp_path: Path) -> None:
     facts = json.loads(result.stdout)
     made = np.load(tmp_path / "y.npy")
     assert facts["shape"] == list(made.shape) == [1, 9, 5] and np.isfinite(made).all() and np.ptp(made) > 0
+    assert (tmp_path / "y.npy").stat().st_mode == (tmp_path / "x.npy").stat().st_mode
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 2 and "exists already" in again.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "w.safetensors", "x.npy", "y.npy"]
