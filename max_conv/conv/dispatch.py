@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-from .geometry import Geometry, TransposedGeometry, positive
+from .geometry import PADDING_MODES, Geometry, TransposedGeometry, positive
 from .layouts import Layout, check_layout
 
 LEAST_OUTPUTS = 256
@@ -57,6 +57,13 @@ class Layer:
         return cls(geometry, layout, *sizes)
 
     @property
+    def numbers(self) -> tuple[int, ...]:
+        """The operation's vector `geometry`; `Numbers` in `kernels/tensors.mojo`. Transposed layers have no padding mode."""
+        given = self.transposed or self.geometry
+        mode = 0 if self.transposed else PADDING_MODES.index(self.geometry.padding_mode)
+        return given.stride, given.dilation, given.left, given.right, mode, self.groups, given.kernel_size
+
+    @property
     def columns(self) -> int:
         """Filters of a group that kernels of whole vectors compute; for a transposed convolution, of all phases."""
         if self.transposed is None:
@@ -81,6 +88,36 @@ class Layer:
     def quad_products(self) -> int:
         """The same for Winograd's kernel."""
         return quad_products(self.geometry) * (self.transposed.phases if self.transposed else 1)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The properties of an operation that are compiled into it.
+
+    Attributes:
+        kernel: The kernel's name.
+        layout: The data's layout.
+        filter_layout: The filter's layout, or "packed" or "phased" if `Packing` made it.
+        transposed: Whether it is `conv_transpose1d`.
+        whole: Whether the filters of a group are a multiple of 32: then less code is compiled.
+        full: Whether the filters of a phase are a multiple of 16: then less code is compiled.
+        least: The number of outputs below which "winograd" falls back to another kernel; with 0 it never does.
+    """
+
+    kernel: str
+    layout: str
+    filter_layout: str
+    transposed: bool = False
+    whole: bool = False
+    full: bool = False
+    least: int = LEAST_OUTPUTS
+
+    @classmethod
+    def of(cls, layer: Layer, kernel: str, filter_layout: str) -> "Form":
+        """Returns the form of a layer's operation."""
+        transposed = layer.transposed is not None
+        full = layer.group_filters % LANES == 0
+        return cls(kernel, layer.layout, filter_layout, transposed, layer.whole(kernel), full)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
 """`conv1d` and `conv_transpose1d`: check the arguments, compute the geometry, emit the operation into the graph."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from max.dtype import DType
 from max.graph import DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, ops
 
 from .checks import Operands
-from .dispatch import LANES, LEAST_OUTPUTS, Layer, choose
-from .geometry import PADDING_MODES, Geometry, Padding, TransposedGeometry, positive
+from .dispatch import Form, Layer, choose
+from .geometry import Geometry, Padding, TransposedGeometry, positive
 from .layouts import FilterLayout, Layout, TransposedFilterLayout
 from .library import kernel_library
 from .packing import Emitted, filter_operand, held, in_graph, packable, packed_graph, record, weight_name
@@ -153,56 +153,19 @@ def _convolve(given: Operands, geometry: Geometry | TransposedGeometry, outputs:
     filter, order = filter_operand(given.filter, given.filter_layout, layer, choice.kernel)
     bias = ops.constant([], x.dtype, device=x.device) if given.bias is None else in_graph(given.bias)
     length = int(outputs) if isinstance(outputs, StaticDim) else None
-    record(Emitted(weight_name(given.filter), layer, choice.kernel, length))
-    scalars = [ops.constant(number, DType.int64, device=DeviceRef.CPU()) for number in _numbers(geometry, given.groups)]
+    form = Form.of(layer, choice.kernel, order)
+    record(Emitted(weight_name(given.filter), layer, choice.kernel, length, form=form))
+    numbers = ops.constant(np.array(layer.numbers, np.int64), DType.int64, device=DeviceRef.CPU())
     axes = {"N": given.batch, "L": outputs, "C": Dim(given.filters)}
-    y = emit(x, filter, bias, scalars, [axes[axis] for axis in layer.layout], Form.of(layer, choice.kernel, order))
+    y = emit(x, filter, bias, numbers, [axes[axis] for axis in layer.layout], form)
     return y if given.batched else ops.squeeze(y, 0)
-
-
-def _numbers(geometry: Geometry | TransposedGeometry, groups: int) -> list[int]:
-    """Returns the geometry as the operation's operands, see `emit`."""
-    numbers = [geometry.stride, geometry.dilation, geometry.left, geometry.right]
-    if isinstance(geometry, Geometry):
-        numbers.append(PADDING_MODES.index(geometry.padding_mode))
-    return [*numbers, groups, geometry.kernel_size]
-
-
-@dataclass(frozen=True)
-class Form:
-    """The properties of an operation that are compiled into it.
-
-    Attributes:
-        kernel: The kernel's name.
-        layout: The data's layout.
-        filter_layout: The filter's layout, or "packed" or "phased" if `Packing` made it.
-        transposed: Whether it is `conv_transpose1d`.
-        whole: Whether the filters of a group are a multiple of 32: then less code is compiled.
-        full: Whether the filters of a phase are a multiple of 16: then less code is compiled.
-        least: The number of outputs below which "winograd" falls back to another kernel; with 0 it never does.
-    """
-
-    kernel: str
-    layout: str
-    filter_layout: str
-    transposed: bool = False
-    whole: bool = False
-    full: bool = False
-    least: int = LEAST_OUTPUTS
-
-    @classmethod
-    def of(cls, layer: Layer, kernel: str, filter_layout: str) -> "Form":
-        """Returns the form of a layer's operation."""
-        transposed = layer.transposed is not None
-        full = layer.group_filters % LANES == 0
-        return cls(kernel, layer.layout, filter_layout, transposed, layer.whole(kernel), full)
 
 
 def emit(
     x: TensorValue,
     filter: TensorValue,
     bias: TensorValue,
-    scalars: Sequence[TensorValue],
+    geometry: TensorValue,
     shape: Sequence[Any],
     form: Form,
 ) -> TensorValue:
@@ -210,8 +173,7 @@ def emit(
 
     Args:
         bias: (F,), or (0,) for no bias.
-        scalars: stride, dilation, left, right, the number of the padding mode, groups and kernel_size, int64, on the CPU;
-            only `conv1d` has a padding mode.
+        geometry: `Layer.numbers`, int64, on the CPU.
         shape: The output's shape.
         form: The properties that are compiled into the operation.
     """
@@ -220,7 +182,7 @@ def emit(
     (y,) = custom_op(
         "max_conv.conv_transpose1d" if form.transposed else "max_conv.conv1d",
         x.device,
-        [x, filter, bias, *scalars],
+        [x, filter, bias, geometry],
         [TensorType(x.dtype, shape, x.device)],
         parameters | {"full": form.full} if form.transposed else parameters,
     )

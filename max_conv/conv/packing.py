@@ -19,7 +19,7 @@ from max.driver import CPU, Buffer
 from max.dtype import DType
 from max.graph import DeviceRef, Graph, KernelLibrary, TensorValue, Weight
 
-from .dispatch import PANEL, PANELS, Layer, quad_products, tap_groups
+from .dispatch import PANEL, PANELS, Form, Layer, quad_products, tap_groups
 from .layouts import by_group, permute
 
 LINE = 64
@@ -176,6 +176,7 @@ class Emitted:
         kernel: The convolution's kernel.
         outputs: The convolution's output length, if it is known.
         units: The LSTM's hidden units.
+        form: What is compiled into the operation of one convolution.
     """
 
     name: str
@@ -183,6 +184,7 @@ class Emitted:
     kernel: str = ""
     outputs: int | None = None
     units: int = 0
+    form: Form | None = None
 
 
 class _Kernels(KernelLibrary):

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,32 @@ def compiled(graph: Graph, compile: Callable[[], Any]) -> Any:
     Weights are never in the cache: they are bound when a compiled graph becomes a model. A cache that cannot be read or
     written costs a compile and nothing else.
     """
-    path = cache_dir() / "graphs" / f"{key_of(graph)}.mef"
-    if (found := _read(path)) is not None:
+    key = key_of(graph)
+    if (found := find(key)) is not None:
         return found
     result = compile()
-    with contextlib.suppress(OSError):
-        _write(path, result)
-        _prune(path.parent)
+    keep(result, [key])
     return result
+
+
+def find(key: str) -> Any:
+    """Returns the compiled graph of a key, or None where there is none or it is damaged."""
+    return _read(_path(key))
+
+
+def keep(result: Any, keys: Sequence[str]) -> None:
+    """Writes what was compiled, one graph or several, to the cache: one file with a name for each graph."""
+    first, *others = map(_path, keys)
+    with contextlib.suppress(OSError):
+        _write(first, result)
+        for path in others:
+            path.unlink(missing_ok=True)
+            path.hardlink_to(first)
+        _prune(first.parent)
+
+
+def _path(key: str) -> Path:
+    return cache_dir() / "graphs" / f"{key}.mef"
 
 
 def key_of(graph: Graph) -> str:
@@ -94,14 +112,15 @@ def _write(path: Path, result: Any) -> None:
 
 def _prune(folder: Path) -> None:
     """Removes the compiled graphs that were used least recently, until the rest fits the limit."""
-    files = []
+    files: dict[int, tuple[float, int, list[Path]]] = {}
     for path in folder.glob("*.mef"):
         with contextlib.suppress(OSError):  # another process removed it
             facts = path.stat()
-            files.append((facts.st_mtime, facts.st_size, path))
-    left, limit = sum(size for _, size, _ in files), cache_limit()
-    for _, size, path in sorted(files):
+            files.setdefault(facts.st_ino, (facts.st_mtime, facts.st_size, []))[2].append(path)
+    left, limit = sum(size for _, size, _ in files.values()), cache_limit()
+    for _, size, paths in sorted(files.values()):
         if left <= limit:
             return
-        path.unlink(missing_ok=True)
+        for path in paths:
+            path.unlink(missing_ok=True)
         left -= size

@@ -19,9 +19,10 @@ from max.engine import read as read_mef
 from ..cache import whole_file
 from ..conv.arrays import bytes_of
 from ..conv.packing import aligned, cpu_features
+from .kinds import Alone, from_json, to_json
 from .ports import Port
 
-FORMAT = 1
+FORMAT = 2
 PIECE = 1 << 20
 """Bytes of a saved model that are read at a time."""
 
@@ -32,6 +33,7 @@ def write(
     weights: Mapping[str, Buffer],
     inputs: Sequence[Port],
     outputs: Sequence[Port],
+    alone: Alone | None = None,
 ) -> None:
     """Writes a compiled model with its weights to one file: first to a temporary file next to `path`, then renamed."""
     path = Path(path)
@@ -44,6 +46,7 @@ def write(
         "accelerator": accelerator_architecture_name() if on_gpu else None,
         "inputs": [asdict(port) for port in inputs],
         "outputs": [asdict(port) for port in outputs],
+        "alone": alone and to_json(alone),
         "weights": [{"name": n, "dtype": w.dtype.name, "shape": list(w.shape)} for n, w in weights.items()],
     }
     with whole_file(path) as whole:
@@ -56,8 +59,8 @@ def write(
                 file.writestr(f"weights/{number}", bytes_of(weight).tobytes())
 
 
-def read(path: str | os.PathLike) -> tuple[Any, dict[str, Buffer], list[Port], list[Port]]:
-    """Reads a file that `write` wrote: returns the compiled model, its weights, inputs and outputs.
+def read(path: str | os.PathLike) -> tuple[Any, dict[str, Buffer], list[Port], list[Port], Alone | None]:
+    """Reads a file that `write` wrote: returns what `write` was given.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -80,10 +83,11 @@ def read(path: str | os.PathLike) -> tuple[Any, dict[str, Buffer], list[Port], l
                 [Port(**(entry | {"shape": tuple(entry["shape"])})) for entry in meta[key]]
                 for key in ("inputs", "outputs")
             ]
+            alone = meta["alone"] and from_json(meta["alone"])
             compiled = read_mef(io.BytesIO(file.read("model.mef")))
     except (zipfile.BadZipFile, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
         raise ValueError(f"load: {path} is not a model that max_conv saved, or is damaged ({error}).") from None
-    return compiled, weights, inputs, outputs
+    return compiled, weights, inputs, outputs, alone
 
 
 def _check_machine(path: Any, meta: Mapping[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """Compiled models, which are called on arrays, saved and loaded."""
 
-import functools
 import inspect
 import os
 import re
@@ -8,18 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from max import nn
-from max.driver import CPU, Accelerator, Buffer, Device, accelerator_count
+from max.driver import CPU, Buffer, accelerator_count
 from max.dtype import DType
-from max.engine import InferenceSession
-from max.graph import DeviceRef, Graph, StaticDim, SymbolicDim, TensorType, Weight
+from max.graph import Graph, TensorType, Weight
 
 from ..conv.arrays import ARRAYS, buffer_of
 from ..conv.folding import weight_norm_names
 from ..conv.packing import PackedGraph
-from . import saved
+from . import kinds, saved
 from .compiled import compiled
+from .devices import accelerators, device_of, port_of, session_of
 from .fork import check_fork
 from .idle import first_run
+from .kinds import Alone
 from .notice import slow_compile
 from .ports import Port, check_inputs
 
@@ -38,18 +38,30 @@ class Model:
         outputs: Name, dtype and shape of every output.
     """
 
-    def __init__(self, compiled: Any, weights: Mapping[str, Buffer], inputs: Sequence[Port], outputs: Sequence[Port]):
+    def __init__(
+        self,
+        compiled: Any,
+        weights: Mapping[str, Buffer],
+        inputs: Sequence[Port],
+        outputs: Sequence[Port],
+        alone: Alone | None = None,
+    ) -> None:
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self._compiled = compiled
         # MAX uses the memory of the weights in place: they have to live as long as the model.
         self._weights = dict(weights)
         self._checked: Any = None  # dtypes and shapes of the last inputs, which are usually the same again
-        devices = _accelerators(*inputs, *outputs)
-        self._devices = {"cpu": CPU(), **{name: _device(name) for name in devices}}
-        model = _session(devices).init(compiled, weights_registry=self._weights)
+        devices = accelerators(*inputs, *outputs)
+        self._devices = {"cpu": CPU(), **{name: device_of(name) for name in devices}}
+        self._alone = alone
         # Bypasses `execute`'s own checks of the inputs: `__call__` does them, and a call may take only microseconds.
-        self._execute = model._execute_device_tensors
+        self._execute: Any
+        if alone:
+            self._execute = alone.bind(kinds.execute_of(alone.kind, compiled), self._weights)
+        else:
+            model = session_of(devices).init(compiled, weights_registry=self._weights)
+            self._execute = model._execute_device_tensors
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model.
@@ -99,7 +111,7 @@ class Model:
 
         A temporary file next to `path` is written first and then renamed, so `path` is never half a model.
         """
-        saved.write(path, self._compiled, self._weights, self.inputs, self.outputs)
+        saved.write(path, self._compiled, self._weights, self.inputs, self.outputs, self._alone)
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{port.name}: {port.dtype}{port}" for port in self.inputs)
@@ -128,6 +140,7 @@ def compile(
     *,
     weights: Mapping[str, Any] | None = None,
     exact: bool = False,
+    specialise: bool = False,
 ) -> Model:
     """Compiles a layer, a builder function or a graph into a callable on arrays.
 
@@ -142,6 +155,9 @@ def compile(
             alone, in a function, in a `PackedGraph` or inside another module. The model keeps the arrays alive.
         exact: Whether all layers get direct kernels, as with `conv1d(..., exact=True)`. In a finished `Graph` the
             kernels are chosen already: build it with `exact=True` instead.
+
+        specialise: Whether a convolution alone is compiled for its own sizes. Otherwise it runs in the graph of its kind,
+            whose sizes are symbolic, and which is compiled once on a machine.
 
     Returns:
         A `Model`.
@@ -159,14 +175,17 @@ def compile(
     """
     check_fork("compile")
     graph, names, weights = _trace(model, inputs, weights, exact)
-    ports = [_port(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
-    outputs = [_port(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
+    ports = [port_of(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
+    outputs = [port_of(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
     buffers = registry(graph, weights)
-    devices = _accelerators(*ports, *outputs)
+    devices = accelerators(*ports, *outputs)
+    layer = None if specialise or devices else kinds.alone(graph)
+    if layer:
+        return Model(kinds.ready(layer.kind)[0].compiled, buffers, ports, outputs, layer)
 
     def compile_now() -> Any:
         with slow_compile(graph.name):
-            return _session(devices).compile(graph)
+            return session_of(devices).compile(graph)
 
     return Model(compiled(graph, compile_now), buffers, ports, outputs)
 
@@ -275,31 +294,3 @@ def _own_weights(name: str, model: nn.Module) -> dict[str, Any]:
             f"compile: the weight {missing[0]!r} of {name} has no value; call load_state_dict or pass weights=."
         )
     return {weight: values[weight] for weight in wanted}
-
-
-def _port(name: str, type_: Any) -> Port:
-    shape = [
-        int(dim) if isinstance(dim, StaticDim) else dim.name if isinstance(dim, SymbolicDim) else str(dim)
-        for dim in type_.shape
-    ]
-    return Port(name, type_.dtype.name, tuple(shape), _device_name(type_.device))
-
-
-def _device_name(device: DeviceRef) -> str:
-    return "cpu" if device.is_cpu() else f"gpu:{device.id}"
-
-
-def _accelerators(*ports: Port) -> tuple[str, ...]:
-    return tuple(sorted({port.device for port in ports} - {"cpu"}))
-
-
-def _device(name: str) -> Device:
-    number = int(name.removeprefix("gpu:"))
-    if number >= accelerator_count():
-        raise ValueError(f"model: needs {name}, but this machine has {accelerator_count()} accelerators; use the CPU.")
-    return Accelerator(number)
-
-
-@functools.cache
-def _session(devices: tuple[str, ...]) -> InferenceSession:
-    return InferenceSession(devices=[*(_device(name) for name in devices), CPU()])

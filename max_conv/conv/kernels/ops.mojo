@@ -12,7 +12,7 @@ from .dispatch import convolve
 from .geometry import Geometry
 from .gpu import conv1d_gpu, conv_transpose1d_gpu
 from .lanes import Operands
-from .tensors import DataAxes, FilterAxes, memory
+from .tensors import DataAxes, FilterAxes, Numbers, memory
 from .transposed import LANES, Transposed
 
 
@@ -38,33 +38,28 @@ struct Conv1d:
         x: InputTensor[dtype=output.dtype, rank=3, ...],
         w: InputTensor[dtype=output.dtype, rank=3, ...],
         bias: InputTensor[dtype=output.dtype, rank=1, ...],
-        stride: Scalar[DType.int64],
-        dilation: Scalar[DType.int64],
-        pad_left: Scalar[DType.int64],
-        pad_right: Scalar[DType.int64],
-        mode: Scalar[DType.int64],
-        groups: Scalar[DType.int64],
-        kernel_size: Scalar[DType.int64],
+        geometry: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
         comptime dtype = output.dtype
         comptime data = DataAxes[layout]
         comptime axes = FilterAxes[filter_layout]
         comptime packed = axes.made
+        var numbers = Numbers(memory(geometry))
         var g = Geometry(
             batch=x.dim_size(0),
             length=x.dim_size(data.length),
             out_length=output.dim_size(data.length),
             channels=x.dim_size(data.channel),
             filters=output.dim_size(data.channel) if packed else w.dim_size(axes.filter),
-            groups=Int(groups),
-            kernel=Int(kernel_size) if packed else w.dim_size(axes.tap),
-            stride=Int(stride),
-            dilation=Int(dilation),
-            pad_left=Int(pad_left),
-            mode=Int(mode),
+            groups=numbers.groups,
+            kernel=numbers.kernel_size if packed else w.dim_size(axes.tap),
+            stride=numbers.stride,
+            dilation=numbers.dilation,
+            pad_left=numbers.pad_left,
+            mode=numbers.mode,
         )
-        check(g, Int(pad_right), g.channels // max(1, g.groups) if packed else w.dim_size(axes.channel))
+        check(g, numbers.pad_right, g.channels // max(1, g.groups) if packed else w.dim_size(axes.channel))
         comptime if packed:
             check_shape("conv1d", w.shape(), packed_shape[kernel](g))
         if g.batch == 0:
@@ -109,12 +104,7 @@ struct ConvTranspose1d:
         x: InputTensor[dtype=output.dtype, rank=3, ...],
         w: InputTensor[dtype=output.dtype, rank=3, ...],
         bias: InputTensor[dtype=output.dtype, rank=1, ...],
-        stride: Scalar[DType.int64],
-        dilation: Scalar[DType.int64],
-        pad_left: Scalar[DType.int64],
-        pad_right: Scalar[DType.int64],
-        groups: Scalar[DType.int64],
-        kernel_size: Scalar[DType.int64],
+        geometry: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
         comptime dtype = output.dtype
@@ -122,7 +112,8 @@ struct ConvTranspose1d:
         comptime axes = FilterAxes[filter_layout]
         comptime made = axes.made
         comptime by_filter = filter_layout == "FSC"
-        var parts = max(1, Int(groups))
+        var numbers = Numbers(memory(geometry))
+        var parts = max(1, numbers.groups)
         var group_channels = x.dim_size(data.channel) // parts if made else w.dim_size(axes.channel)
         var filters = output.dim_size(data.channel) if made else w.dim_size(axes.filter)
         comptime if not by_filter and not made:
@@ -134,13 +125,13 @@ struct ConvTranspose1d:
             out_length=output.dim_size(data.length),
             channels=x.dim_size(data.channel),
             filters=filters,
-            groups=Int(groups),
-            kernel=Int(kernel_size) if made else w.dim_size(axes.tap),
-            stride=Int(stride),
-            dilation=Int(dilation),
-            pad_left=Int(pad_left),
+            groups=numbers.groups,
+            kernel=numbers.kernel_size if made else w.dim_size(axes.tap),
+            stride=numbers.stride,
+            dilation=numbers.dilation,
+            pad_left=numbers.pad_left,
         )
-        check_transposed(t, Int(pad_right), group_channels)
+        check_transposed(t, numbers.pad_right, group_channels)
         comptime if filter_layout == "packed":
             check_shape("conv_transpose1d", w.shape(), packed_shape[kernel](t.convolution(LANES)))
         elif made:

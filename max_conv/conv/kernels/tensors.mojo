@@ -12,6 +12,31 @@ def memory(tensor: ManagedTensorSlice) -> Memory[tensor.dtype]:
     return tensor.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
 
 
+struct Numbers(TrivialRegisterPassable):
+    """What `conv/ops.py` writes into an operation's vector `geometry`, in this order.
+
+    As scalars they would be part of a function's signature, and fewer layers of a graph would share their code.
+    """
+
+    var stride: Int
+    var dilation: Int
+    var pad_left: Int
+    var pad_right: Int
+    var mode: Int
+    var groups: Int
+    var kernel_size: Int
+
+    @always_inline
+    def __init__(out self, memory: Memory[DType.int64]):
+        self.stride = Int(memory[0])
+        self.dilation = Int(memory[1])
+        self.pad_left = Int(memory[2])
+        self.pad_right = Int(memory[3])
+        self.mode = Int(memory[4])
+        self.groups = Int(memory[5])
+        self.kernel_size = Int(memory[6])
+
+
 struct DataAxes[layout: StaticString]:
     """The axes of NLC or NCL data."""
 

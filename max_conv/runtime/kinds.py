@@ -1,0 +1,198 @@
+"""Layers alone: one compiled graph serves all layers of a kind, whatever their sizes, geometry and weights.
+
+In a kind's graph every size is symbolic, and filter, bias and geometry are inputs. So a layer needs no compile of its
+own once this machine has compiled its kind.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from max.driver import Buffer
+from max.dtype import DType
+from max.graph import DeviceRef, Graph, Module, TensorType
+from max.mlir import StringAttr
+
+from ..conv.dispatch import Form, Layer
+from ..conv.geometry import Geometry, TransposedGeometry
+from ..conv.library import kernel_library
+from ..conv.ops import emit
+from ..conv.packing import PackedGraph
+from . import compiled
+from .devices import session_of
+from .notice import slow_compile
+
+PLAIN = {"mo.constant", "mo.constant.external", "mo.chain.create", "mo.custom", "mo.output"}
+"""The operations of a graph that holds one layer and nothing else."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is compiled into the graph of a layer alone.
+
+    Attributes:
+        form: The properties of the operation. `whole` and `full` are false: then any number of filters is right.
+        dtype: The data's, the filter's and the bias's.
+    """
+
+    form: Form
+    dtype: DType
+
+    @property
+    def name(self) -> str:
+        """The graph's name: a word for each property."""
+        form = self.form
+        op = "conv_transpose1d" if form.transposed else "conv1d"
+        words = [op, form.kernel, form.layout, form.filter_layout, self.dtype.name, form.least, form.whole, form.full]
+        return "_".join(map(str, words))
+
+    def graph(self, module: Module | None = None) -> Graph:
+        """Returns the graph. Its inputs: data, filter, bias (F,) or (0,), `Layer.numbers`, and (L_out, F, 0) int8.
+
+        The last input has no values: its sizes are those of the output.
+        """
+        host = DeviceRef.CPU()
+        form = self.form
+        shapes = [["n", "l", "c"] if form.layout == "NLC" else ["n", "c", "l"], ["w0", "w1", "w2"], ["b"]]
+        types = [TensorType(self.dtype, shape, host) for shape in shapes]
+        types += [TensorType(DType.int64, [7], host), TensorType(DType.int8, ["outputs", "filters", 0], host)]
+        with PackedGraph(self.name, input_types=types, module=module) as graph:
+            x, filter, bias, geometry, out = (value.tensor for value in graph.inputs)
+            sizes = {"N": x.shape[0], "L": out.shape[0], "C": out.shape[1]}
+            graph.output(emit(x, filter, bias, geometry, [sizes[axis] for axis in form.layout], form))
+        return graph
+
+
+@dataclass(frozen=True)
+class Alone:
+    """How a kind's graph computes one layer.
+
+    Attributes:
+        kind: The kind.
+        layer: The layer.
+        operands: Data, filter and bias: the number of an input of the model, or the name of a weight, or None.
+        filters: The output's channels, F.
+        outputs: The output's length, or None if it depends on the input's.
+    """
+
+    kind: Kind
+    layer: Layer
+    operands: tuple[int | str | None, ...]
+    filters: int
+    outputs: int | None
+
+    def bind(self, execute: Callable[..., Any], weights: Mapping[str, Buffer]) -> Callable[[list[Buffer]], Any]:
+        """Returns a function of the model's inputs that calls the kind's graph."""
+        none = Buffer.from_numpy(np.empty(0, np.uint8)).view(self.kind.dtype, [0])
+        bound = [(n, weights[n] if isinstance(n, str) else none) for n in self.operands]
+        numbers = Buffer.from_numpy(np.array(self.layer.numbers, np.int64))
+        length = self.layer.layout.index("L")
+        given = self.layer.transposed or self.layer.geometry
+
+        @functools.lru_cache(64)
+        def shape(inputs: int) -> Buffer:
+            # The kernel has a sentence for an input that is too short.
+            outputs = max(0, given.output_length(inputs)) if self.outputs is None else self.outputs
+            return Buffer.from_numpy(np.empty((outputs, self.filters, 0), np.int8))
+
+        def run(inputs: list[Buffer]) -> Any:
+            operands = [inputs[n] if isinstance(n, int) else value for n, value in bound]
+            return execute([*operands, numbers, shape(operands[0].shape[length])])
+
+        return run
+
+
+def alone(graph: Graph) -> Alone | None:
+    """Returns how a kind's graph computes a graph that holds one convolution on the CPU and nothing else, or None."""
+    if not isinstance(graph, PackedGraph) or len(graph.emitted) != 1 or len(graph.emitted[0]) != 1:
+        return None
+    (emitted,) = graph.emitted[0]
+    operations = list(graph._mlir_op.regions[0].blocks[0].operations)
+    if emitted.form is None or not {operation.operation.name for operation in operations} <= PLAIN:
+        return None
+    custom, output = operations[-2:]
+    if list(output.operands) != list(custom.results):
+        return None
+    *given, bias, _ = [_source(operand) for operand in custom.operands]
+    if bias == "" or any(source in (None, "") for source in given):
+        return None
+    assert emitted.layer is not None, "it has a form"
+    form = replace(emitted.form, whole=False, full=False)
+    kind = Kind(form, DType[emitted.layer.dtype])
+    filters = emitted.layer.groups * emitted.layer.group_filters
+    return Alone(kind, emitted.layer, (*given, bias), filters, emitted.outputs)
+
+
+def _source(operand: Any) -> int | str | None:
+    """Returns where an operand comes from: the number of an input, the name of a weight, "" or None.
+
+    None is an array without values, as which a layer without a bias gives it. "" is any other array in the graph.
+    """
+    if hasattr(operand, "arg_number"):
+        return operand.arg_number
+    if operand.owner.operation.name == "mo.constant.external":
+        return StringAttr(operand.owner.attributes["name"]).value
+    return None if str(operand.type).startswith("!mo.tensor<[0]") else ""
+
+
+class Ready(NamedTuple):
+    """A kind in this process: what was compiled, which may hold other kinds too, and the function that runs it."""
+
+    compiled: Any
+    execute: Callable[[Sequence[Buffer]], Any]
+
+
+_ready: dict[str, Ready] = {}
+_lock = threading.Lock()
+
+
+def ready(*kinds: Kind) -> list[Ready]:
+    """Returns kinds: those of this process, others from the cache, and the rest compiled together."""
+    with _lock:
+        missing: dict[str, Kind] = {}
+        for kind in kinds:
+            if kind.name not in _ready:
+                key = compiled.key_of(kind.graph())
+                if (found := compiled.find(key)) is None:
+                    missing[key] = kind
+                else:
+                    _start(found)
+        if missing:
+            module = Module()
+            for kind in missing.values():
+                kind.graph(module)
+            with slow_compile(next(iter(missing.values())).name):
+                result = session_of().compile(module, custom_extensions=[kernel_library()])
+            compiled.keep(result, list(missing))
+            _start(result)
+        return [_ready[kind.name] for kind in kinds]
+
+
+def _start(result: Any) -> None:
+    for name, model in session_of().init_all(result).items():
+        _ready.setdefault(name, Ready(result, model._execute_device_tensors))
+
+
+def execute_of(kind: Kind, result: Any) -> Callable[[Sequence[Buffer]], Any]:
+    """Returns the function that runs a kind that `ready` returned, or that comes from a saved model."""
+    known = _ready.get(kind.name)
+    if known and known.compiled is result:
+        return known.execute
+    return session_of().init_all(result)[kind.name]._execute_device_tensors
+
+
+def to_json(alone: Alone) -> dict[str, Any]:
+    """Returns what a saved model says of a layer alone."""
+    return asdict(alone) | {"kind": asdict(alone.kind) | {"dtype": alone.kind.dtype.name}}
+
+
+def from_json(told: Mapping[str, Any]) -> Alone:
+    """Returns what `to_json` was given."""
+    kind = Kind(Form(**told["kind"]["form"]), DType[told["kind"]["dtype"]])
+    given = dict(told["layer"])
+    given["geometry"] = Geometry(**given["geometry"])
+    given["transposed"] = given["transposed"] and TransposedGeometry(**given["transposed"])
+    return Alone(kind, Layer(**given), tuple(told["operands"]), told["filters"], told["outputs"])
