@@ -2,7 +2,7 @@
 
 import pytest
 
-DEFAULT = 20_000
+DEFAULT = 10_000
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,26 +1,23 @@
 """The common part of the property tests: random sizes, NaN around each input, three runs of each layer, error bounds.
 
-One compiled graph a kernel and dtype serves all layers: every dimension is symbolic and the geometry comes as run-time
-scalars. Sizes are near the sizes of tiles, blocks and vectors. `--configurations` sets the count; up to the default
+One compiled graph a kernel and dtype serves all layers: that of the kind, `max_conv/runtime/kinds.py`. Sizes are near the sizes of tiles, blocks and vectors. `--configurations` sets the count; up to the default
 the layers are the same in every run, above it they are new ones.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from max.driver import CPU, Buffer
+from max.driver import Buffer
 from max.dtype import DType
-from max.engine import InferenceSession, Model
-from max.graph import DeviceRef, Graph, Module, TensorType
 
 from conftest import DEFAULT
-from max_conv.conv.library import kernel_library
-from max_conv.conv.ops import Form, emit
+from max_conv.conv.dispatch import Form
 from max_conv.conv.packing import cpu_features
+from max_conv.runtime.kinds import Kind, ready
 
 GUARD = 1024
 """NaN values before and after each input."""
@@ -32,6 +29,7 @@ LARGEST = (100_000,) * 9 + (1_000_000,)
 """Multiplications in one layer: every tenth layer is above the size from which kernels start a second thread."""
 
 Way = tuple[str, str, str]
+Execute = Callable[[Sequence[Buffer]], Any]
 
 SKIPPED = 0.5
 """Share of its layers that each kernel leaves to the others, by the layer's seed."""
@@ -61,39 +59,29 @@ def from_bits(bits: np.ndarray, dtype: DType) -> np.ndarray:
     return bits.astype(np.float64)
 
 
-def compile_ways(ways: Mapping[Way, bool]) -> dict[tuple[DType, Way], Model]:
-    """Compiles a graph for each dtype and way; the way's value is whether it is a transposed convolution.
+def kinds_of(ways: Mapping[Way, bool]) -> dict[tuple[DType, Way], Kind]:
+    """Returns a kind for each dtype and way; the way's value is whether it is a transposed convolution.
 
     A kernel that would fall back to another one is made to compute all layers.
     """
-    cpu = DeviceRef.CPU()
-    module = Module()
-    names = {}
-    for dtype in SHARES:
-        for way, transposed in ways.items():
-            kernel, layout, filter_layout = way
-            if not compiles(way, dtype):
-                continue
-            types = [
-                TensorType(dtype, ["n", *(["l", "c"] if layout == "NLC" else ["c", "l"])], cpu),
-                TensorType(dtype, ["w0", "w1", "w2"], cpu),
-                TensorType(dtype, ["b"], cpu),
-                TensorType(DType.int8, ["lo", "fo"], cpu),
-                *[TensorType(DType.int64, [], cpu)] * (6 if transposed else 7),
-            ]
-            names[dtype, way] = name = "_".join((dtype.name, *way))
-            with Graph(name, input_types=types, module=module) as graph:
-                x, w, bias, out, *scalars = (value.tensor for value in graph.inputs)
-                sizes = {"N": x.shape[0], "L": out.shape[0], "C": out.shape[1]}
-                shape = [sizes[axis] for axis in layout]
-                y = emit(x, w, bias, scalars, shape, Form(kernel, layout, filter_layout, transposed, least=0))
-                graph.output(y)
-    loaded = InferenceSession(devices=[CPU()]).load_all(module, custom_extensions=[kernel_library()])
-    return {key: loaded[name] for key, name in names.items()}
+    return {
+        (dtype, way): Kind.of(Form(*way, transposed, least=0), dtype)
+        for dtype in SHARES
+        for way, transposed in ways.items()
+        if compiles(way, dtype)
+    }
 
 
-def scalars_of(*numbers: int) -> list[Buffer]:
-    return [Buffer.from_numpy(np.array(number, np.int64)) for number in numbers]
+def compile_ways(ways: Mapping[Way, bool]) -> dict[tuple[DType, Way], Execute]:
+    """Returns the function that runs each kind; see `kinds_of`."""
+    wanted = kinds_of(ways)
+    return {key: found.execute for key, found in zip(wanted, ready(*wanted.values()), strict=True)}
+
+
+def operands_of(x: Buffer, filter: Buffer, bias: Buffer, numbers: Sequence[int], shape: Sequence[int]) -> list[Buffer]:
+    """Returns the inputs of a kind's graph; the output's shape is (N, L_out, F)."""
+    geometry, sizes = np.array(numbers, np.int64), np.empty((*shape[1:], 0), np.int8)
+    return [x, filter, bias, Buffer.from_numpy(geometry), Buffer.from_numpy(sizes)]
 
 
 def guarded(bits: np.ndarray, dtype: DType, offset: int) -> Buffer:
@@ -105,10 +93,10 @@ def guarded(bits: np.ndarray, dtype: DType, offset: int) -> Buffer:
     return Buffer.from_numpy(inside).view(dtype, list(bits.shape))
 
 
-def answer(model: Model, inputs: list[Buffer], dtype: DType) -> np.ndarray:
-    """Runs the model three times and returns its output, which must not change."""
+def answer(execute: Execute, inputs: list[Buffer], dtype: DType) -> np.ndarray:
+    """Runs a kind three times and returns its output, which must not change."""
     carrier = DType.uint16 if dtype == DType.bfloat16 else dtype
-    first, *more = [out.view(carrier, out.shape).to_numpy() for (out,) in (model.execute(*inputs) for _ in range(3))]
+    first, *more = [out.view(carrier, out.shape).to_numpy() for (out,) in (execute(inputs) for _ in range(3))]
     for again in more:
         assert first.tobytes() == again.tobytes(), "the same call gave two answers"
     return from_bits(first, dtype)

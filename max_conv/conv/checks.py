@@ -109,12 +109,11 @@ class Operands:
                 f"(filter shape {_shape(filter)}, layout {filter_layout})."
             )
         sizes = (channels // groups, filters) if all_channels else (channels, filters // groups)
-        operands = cls(op, x, filter, bias, layout, filter_layout, groups, taps, *sizes)
-        operands._check_channels()
-        check_bias(op, bias, groups * operands.group_filters)
-        return operands
+        return cls(op, x, filter, bias, layout, filter_layout, groups, taps, *sizes)
 
-    def _check_channels(self) -> None:
+    def check_sizes(self) -> None:
+        """Raises ValueError unless the sizes of x, filter and bias fit together; called when the geometry is checked."""
+        check_bias(self.op, self.bias, self.filters)
         given = self.x.shape[self.axes.index("C")]
         if not isinstance(given, StaticDim):
             return  # the kernel checks it

@@ -68,6 +68,7 @@ def conv1d(
     """
     given = Operands.of("conv1d", x, filter, bias, groups, layout, filter_layout)
     geometry = Geometry.of(given.taps, stride, padding, dilation, padding_mode)
+    given.check_sizes()
     length = given.length
     if isinstance(length, StaticDim):
         geometry.check_length(int(length))
@@ -126,6 +127,7 @@ def conv_transpose1d(
     """
     given = Operands.of("conv_transpose1d", x, filter, bias, groups, layout, filter_layout)
     geometry = TransposedGeometry.of(given.taps, stride, padding, output_padding, dilation)  # type: ignore[arg-type]
+    given.check_sizes()
     length = given.length
     if output_size is not None:
         output_size = positive("output_size", output_size, "conv_transpose1d")

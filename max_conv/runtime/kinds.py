@@ -16,7 +16,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, Graph, Module, TensorType
 from max.mlir import StringAttr
 
-from ..conv.dispatch import Form, Layer
+from ..conv.dispatch import LEAST_OUTPUTS, Form, Layer
 from ..conv.geometry import Geometry, TransposedGeometry
 from ..conv.library import kernel_library
 from ..conv.ops import emit
@@ -25,8 +25,10 @@ from . import compiled
 from .devices import session_of
 from .notice import slow_compile
 
-PLAIN = {"mo.constant", "mo.constant.external", "mo.chain.create", "mo.custom", "mo.output"}
-"""The operations of a graph that holds one layer and nothing else."""
+CONSTANTS = {"mo.constant", "mo.constant.external", "mo.chain.create"}
+RESHAPE = "rmo.reshape"
+TENSOR = "!mo.tensor<["
+"""How the text of a tensor's type begins; its sizes follow."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Kind:
 
     form: Form
     dtype: DType
+
+    @classmethod
+    def of(cls, form: Form, dtype: DType) -> "Kind":
+        """Returns the kind of an operation."""
+        least = form.least if form.kernel == "winograd" else LEAST_OUTPUTS
+        return cls(replace(form, whole=False, full=False, least=least), dtype)
 
     @property
     def name(self) -> str:
@@ -74,6 +82,7 @@ class Alone:
         kind: The kind.
         layer: The layer.
         operands: Data, filter and bias: the number of an input of the model, or the name of a weight, or None.
+        batched: Whether data and output have a batch axis.
         filters: The output's channels, F.
         outputs: The output's length, or None if it depends on the input's.
     """
@@ -81,6 +90,7 @@ class Alone:
     kind: Kind
     layer: Layer
     operands: tuple[int | str | None, ...]
+    batched: bool
     filters: int
     outputs: int | None
 
@@ -99,8 +109,11 @@ class Alone:
             return Buffer.from_numpy(np.empty((outputs, self.filters, 0), np.int8))
 
         def run(inputs: list[Buffer]) -> Any:
-            operands = [inputs[n] if isinstance(n, int) else value for n, value in bound]
-            return execute([*operands, numbers, shape(operands[0].shape[length])])
+            x, *others = [inputs[n] if isinstance(n, int) else value for n, value in bound]
+            if self.batched:
+                return execute([x, *others, numbers, shape(x.shape[length])])
+            x = x.view(x.dtype, [1, *x.shape])
+            return [y.view(y.dtype, y.shape[1:]) for y in execute([x, *others, numbers, shape(x.shape[length])])]
 
         return run
 
@@ -110,20 +123,36 @@ def alone(graph: Graph) -> Alone | None:
     if not isinstance(graph, PackedGraph) or len(graph.emitted) != 1 or len(graph.emitted[0]) != 1:
         return None
     (emitted,) = graph.emitted[0]
-    operations = list(graph._mlir_op.regions[0].blocks[0].operations)
-    if emitted.form is None or not {operation.operation.name for operation in operations} <= PLAIN:
+    if emitted.form is None or emitted.layer is None:
         return None
-    custom, output = operations[-2:]
-    if list(output.operands) != list(custom.results):
+    operations = [
+        operation
+        for operation in graph._mlir_op.regions[0].blocks[0].operations
+        if operation.operation.name not in CONSTANTS
+    ]
+    names = [operation.operation.name for operation in operations]
+    if names not in (["mo.custom", "mo.output"], [RESHAPE, "mo.custom", RESHAPE, "mo.output"]):
         return None
-    *given, bias, _ = [_source(operand) for operand in custom.operands]
-    if bias == "" or any(source in (None, "") for source in given):
+    batched = len(operations) == 2
+    custom = operations[0 if batched else 1]
+    x, filter, bias, _ = custom.operands
+    y = custom.result
+    if not batched:
+        before, after = operations[0], operations[2]
+        if not (_adds_batch(before.operands[0], x) and _adds_batch(after.result, y)):
+            return None
+        x, y = before.operands[0], after.result
+    sources = [_source(value) for value in (x, filter, bias)]
+    if list(operations[-1].operands) != [y] or "" in sources or None in sources[:2]:
         return None
-    assert emitted.layer is not None, "it has a form"
-    form = replace(emitted.form, whole=False, full=False)
-    kind = Kind(form, DType[emitted.layer.dtype])
-    filters = emitted.layer.groups * emitted.layer.group_filters
-    return Alone(kind, emitted.layer, (*given, bias), filters, emitted.outputs)
+    layer = emitted.layer
+    kind = Kind.of(emitted.form, DType[layer.dtype])
+    return Alone(kind, layer, tuple(sources), batched, layer.groups * layer.group_filters, emitted.outputs)
+
+
+def _adds_batch(without: Any, value: Any) -> bool:
+    """Returns whether the type of `value` is that of `without` and a batch of 1."""
+    return str(value.type) == str(without.type).replace(TENSOR, TENSOR + "1, ")
 
 
 def _source(operand: Any) -> int | str | None:
@@ -195,4 +224,4 @@ def from_json(told: Mapping[str, Any]) -> Alone:
     given = dict(told["layer"])
     given["geometry"] = Geometry(**given["geometry"])
     given["transposed"] = given["transposed"] and TransposedGeometry(**given["transposed"])
-    return Alone(kind, Layer(**given), tuple(told["operands"]), told["filters"], told["outputs"])
+    return Alone(kind, Layer(**given), tuple(told["operands"]), told["batched"], told["filters"], told["outputs"])

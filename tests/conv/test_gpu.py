@@ -15,10 +15,10 @@ import pytest
 import torch
 from max.driver import accelerator_count
 from max.dtype import DType
-from max.graph import DeviceRef, Graph, TensorType
+from max.graph import DeviceRef, TensorType
 
 import max_conv
-from harness import Case, check, dtype_of, normal
+from harness import Case, check, normal, run
 from max_conv.conv.layouts import permute
 from max_conv.conv.recurrent import lstm
 
@@ -84,20 +84,8 @@ def cases() -> Iterator[Case]:
 @pytest.mark.parametrize("name", DEVICES)
 def test_runs(name: str) -> None:
     every = list(cases())
-    device = DeviceRef.CPU() if name == "cpu" else DeviceRef.GPU()
-    operands = [array for case in every for array in case.operands]
-    types = [TensorType(dtype_of(array), list(array.shape), device) for array in operands]
-    with Graph("runs", input_types=types) as graph:
-        values = iter(value.tensor for value in graph.inputs)
-        functions = [max_conv.conv_transpose1d if case.transposed else max_conv.conv1d for case in every]
-        outputs = [
-            function(*(next(values) for _ in case.operands), **case.kwargs) for function, case in zip(functions, every)
-        ]
-        graph.output(*outputs)
-    model = max_conv.compile(graph)
-    for case, got in zip(every, model(*map(torch.as_tensor, operands))):
-        host = torch.from_dlpack(got).cpu()
-        check(case, host if isinstance(case.x, torch.Tensor) else host.numpy())
+    for case, got in zip(every, run(every, device=DeviceRef.CPU() if name == "cpu" else DeviceRef.GPU())):
+        check(case, got)
 
 
 @pytest.mark.parametrize("name", DEVICES)

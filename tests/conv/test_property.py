@@ -6,9 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from max.driver import Buffer
 from max.dtype import DType
-from max.engine import Model
 
 from max_conv.conv import dispatch
 from max_conv.conv.geometry import PADDING_MODES, Geometry
@@ -21,6 +19,7 @@ from properties import (
     LARGEST,
     SHARES,
     SKIPPED,
+    Execute,
     Way,
     answer,
     check_answer,
@@ -28,8 +27,8 @@ from properties import (
     compiles,
     from_bits,
     guarded,
+    operands_of,
     run_layers,
-    scalars_of,
     to_bits,
 )
 
@@ -129,7 +128,7 @@ def fits(way: Way, layer: Layer) -> bool:
 
 
 @cache
-def models() -> dict[tuple[DType, Way], Model]:
+def models() -> dict[tuple[DType, Way], Execute]:
     return compile_ways(dict.fromkeys(WAYS, False))
 
 
@@ -156,7 +155,6 @@ def compare(layer: Layer, dtype: DType) -> None:
 
     mode = PADDING_MODES.index(layer.padding_mode)
     numbers = (layer.stride, layer.dilation, *layer.padding, mode, layer.groups, layer.kernel_size)
-    out_length = Buffer.from_numpy(np.zeros(want.shape[1:], np.int8))
     held = {"NLC": x, "NCL": x.transpose(0, 2, 1), "SCF": w, "FCS": w.transpose(2, 1, 0), "F": bias}
     buffers = {name: guarded(bits, dtype, int(random.integers(0, 64))) for name, bits in held.items()}
     for way in WAYS:
@@ -173,7 +171,7 @@ def compare(layer: Layer, dtype: DType) -> None:
             )
             filter = Packing("weight", kernel, described, "SCF")(w)
             buffers["packed"] = guarded(filter, dtype, int(random.integers(0, 64)))
-        operands = [buffers[layout], buffers[filter_layout], buffers["F"], out_length, *scalars_of(*numbers)]
+        operands = operands_of(buffers[layout], buffers[filter_layout], buffers["F"], numbers, want.shape)
         out = answer(models()[dtype, way], operands, dtype)
         if layout == "NCL":
             out = out.transpose(0, 2, 1)

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import strategies as st
 from max.driver import Buffer
 from max.dtype import DType
-from max.engine import Model
 
 from max_conv.conv import dispatch
 from max_conv.conv.geometry import TransposedGeometry
@@ -25,6 +24,7 @@ from properties import (
     LARGEST,
     ROUNDING,
     SHARES,
+    Execute,
     Way,
     answer,
     check_answer,
@@ -32,8 +32,8 @@ from properties import (
     compiles,
     from_bits,
     guarded,
+    operands_of,
     run_layers,
-    scalars_of,
     to_bits,
 )
 
@@ -124,7 +124,7 @@ def fits(way: Way, layer: Layer) -> bool:
 
 
 @cache
-def models() -> dict[tuple[DType, Way], Model]:
+def models() -> dict[tuple[DType, Way], Execute]:
     return compile_ways(dict.fromkeys(WAYS, True) | {CONVOLUTION: False})
 
 
@@ -153,8 +153,7 @@ def compare(layer: Layer, dtype: DType) -> None:
     )
     scale = max(np.abs(values[0]).max(initial=0) * np.abs(values[1]).max(), np.abs(values[2]).max(initial=0))
 
-    numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, groups, geometry.kernel_size)
-    out_shape = Buffer.from_numpy(np.zeros(want.shape[1:], np.int8))
+    numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, 0, groups, geometry.kernel_size)
     by_channel = w.reshape(geometry.kernel_size, layer.group_filters, groups, layer.group_channels)
     fsc = by_channel.transpose(2, 1, 0, 3).reshape(filters, geometry.kernel_size, layer.group_channels)
     held = {"NLC": x, "NCL": x.transpose(0, 2, 1), "SFC": w, "CFS": permute(w, "SFC", "CFS"), "FSC": fsc, "F": bias}
@@ -166,7 +165,7 @@ def compare(layer: Layer, dtype: DType) -> None:
         if filter_layout in ("packed", "phased"):
             filter = Packing("weight", kernel, described(layer), "SFC")(w)
             buffers[filter_layout] = guarded(filter, dtype, int(random.integers(0, 64)))
-        operands = [buffers[layout], buffers[filter_layout], buffers["F"], out_shape, *scalars_of(*numbers)]
+        operands = operands_of(buffers[layout], buffers[filter_layout], buffers["F"], numbers, want.shape)
         out = answer(models()[dtype, way], operands, dtype)
         if layout == "NCL":
             out = out.transpose(0, 2, 1)
@@ -185,9 +184,9 @@ def check_adjoint(
     padded = out.shape[1] + geometry.left + geometry.right
     outputs = (padded - geometry.reach) // geometry.stride + 1  # with much output_padding more than x has
     numbers = (geometry.stride, geometry.dilation, geometry.left, geometry.right, 0, layer.groups, geometry.kernel_size)
-    shape = Buffer.from_numpy(np.zeros((outputs, values[0].shape[2]), np.int8))
     none = guarded(bits[:0, 0, 0], dtype, 0)
-    operands = [guarded(bits, dtype, 1), w, none, shape, *scalars_of(*numbers)]
+    shape = (layer.batch, outputs, values[0].shape[2])
+    operands = operands_of(guarded(bits, dtype, 1), w, none, numbers, shape)
     back = answer(models()[dtype, CONVOLUTION], operands, dtype)[:, : layer.length]
     linear = out - values[2] if layer.bias else out
     one, other = np.sum(linear * y), np.sum(values[0] * back)
