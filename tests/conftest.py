@@ -1,8 +1,14 @@
-"""Options of the test suite."""
+"""Options of the test suite, and a report of what it compiled."""
+
+import functools
+import time
+from typing import Any
 
 import pytest
 
 DEFAULT = 10_000
+BUDGET = 60
+"""Compiles of one run of all tests; more fail it. One takes 10 to 30 s; a further graph in one `Module` takes 1 to 3 s."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,3 +23,49 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Starts the longest files first, so that no worker has one of them left at the end."""
     items.sort(key=lambda item: "property" not in item.path.name)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Compiles())
+
+
+class Compiles:
+    """Notes every compile at the test that asks for it, and reports all of them where the results come together."""
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[float, str]] = []
+        self.item: pytest.Item | None = None
+
+    def pytest_collection_finish(self) -> None:
+        from max.engine import InferenceSession
+
+        real = InferenceSession.compile
+
+        @functools.wraps(real)
+        def compile(session: Any, model: Any, **options: Any) -> Any:
+            start = time.monotonic()
+            result = real(session, model, **options)
+            if self.item is not None:
+                self.item.user_properties.append(("compile", time.monotonic() - start))
+            return result
+
+        InferenceSession.compile = compile  # type: ignore[method-assign]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        self.item = item
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "teardown":
+            self.compiled += [(value, report.nodeid) for name, value in report.user_properties if name == "compile"]
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if len(self.compiled) > BUDGET and not hasattr(session.config, "workerinput"):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        seconds = sum(second for second, _ in self.compiled)
+        over = f", MORE THAN THE {BUDGET} ALLOWED" if len(self.compiled) > BUDGET else ""
+        terminalreporter.section(f"{len(self.compiled)} compiles{over}: {seconds:.0f} s; the longest:")
+        for second, test in sorted(self.compiled, reverse=True)[:15]:
+            terminalreporter.write_line(f"{second:.1f} s {test}")

@@ -45,7 +45,9 @@ class Model:
         inputs: Sequence[Port],
         outputs: Sequence[Port],
         alone: Alone | None = None,
+        name: str | None = None,
     ) -> None:
+        """Starts a compiled graph; `name` tells which, where several were compiled together."""
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self._compiled = compiled
@@ -60,8 +62,8 @@ class Model:
         if alone:
             self._execute = alone.bind(kinds.execute_of(alone.kind, compiled), self._weights)
         else:
-            model = session_of(devices).init(compiled, weights_registry=self._weights)
-            self._execute = model._execute_device_tensors
+            models = session_of(devices).init_all(compiled, weights_registry=self._weights)
+            self._execute = models[name or next(iter(models))]._execute_device_tensors
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model.

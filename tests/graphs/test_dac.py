@@ -1,5 +1,6 @@
 """DAC against transformers' implementation, with a checkpoint under the original's names."""
 
+import functools
 import re
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 from max_conv.graphs import dac
 from transformers import DacConfig, DacModel
 
-import max_conv
+from harness import compile_together
 from max_conv.weights.convert import to_native
 from originals import arrays, compare
 from originals import dac as network
@@ -77,13 +78,24 @@ def weights(model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def encoder(weights):
-    return max_conv.compile(dac.build_encoder(CONFIG, weights), weights=weights)
+def models(weights):
+    """The compiled encoder, decoder, and the whole of one stage."""
+    _, config, small = one_stage()
+    return compile_together(
+        (dac.build_encoder(CONFIG, weights), weights),
+        (dac.build_decoder(CONFIG, weights), weights),
+        (dac.build(config, small), small),
+    )
 
 
 @pytest.fixture(scope="module")
-def decoder(weights):
-    return max_conv.compile(dac.build_decoder(CONFIG, weights), weights=weights)
+def encoder(models):
+    return models[0]
+
+
+@pytest.fixture(scope="module")
+def decoder(models):
+    return models[1]
 
 
 @pytest.mark.parametrize("samples", [512 * 20, 512 * 15 + 300])
@@ -115,19 +127,24 @@ def test_graphs_are_described(encoder, decoder):
     assert [port.shape for port in decoder.outputs] == [("batch", "frames * 512")]
 
 
-def test_whole_of_one_stage():
+@functools.cache
+def one_stage():
     # An odd ratio, as in the 24 kHz model: its sound is shorter.
     sizes = {"encoder_hidden_size": 8, "decoder_hidden_size": 32, "downsampling_ratios": [5], "n_codebooks": 3}
     original = DacConfig(**sizes, codebook_size=32, codebook_dim=4)
     model = network(original)
     weights = to_native(arrays(model), dac.LAYERS, "dac")
     config = dac.Config.from_dict(original.to_dict())
-    whole = max_conv.compile(dac.build(config, weights), weights=weights)
+    return model, config, weights
+
+
+def test_whole_of_one_stage(models):
+    model, *_ = one_stage()
     for samples in (4000, 4003):
         sound = noise(2, samples)
         with torch.inference_mode():
             expected = model(sound[:, None]).audio_values
-        compare(whole(sound.numpy()), expected)
+        compare(models[2](sound.numpy()), expected)
 
 
 def test_published_config():

@@ -1,5 +1,6 @@
 """EnCodec against transformers' implementation, with a checkpoint under the original's names."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from max_conv.graphs import encodec
 from transformers import EncodecConfig, EncodecModel
 
-import max_conv
+from harness import compile_together
 from max_conv.weights.convert import to_native
 from originals import arrays, compare
 from originals import encodec as network
@@ -61,13 +62,24 @@ def weights(model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def encoder(weights):
-    return max_conv.compile(encodec.build_encoder(CONFIG, weights), weights=weights)
+def models(weights):
+    """The compiled encoder, decoder, and the whole of one stage."""
+    _, config, small = one_stage()
+    return compile_together(
+        (encodec.build_encoder(CONFIG, weights), weights),
+        (encodec.build_decoder(CONFIG, weights), weights),
+        (encodec.build(config, small), small),
+    )
 
 
 @pytest.fixture(scope="module")
-def decoder(weights):
-    return max_conv.compile(encodec.build_decoder(CONFIG, weights), weights=weights)
+def encoder(models):
+    return models[0]
+
+
+@pytest.fixture(scope="module")
+def decoder(models):
+    return models[1]
 
 
 @pytest.mark.parametrize("samples", [320 * 24, 320 * 30 + 77])
@@ -99,7 +111,8 @@ def test_graphs_are_described(encoder, decoder):
     assert [port.shape for port in decoder.outputs] == [("batch", "frames * 320")]
 
 
-def test_whole_of_one_stage_that_sees_the_future():
+@functools.cache
+def one_stage():
     # As in MusicGen's 32 kHz model, with an odd ratio: padding on both sides, and a plain identity around a block.
     sizes = {"num_filters": 8, "hidden_size": 16, "codebook_size": 32, "num_lstm_layers": 1}
     flags = {"use_causal_conv": False, "use_conv_shortcut": False, "target_bandwidths": [96.0]}
@@ -109,12 +122,16 @@ def test_whole_of_one_stage_that_sees_the_future():
     filters = ("encoder.*conv.weight", "decoder.layers.[06].conv.weight", "decoder.*.block.*.conv.weight")
     layers = replace(encodec.LAYERS, conv=filters, conv_transpose=("decoder.layers.3.conv.weight",), optional=())
     weights = to_native(arrays(model), layers, "encodec")
-    whole = max_conv.compile(encodec.build(config, weights), weights=weights)
+    return model, config, weights
+
+
+def test_whole_of_one_stage_that_sees_the_future(models):
+    model, *_ = one_stage()
     for samples in (4000, 4003):
         sound = noise(2, samples)
         with torch.inference_mode():
             expected = model(sound[:, None], bandwidth=96.0).audio_values[:, 0]
-        compare(whole(sound.numpy()), expected)
+        compare(models[2](sound.numpy()), expected)
 
 
 def test_published_configs():

@@ -6,7 +6,7 @@ import torch
 from max_conv.graphs import hifigan
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
-import max_conv
+from harness import compile_together
 from max_conv.weights.convert import to_native
 from originals import arrays, compare, enliven
 
@@ -48,15 +48,31 @@ def spectrogram(batch: int, frames: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def v1(tmp_path_factory):
-    """The network, and the graph compiled from the checkpoint that the original would save."""
+def networks(tmp_path_factory):
+    """The networks in PyTorch and the compiled graphs: V1 from the checkpoint that the original would save, and others."""
     torch.manual_seed(0)
     config = {name: value for name, value in V1.items() if name not in ("resblock", "num_mels")}
-    network = enliven(SpeechT5HifiGan(SpeechT5HifiGanConfig(**config, normalize_before=False)))
+    v1 = enliven(SpeechT5HifiGan(SpeechT5HifiGanConfig(**config, normalize_before=False)))
     path = tmp_path_factory.mktemp("v1") / "g_02500000.pth"
-    torch.save({"generator": original_names(network)}, path)
-    weights = hifigan.load_weights(path)
-    return network, max_conv.compile(hifigan.build(hifigan.Config(), weights), weights=weights)
+    torch.save({"generator": original_names(v1)}, path)
+    config = SpeechT5HifiGanConfig()  # as published
+    speecht5 = enliven(SpeechT5HifiGan(config))
+    speecht5.mean.copy_(torch.linspace(-1, 1, 80))
+    speecht5.scale.copy_(torch.linspace(0.5, 2, 80))
+    read = hifigan.Config.from_dict(config.to_dict())
+    assert read.normalised and read.hop == 256 and read.rate == 16000
+    given = [
+        (hifigan.Config(), hifigan.load_weights(path)),
+        (read, to_native(arrays(speecht5), hifigan.LAYERS, "hifigan")),
+        (hifigan.Config.from_dict(V3), v3_weights()),
+    ]
+    models = compile_together(*((hifigan.build(config, weights), weights) for config, weights in given))
+    return {"v1": (v1, models[0]), "speecht5": (speecht5, models[1]), "v3": (given[2], models[2])}
+
+
+@pytest.fixture(scope="module")
+def v1(networks):
+    return networks["v1"]
 
 
 @pytest.mark.parametrize(("batch", "frames"), [(1, 50), (2, 7), (1, 1)])
@@ -78,30 +94,26 @@ def test_signals_do_not_touch(v1):
     assert model(mels[:0]).shape == (0, 7 * 256)
 
 
-def test_speecht5_is_the_original():
-    config = SpeechT5HifiGanConfig()  # as published
-    network = enliven(SpeechT5HifiGan(config))
-    network.mean.copy_(torch.linspace(-1, 1, 80))
-    network.scale.copy_(torch.linspace(0.5, 2, 80))
-    read = hifigan.Config.from_dict(config.to_dict())
-    assert read.normalised and read.hop == 256 and read.rate == 16000
-    weights = to_native(arrays(network), hifigan.LAYERS, "hifigan")
-    model = max_conv.compile(hifigan.build(read, weights), weights=weights)
+def test_speecht5_is_the_original(networks):
+    network, model = networks["speecht5"]
     mels = spectrogram(2, 9)
     with torch.inference_mode():
         want = network(mels)
     compare(model(mels.numpy()), want)
 
 
-def test_v3_is_the_paper():
-    config = hifigan.Config.from_dict(V3)
+def v3_weights():
     random = np.random.default_rng(0)
     weights = {}
-    for name, shape in config.shapes().items():
+    for name, shape in hifigan.Config.from_dict(V3).shapes().items():
         # An output of a transposed filter is a sum over the taps of one phase, which are half of the taps here.
         terms = 2 * shape[2] if name.startswith("ups") and len(shape) == 3 else np.prod(shape[:2])
         weights[name] = (random.standard_normal(shape) / (np.sqrt(terms) if len(shape) == 3 else 10)).astype(np.float32)
-    model = max_conv.compile(hifigan.build(config, weights), weights=weights)
+    return weights
+
+
+def test_v3_is_the_paper(networks):
+    (config, weights), model = networks["v3"]
     mels = spectrogram(2, 6)
     compare(model(mels.numpy()), v3(config, weights, mels))
 
