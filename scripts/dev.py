@@ -3,6 +3,7 @@
 
     python3 scripts/dev.py demo [ARGS]    runs `max-conv run speech ARGS`
     python3 scripts/dev.py test [ARGS]    runs lint and every test, or with ARGS only `pytest ARGS`
+    python3 scripts/dev.py test --all [ARGS]        the same, with the tests that are marked nightly
     python3 scripts/dev.py test --coverage [ARGS]   the same tests, and tells what of the Python they ran
     python3 scripts/dev.py smoke          runs a minute's choice of the tests
     python3 scripts/dev.py lint           runs ruff, mypy and the checks of Mojo sources
@@ -54,7 +55,11 @@ SMOKE = [
     "tests/test_docs.py::test_readme_code[0]",
 ]
 """Geometry, layouts, the reference, errors of graphs, and one layer through MAX. pytest fails where one is gone."""
-COVERAGE = ["--cov=max_conv", "--cov=scripts", "--cov-report=term:skip-covered"]
+OPTIONS = {
+    "--all": ["--all"],
+    "--coverage": ["--cov=max_conv", "--cov=scripts", "--cov-report=term:skip-covered"],
+}
+"""What `test` passes to pytest for its own first option."""
 # An extra brings others with it, so that `demo` after `test` installs nothing.
 EXTRAS = {"all": ["all"], "test": ["test", "all"]}
 HEARTBEAT = 10.0
@@ -89,9 +94,8 @@ def main(arguments: list[str]) -> int:
     # pytest and ruff find their settings, and pytest the paths among its arguments, at the repository root.
     if command == "smoke":
         return run([python, "-m", "pytest", "-q", *SMOKE], cwd=ROOT)
-    covered = command == "test" and rest[:1] == ["--coverage"]
-    rest = rest[covered:]
-    more = COVERAGE if covered else []
+    more = OPTIONS.get(rest[0], []) if command == "test" and rest else []
+    rest = rest[bool(more) :]
     if command == "test" and rest:
         return run([python, "-m", "pytest", *more, *rest], cwd=ROOT)
     steps = dict(LINT)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-DEFAULT = 10_000
-BUDGET = 60
+DAILY, DEFAULT = 10_000, 20_000
+"""Random layers of a daily run, and of one with `--all`: up to there they are the same in every run."""
+BUDGET = 90
 """Compiles of one run of all tests; more fail it. One takes 10 to 30 s; a further graph in one `Module` takes 1 to 3 s."""
 
 
@@ -15,18 +16,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--configurations",
         type=int,
-        default=DEFAULT,
-        help="How many random layers the property tests compare with the reference (a long run: 1000000).",
+        help=f"How many random layers the property tests compare with the reference: {DAILY}, or {DEFAULT} with --all.",
     )
+    parser.addoption("--all", action="store_true", help="Runs the tests marked nightly, too.")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Starts the longest files first, so that no worker has one of them left at the end."""
     items.sort(key=lambda item: "property" not in item.path.name)
+    if not config.getoption("--all"):
+        for item in items:
+            if item.get_closest_marker("nightly"):
+                item.add_marker(pytest.mark.skip(reason="nightly: runs with --all"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Compiles())
+    if config.option.configurations is None:
+        config.option.configurations = DEFAULT if config.option.all else DAILY
 
 
 class Compiles:

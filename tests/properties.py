@@ -39,6 +39,40 @@ EPS = {DType.float32: 2.0**-23, DType.float64: 2.0**-52, DType.float16: 2.0**-23
 ROUNDING = {DType.float32: 2.0**-24, DType.float64: 2.0**-53, DType.float16: 2.0**-11, DType.bfloat16: 2.0**-8}
 
 
+ALSO = {
+    False: """
+    lengthwise NCL CFS: float32
+    lengthwise NCL FSC: float32
+    lengthwise NCL SCF: float32 float64
+    lengthwise NCL SFC: float32
+    lengthwise NLC CFS: float32
+    lengthwise NLC FCS: float32
+    lengthwise NLC FSC: float32
+    lengthwise NLC SFC: float32
+    winograd NCL FCS: float32
+    winograd NCL SCF: float16 float32
+    winograd NCL packed: float32 float64
+    winograd NLC SCF: float16 float32
+    winograd NLC packed: float32 float64
+    """,
+    True: """
+    dense NLC FSC: float32
+    depthwise NLC FSC: float32
+    depthwise NLC SFC: float32
+    lengthwise NCL CFS: bfloat16 float16 float32 float64
+    lengthwise NLC FSC: float32
+    lengthwise NLC SFC: float32
+    short NLC FSC: float32
+    short NLC SFC: float16 float32 float64
+    winograd NCL SFC: float16 float32
+    winograd NCL packed: float32 float64
+    winograd NLC SFC: float16 float32
+    winograd NLC packed: float32 float64
+    """,
+}
+"""Kinds of plain and of transposed convolutions that other files run: kernel, layouts, dtypes. Compiled with the rest."""
+
+
 def compiles(way: Way, dtype: DType) -> bool:
     """Returns whether a kernel exists for a dtype."""
     if way[0] == "paired":
@@ -75,7 +109,12 @@ def kinds_of(ways: Mapping[Way, bool]) -> dict[tuple[DType, Way], Kind]:
 def compile_ways(ways: Mapping[Way, bool]) -> dict[tuple[DType, Way], Execute]:
     """Returns the function that runs each kind; see `kinds_of`."""
     wanted = kinds_of(ways)
-    return {key: found.execute for key, found in zip(wanted, ready(*wanted.values()), strict=True)}
+    transposed = any(ways.values())
+    also = []
+    for line in ALSO[transposed].split("\n"):
+        words, _, dtypes = line.partition(":")
+        also += [Kind.of(Form(*words.split(), transposed), DType[dtype]) for dtype in dtypes.split()]
+    return {key: found.execute for key, found in zip(wanted, ready(*wanted.values(), *also), strict=False)}
 
 
 def operands_of(x: Buffer, filter: Buffer, bias: Buffer, numbers: Sequence[int], shape: Sequence[int]) -> list[Buffer]:

@@ -25,6 +25,14 @@ from . import compiled
 from .devices import session_of
 from .notice import slow_compile
 
+COMMON = """
+conv1d dense NLC packed, conv1d short NLC packed, conv1d winograd NLC packed, conv1d winograd NCL packed
+conv1d depthwise NLC SCF, conv1d depthwise NCL FCS, conv1d lengthwise NLC SCF, conv1d lengthwise NCL FCS
+conv_transpose1d dense NLC packed, conv_transpose1d short NLC packed, conv_transpose1d winograd NLC packed
+conv_transpose1d winograd NCL packed, conv_transpose1d depthwise NLC phased, conv_transpose1d lengthwise NLC phased
+conv_transpose1d lengthwise NCL phased
+"""
+"""The kinds of float32 layers whose filters `compile` packs, in the layouts of MAX and of PyTorch."""
 CONSTANTS = {"mo.constant", "mo.constant.external", "mo.chain.create"}
 RESHAPE = "rmo.reshape"
 TENSOR = "!mo.tensor<["
@@ -53,9 +61,8 @@ class Kind:
     def name(self) -> str:
         """The graph's name: a word for each property."""
         form = self.form
-        op = "conv_transpose1d" if form.transposed else "conv1d"
-        words = [op, form.kernel, form.layout, form.filter_layout, self.dtype.name, form.least, form.whole, form.full]
-        return "_".join(map(str, words))
+        words = ["conv_transpose1d" if form.transposed else "conv1d", form.kernel, form.layout, form.filter_layout]
+        return "_".join([*words, self.dtype.name, *["always"] * (form.least == 0)])
 
     def graph(self, module: Module | None = None) -> Graph:
         """Returns the graph. Its inputs: data, filter, bias (F,) or (0,), `Layer.numbers`, and (L_out, F, 0) int8.
@@ -174,6 +181,15 @@ class Ready(NamedTuple):
     execute: Callable[[Sequence[Buffer]], Any]
 
 
+def common() -> list[Kind]:
+    """Returns the kinds of `COMMON`."""
+    rows = [row.split() for row in COMMON.replace("\n", ",").split(",") if row.strip()]
+    return [
+        Kind.of(Form(kernel, layout, filter_layout, op == "conv_transpose1d"), DType.float32)
+        for op, kernel, layout, filter_layout in rows
+    ]
+
+
 _ready: dict[str, Ready] = {}
 _lock = threading.Lock()
 
@@ -193,7 +209,7 @@ def ready(*kinds: Kind) -> list[Ready]:
             module = Module()
             for kind in missing.values():
                 kind.graph(module)
-            with slow_compile(next(iter(missing.values())).name):
+            with slow_compile(", ".join(kind.name for kind in missing.values())):
                 result = session_of().compile(module, custom_extensions=[kernel_library()])
             compiled.keep(result, list(missing))
             _start(result)

@@ -33,7 +33,8 @@ def write(
     weights: Mapping[str, Buffer],
     inputs: Sequence[Port],
     outputs: Sequence[Port],
-    alone: Alone | None = None,
+    alone: Alone | None,
+    name: str | None,
 ) -> None:
     """Writes a compiled model with its weights to one file: first to a temporary file next to `path`, then renamed."""
     path = Path(path)
@@ -47,6 +48,7 @@ def write(
         "inputs": [asdict(port) for port in inputs],
         "outputs": [asdict(port) for port in outputs],
         "alone": alone and to_json(alone),
+        "graph": name,
         "weights": [{"name": n, "dtype": w.dtype.name, "shape": list(w.shape)} for n, w in weights.items()],
     }
     with whole_file(path) as whole:
@@ -59,7 +61,9 @@ def write(
                 file.writestr(f"weights/{number}", bytes_of(weight).tobytes())
 
 
-def read(path: str | os.PathLike) -> tuple[Any, dict[str, Buffer], list[Port], list[Port], Alone | None]:
+def read(
+    path: str | os.PathLike,
+) -> tuple[Any, dict[str, Buffer], list[Port], list[Port], Alone | None, str | None]:
     """Reads a file that `write` wrote: returns what `write` was given.
 
     Raises:
@@ -83,11 +87,11 @@ def read(path: str | os.PathLike) -> tuple[Any, dict[str, Buffer], list[Port], l
                 [Port(**(entry | {"shape": tuple(entry["shape"])})) for entry in meta[key]]
                 for key in ("inputs", "outputs")
             ]
-            alone = meta["alone"] and from_json(meta["alone"])
+            alone, name = meta["alone"] and from_json(meta["alone"]), meta["graph"]
             compiled = read_mef(io.BytesIO(file.read("model.mef")))
     except (zipfile.BadZipFile, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
         raise ValueError(f"load: {path} is not a model that max_conv saved, or is damaged ({error}).") from None
-    return compiled, weights, inputs, outputs, alone
+    return compiled, weights, inputs, outputs, alone, name
 
 
 def _check_machine(path: Any, meta: Mapping[str, Any]) -> None:

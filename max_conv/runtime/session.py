@@ -56,7 +56,7 @@ class Model:
         self._checked: Any = None  # dtypes and shapes of the last inputs, which are usually the same again
         devices = accelerators(*inputs, *outputs)
         self._devices = {"cpu": CPU(), **{name: device_of(name) for name in devices}}
-        self._alone = alone
+        self._alone, self._name = alone, name
         # Bypasses `execute`'s own checks of the inputs: `__call__` does them, and a call may take only microseconds.
         self._execute: Any
         if alone:
@@ -113,7 +113,7 @@ class Model:
 
         A temporary file next to `path` is written first and then renamed, so `path` is never half a model.
         """
-        saved.write(path, self._compiled, self._weights, self.inputs, self.outputs, self._alone)
+        saved.write(path, self._compiled, self._weights, self.inputs, self.outputs, self._alone, self._name)
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{port.name}: {port.dtype}{port}" for port in self.inputs)

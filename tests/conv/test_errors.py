@@ -593,15 +593,14 @@ KERNEL_ROWS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.fixture(scope="module")
 def model() -> Model:
     """One convolution per padding mode, with symbolic sizes, and others that are emitted without a check."""
-    scalar = TensorType(DType.int64, [], HOST)
+    vector = TensorType(DType.int64, [7], HOST)
     inputs = [TensorType(F32, [f"n{i}", f"l{i}", f"c{i}"], HOST) for i in range(len(SIZES))]
     outputs = [TensorType(DType.int8, [f"n{i}", f"l{i}", f"f{i}"], HOST) for i in range(20, 20 + len(OUTPUTS))]
-    with Graph("errors", input_types=[*inputs, *[scalar] * len(GEOMETRY), *outputs]) as graph:
+    with Graph("errors", input_types=[*inputs, *[vector] * 4, *outputs]) as graph:
         values = [value.tensor for value in graph.inputs]
         any_x, reflect_x, circular_x, replicate_x, dense_x, depthwise_x, dense_w, packed_w, lines_x = values[:9]
         any_up_x, up_x, phased_w, up_packed_w, *rest = values[9:]
-        scalars, (depthwise_groups, lines_stride), up_scalars, outs = rest[:7], rest[7:9], rest[9:15], rest[15:]
-        dense, depthwise, lines, up = outs
+        numbers, depthwise_numbers, lines_numbers, up_numbers, dense, depthwise, lines, up = rest
         w = ops.constant(normal(3, 4, 8), F32, device=HOST)
         one_a_group = ops.constant(normal(3, 1, 8), F32, device=HOST)
         none = ops.constant([], F32, device=HOST)
@@ -610,12 +609,12 @@ def model() -> Model:
             conv1d(reflect_x, w, padding=3, padding_mode="reflect"),
             conv1d(circular_x, w, padding=(5, 0), padding_mode="circular"),
             conv1d(replicate_x, w, padding=2, padding_mode="replicate"),
-            emit(dense_x, dense_w, none, scalars, dense.shape, Form("dense", "NLC", "SCF", whole=True)),
+            emit(dense_x, dense_w, none, numbers, dense.shape, Form("dense", "NLC", "SCF", whole=True)),
             emit(
                 depthwise_x,
                 one_a_group,
                 none,
-                [*scalars[:5], depthwise_groups, scalars[6]],
+                depthwise_numbers,
                 depthwise.shape,
                 Form("depthwise", "NLC", "SCF"),
             ),
@@ -623,14 +622,14 @@ def model() -> Model:
                 lines_x,
                 one_a_group,
                 none,
-                [lines_stride, *scalars[1:5], depthwise_groups, scalars[6]],
+                lines_numbers,
                 lines.shape,
                 Form("depthwise", "NCL", "SCF"),
             ),
-            emit(dense_x, packed_w, none, scalars, dense.shape, Form("winograd", "NLC", "packed")),
+            emit(dense_x, packed_w, none, numbers, dense.shape, Form("winograd", "NLC", "packed")),
             conv_transpose1d(any_up_x, ops.constant(normal(4, 8, 4), F32, device=HOST), stride=2),
             *(
-                emit(up_x, w, none, up_scalars, up.shape, Form(kernel, "NLC", layout, transposed=True))
+                emit(up_x, w, none, up_numbers, up.shape, Form(kernel, "NLC", layout, transposed=True))
                 for w, kernel, layout in ((phased_w, "lengthwise", "phased"), (up_packed_w, "dense", "packed"))
             ),
         )
@@ -639,7 +638,16 @@ def model() -> Model:
 
 def run_with(model: Model, spoiled: dict[str, Any]) -> list[Any]:
     sizes = [spoiled.get(name, size) for name, size in SIZES.items()]
-    numbers = [np.int64(spoiled.get(name, number)) for name, number in GEOMETRY.items()]
+    g = {name: spoiled.get(name, number) for name, number in GEOMETRY.items()}
+    rest = (g["dilation"], g["left"], g["right"], g["mode"])
+    up = [g[f"t_{name}"] for name in ("stride", "dilation", "left", "right")]
+    vectors = [
+        (g["stride"], *rest, g["groups"], g["kernel_size"]),
+        (g["stride"], *rest, g["depthwise_groups"], g["kernel_size"]),
+        (g["lines_stride"], *rest, g["depthwise_groups"], g["kernel_size"]),
+        (*up, 0, g["t_groups"], g["t_kernel_size"]),
+    ]
+    numbers = [np.array(vector, np.int64) for vector in vectors]
     outputs = [np.zeros(spoiled.get(name, size), np.int8) for name, size in OUTPUTS.items()]
     return execute(model, [*[normal(*size) for size in sizes], *numbers, *outputs])
 

@@ -1,5 +1,6 @@
 """Inputs that an output does not see do not affect it: not finite or very large ones, `exact=True`, one error bound."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from max.dtype import DType
-from max.graph import Graph, TensorType, Weight
+from max.graph import TensorType, Weight
 from max_conv.graphs import conv1d as one_layer
 from max_conv.graphs import tcn
 
@@ -18,6 +19,7 @@ from harness import HOST, normal
 from max_conv import Conv1D, ConvTranspose1D, PackedGraph, conv1d, conv_transpose1d
 from max_conv.conv.geometry import Geometry
 from max_conv.conv.reference import conv1d_ref, conv_transpose1d_ref
+from max_conv.runtime.kinds import alone, ready
 
 LENGTH = 211
 
@@ -80,28 +82,39 @@ Model = Callable[[list[np.ndarray], list[np.ndarray]], list[np.ndarray]]
 def model(dtype: str = "float32", packed: bool = True, exact: bool = False) -> tuple[list[Net], Model, list[str]]:
     """Returns layers, a function of their data and filters, and the names of their kernels."""
     nets = NETS if dtype == "float32" and packed else FEW
-    kind: Any = PackedGraph if packed else Graph
-    types = [TensorType(DType[dtype], net.given(np.zeros((1, 1, net.channels))).shape, HOST) for net in nets]
-    for number, (net, type_) in enumerate(zip(nets, types)):
-        type_.shape[0], type_.shape[net.layout.index("L")] = ["n", f"l{number}"]  # type: ignore[call-overload]
-    types = [TensorType(type_.dtype, type_.shape, HOST) for type_ in types]
-    with kind("layers", input_types=types, **({"exact": True} if exact else {})) as graph:
-        outputs = []
-        for number, net in enumerate(nets):
-            w: Any = Weight(f"w{number}", DType[dtype], list(net.shape), HOST)
-            outputs.append(net.emit(graph.inputs[number].tensor, w))
-        graph.output(*outputs)
+    graphs = [graph_of(net, dtype, packed, exact) for net in nets]
+    layers = [alone(graph) for graph in graphs]
+    ready(*(layer.kind for layer in layers if layer))
 
-    compiled: dict[bytes, max_conv.Model] = {}
+    compiled: dict[bytes, list[Any]] = {}
 
     def run(xs: list[np.ndarray], ws: list[np.ndarray]) -> list[np.ndarray]:
+        filters = [w.astype(dtype) for w in ws]
         key = b"".join(w.tobytes() for w in ws)
         if key not in compiled:
             compiled.clear()
-            compiled[key] = max_conv.compile(graph, weights={f"w{i}": w.astype(dtype) for i, w in enumerate(ws)})
-        return list(compiled[key](*[net.given(x.astype(dtype)) for net, x in zip(nets, xs)]))
+            compiled[key] = [
+                max_conv.compile(graph, weights={"w": w})
+                if packed
+                else functools.partial(max_conv.compile(graph, ["x", "w"]), w=w)
+                for graph, w in zip(graphs, filters)
+            ]
+        data = [net.given(x.astype(dtype)) for net, x in zip(nets, xs)]
+        return [layer(x) for layer, x in zip(compiled[key], data)]
 
-    return nets, run, [emitted[0].kernel for emitted in getattr(graph, "emitted", [])]
+    return nets, run, [graph.emitted[0][0].kernel for graph in graphs]
+
+
+def graph_of(net: Net, dtype: str, packed: bool, exact: bool) -> PackedGraph:
+    """Returns the graph of a layer; its filter is a weight if it is packed, otherwise an input."""
+    shape = [
+        size if axis == "C" else axis for axis, size in zip(net.layout, net.given(np.zeros((1, 1, net.channels))).shape)
+    ]
+    types = [TensorType(DType[dtype], shape, HOST), TensorType(DType[dtype], list(net.shape), HOST)]
+    with PackedGraph("layer", input_types=types[: 2 - packed], exact=exact) as graph:
+        x, *rest = (value.tensor for value in graph.inputs)
+        graph.output(net.emit(x, *rest or [Weight("w", DType[dtype], list(net.shape), HOST)]))
+    return graph
 
 
 KINDS = [("float32", True), ("float32", False), ("float64", True), ("float16", False)]

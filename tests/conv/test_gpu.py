@@ -27,7 +27,10 @@ NO_GPU = pytest.mark.skipif(accelerator_count() == 0, reason="no accelerator her
 DEVICES = [pytest.param("cpu"), pytest.param("gpu", marks=NO_GPU)]
 
 
-@pytest.mark.parametrize(("api", "architecture"), [("cuda", "sm_90a"), ("cuda", "sm_100a"), ("hip", "gfx942")])
+OTHERS = [pytest.param(*other, marks=pytest.mark.nightly) for other in (("cuda", "sm_100a"), ("hip", "gfx942"))]
+
+
+@pytest.mark.parametrize(("api", "architecture"), [("cuda", "sm_90a"), *OTHERS])
 def test_compiles_for(api: str, architecture: str) -> None:
     # MAX exports a PYTHONEXECUTABLE with which the new process would leave its virtual environment.
     command = [sys.executable, str(COMPILE), api, architecture]

@@ -72,13 +72,11 @@ CASES, LAYERS = zip(*[case_of(name, permute) for name in WRONG for permute in (F
 @pytest.fixture(scope="module")
 def runs() -> dict[str, list[Array]]:
     """Every case three times: MAX's own outputs differ from call to call."""
-    tree = Tree(LAYERS)
-    tree.load_state_dict(
-        {f"layers.{i}.{name}": value for i, c in enumerate(CASES) for name, value in weights_of(c).items()}
-    )
-    graph = Graph("regressions", tree, [case.input_types()[0] for case in CASES])
-    model = compiled(graph, tree.state_dict())
-    return dict(zip(ids(CASES), zip(*[execute(model, [case.x for case in CASES]) for _ in range(3)])))
+    models = []
+    for case, layer in zip(CASES, LAYERS):
+        layer.load_state_dict(weights_of(case))
+        models.append(max_conv.compile(layer, case.input_types()[:1]))
+    return {case.id: [model(case.x) for _ in range(3)] for case, model in zip(CASES, models)}
 
 
 def weights_of(case: Case) -> dict[str, Array]:

@@ -94,6 +94,7 @@ def test_tiny_agrees_with_torchcrepe(torchcrepe, audio, activations):
     np.testing.assert_allclose(activations, want, rtol=0, atol=2e-6)
 
 
+@pytest.mark.nightly
 def test_full_agrees_with_torchcrepe(torchcrepe, audio):
     config = crepe.Config("full")
     weights = crepe.load_weights(config=config)

@@ -5,7 +5,7 @@ import torch
 from max_conv.graphs import mamba
 from transformers import MambaConfig, MambaModel
 
-import max_conv
+from harness import compile_together
 from max_conv.weights.convert import to_native
 from originals import arrays, compare, enliven
 
@@ -29,9 +29,17 @@ def want(network, layer, x):
     return value.transpose(1, 2), gate.transpose(1, 2)
 
 
-def compiled(config, network):
-    weights = to_native(arrays(network), mamba.LAYERS, "mamba")
-    return max_conv.compile(mamba.build(config, weights), weights=weights)
+@pytest.fixture(scope="module")
+def blocks():
+    """The published model's second block and a small one: the network in PyTorch, its config, and the compiled graph."""
+    networks = [
+        original(**PUBLISHED | {"num_hidden_layers": 2, "vocab_size": 10}),
+        original(num_hidden_layers=1, **SMALL),
+    ]
+    configs = [mamba.Config(layers=2, layer=1), mamba.Config.from_dict(networks[1].config.to_dict())]
+    weights = [to_native(arrays(network), mamba.LAYERS, "mamba") for network in networks]
+    graphs = [(mamba.build(config, own), own) for config, own in zip(configs, weights)]
+    return list(zip(networks, configs, compile_together(*graphs)))
 
 
 def check(model, network, layer, sizes):
@@ -42,18 +50,16 @@ def check(model, network, layer, sizes):
                 compare(got, expected)
 
 
-def test_block_is_the_original():
-    network = original(**PUBLISHED | {"num_hidden_layers": 2, "vocab_size": 10})
-    config = mamba.Config(layers=2, layer=1)
-    check(compiled(config, network), network, 1, [(2, 300), (1, 1), (3, 17)])
+def test_block_is_the_original(blocks):
+    network, _, model = blocks[0]
+    check(model, network, 1, [(2, 300), (1, 1), (3, 17)])
 
 
-def test_small_block_is_the_original():
+def test_small_block_is_the_original(blocks):
     """With a bias where the published model has none, and without one where it has one."""
-    network = original(num_hidden_layers=1, **SMALL)
-    config = mamba.Config.from_dict(network.config.to_dict())
+    network, config, model = blocks[1]
     assert (config.intermediate, config.bias, config.conv_bias) == (144, True, False)
-    check(compiled(config, network), network, 0, [(2, 30)])
+    check(model, network, 0, [(2, 30)])
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone."])

@@ -1,5 +1,7 @@
 """wav2vec 2.0 and HuBERT against transformers' implementation."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from max_conv.graphs import silero_vad, wav2vec2
 from safetensors.torch import save_file
 from transformers import HubertConfig, HubertModel, Wav2Vec2Config, Wav2Vec2Model
 
-import max_conv
+from harness import compile_together
 from max_conv.sound.audio import read_audio
 from max_conv.weights.assets import resolve
 from max_conv.weights.convert import to_native
@@ -52,19 +54,38 @@ def transformer_input(network, sound):
     return given[0]
 
 
-def compiled(build, config, network):
-    weights = to_native(arrays(network), wav2vec2.LAYERS, "wav2vec2")
-    return max_conv.compile(build(config, weights), weights=weights)
-
-
 @pytest.fixture(scope="module")
 def base():
     return original(Wav2Vec2Model, Wav2Vec2Config(num_hidden_layers=1))
 
 
+@functools.cache
+def large():
+    return original(HubertModel, HubertConfig(num_hidden_layers=1, **LARGE))
+
+
+@functools.cache
+def small():
+    return original(Wav2Vec2Model, Wav2Vec2Config(num_hidden_layers=1, **SMALL))
+
+
 @pytest.fixture(scope="module")
-def features(base):
-    return compiled(wav2vec2.build_features, wav2vec2.Config(), base)
+def models(base):
+    """The compiled graphs: the base model's features and positions, HuBERT large, and the small model."""
+    own = wav2vec2.Config()
+    rows = [("features", wav2vec2.build_features, own, base), ("positions", wav2vec2.build_positional, own, base)]
+    for name, network in (("large", large()), ("small", small())):
+        rows.append((name, wav2vec2.build, wav2vec2.Config.from_dict(network.config.to_dict()), network))
+    graphs = []
+    for _, build, config, network in rows:
+        weights = to_native(arrays(network), wav2vec2.LAYERS, "wav2vec2")
+        graphs.append((build(config, weights), weights))
+    return dict(zip([name for name, *_ in rows], compile_together(*graphs)))
+
+
+@pytest.fixture(scope="module")
+def features(models):
+    return models["features"]
 
 
 def noise(*shape):
@@ -90,29 +111,27 @@ def test_features_of_speech(base, features, gain, offset):
     compare(features(sound.numpy()), want, 2e-5)
 
 
-def test_positions_are_the_original(base):
-    model = compiled(wav2vec2.build_positional, wav2vec2.Config(), base)
+def test_positions_are_the_original(base, models):
+    model = models["positions"]
     for batch, frames in ((2, 149), (1, 1), (1, 70)):
         hidden = noise(batch, frames, 768)
         with torch.inference_mode():
             compare(model(hidden.numpy()), base.encoder.pos_conv_embed(hidden))
 
 
-def test_hubert_large_is_the_original():
-    network = original(HubertModel, HubertConfig(num_hidden_layers=1, **LARGE))
+def test_hubert_large_is_the_original(models):
+    network, model = large(), models["large"]
     config = wav2vec2.Config.from_dict(network.config.to_dict())
     assert (config.norm, config.bias, config.stable, config.hidden) == ("layer", True, True, 1024)
-    model = compiled(wav2vec2.build, config, network)
     for batch, samples in ((2, 8000), (1, 719)):
         sound = noise(batch, samples)
         with torch.inference_mode():
             compare(model(sound.numpy()), transformer_input(network, sound))
 
 
-def test_small_is_the_original():
+def test_small_is_the_original(models):
     """Another first layer and an odd positional one; the base model's norm before its transformer layers."""
-    network = original(Wav2Vec2Model, Wav2Vec2Config(num_hidden_layers=1, **SMALL))
-    model = compiled(wav2vec2.build, wav2vec2.Config.from_dict(network.config.to_dict()), network)
+    network, model = small(), models["small"]
     for batch, samples in ((2, 500), (1, 18)):
         sound = noise(batch, samples)
         with torch.inference_mode():

@@ -232,7 +232,7 @@ def test_compile_reports_what_it_compiles(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(session, "slow_compile", told)
     monkeypatch.setattr(session, "compiled", lambda graph, compile: compile())  # not from the cache
-    max_conv.compile(layer())
+    max_conv.compile(layer(), specialise=True)
     assert names == ["Conv1D"]
 
 

@@ -144,12 +144,13 @@ def test_test_runs_everything_even_after_a_failure(root, installed, ran, capsys)
     assert "pytest: FAILED (1)" in capsys.readouterr().out
 
 
-def test_coverage(root, installed, ran):
-    python = f"{root}/.venv/bin/python"
-    assert dev.main(["test", "--coverage", "-k", "same"]) == 0
-    assert ran == [([python, "-m", "pytest", *dev.COVERAGE, "-k", "same"], root)]
-    assert dev.main(["test", "--coverage"]) == 0
-    assert ran[-1][0][2] == "pytest" and "-n" in ran[-1][0] and ran[-1][0][-3:] == dev.COVERAGE
+@pytest.mark.parametrize("option", list(dev.OPTIONS))
+def test_own_options(option, root, installed, ran):
+    python, words = f"{root}/.venv/bin/python", dev.OPTIONS[option]
+    assert dev.main(["test", option, "-k", "same"]) == 0
+    assert ran == [([python, "-m", "pytest", *words, "-k", "same"], root)]
+    assert dev.main(["test", option]) == 0
+    assert ran[-1][0][2] == "pytest" and "-n" in ran[-1][0] and ran[-1][0][-len(words) :] == words
 
 
 def test_smoke(root, installed, ran):
