@@ -245,6 +245,7 @@ class Explanation:
         exact: Whether the kernel is a direct one, so that no bit of an output depends on inputs outside its filter's
             reach.
         cost: What `exact=True` costs: a direct kernel's multiplications divided by this kernel's.
+        shared: Whether the layer, alone in a graph, runs in the compiled graph of its kind, which fits all sizes.
     """
 
     kernel: str
@@ -257,6 +258,7 @@ class Explanation:
     seconds: float
     exact: bool
     cost: float
+    shared: bool
 
     def __str__(self) -> str:
         return (
@@ -265,7 +267,8 @@ class Explanation:
             f"work        {self.flops / 1e6:,.2f} MFLOP, {self.multiplications / 1e6:,.2f} million multiplications\n"
             f"memory      {self.bytes / 1e6:,.2f} MB, {self.flops / self.bytes:.1f} FLOP per byte\n"
             f"bound       {self.bound}: {self.seconds * 1e3:,.3f} ms at least\n"
-            f"exact       {'yes' if self.exact else f'no, exact=True costs {self.cost:.2f} times as many multiplications'}"
+            f"exact       {'yes' if self.exact else f'no, exact=True costs {self.cost:.2f} times as many multiplications'}\n"
+            f"compiled    {'once for all layers of its kind, if it is alone in a graph' if self.shared else 'for itself'}"
         )
 
 
@@ -307,6 +310,7 @@ def explain(
     memory      5.94 MB, 93.1 FLOP per byte
     bound       compute: 1.106 ms at least
     exact       no, exact=True costs 2.00 times as many multiplications
+    compiled    once for all layers of its kind, if it is alone in a graph
     """
     on_gpu = False
     geometry = layer
@@ -350,6 +354,7 @@ def explain(
         max(compute, memory),
         choice.kernel != "winograd",
         direct_multiplications / multiplications,
+        not on_gpu,
     )
     print(found)
     return found

@@ -97,7 +97,7 @@ def test_a_layer_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
 
     found = explain(Conv1D(3, 80, 384, DType.float32, padding=1, permute=True), length=3000, batch=2)
     assert capsys.readouterr().out == f"{found}\n"
-    assert found.kernel == "winograd" and found.bound == "compute"
+    assert found.kernel == "winograd" and found.bound == "compute" and found.shared
     assert found.output_shape == (2, 384, 3000)
     assert found.flops == 2 * 2 * 3000 * 384 * 3 * 80
     assert found.multiplications == found.flops // 4
@@ -150,7 +150,8 @@ def test_a_layer_on_a_gpu() -> None:
 
     from max_conv import Conv1D
 
-    assert explain(Conv1D(3, 8, 8, DType.float32, device=DeviceRef.GPU()), length=10).kernel == "gpu"
+    found = explain(Conv1D(3, 8, 8, DType.float32, device=DeviceRef.GPU()), length=10)
+    assert found.kernel == "gpu" and not found.shared and str(found).endswith("compiled    for itself")
 
 
 @pytest.mark.parametrize(
