@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from max.driver import accelerator_architecture_name, accelerator_count
 from max.engine import read
@@ -20,10 +20,22 @@ from ..conv.packing import cpu_features
 
 PATHS = "_kernel_library_paths"
 """The attribute of a graph that holds the paths of its kernel libraries."""
+FORMAT = "2"
+"""Of the files; part of every key."""
 DIGEST = hashlib.sha256().digest_size
 
 
-def compiled(graph: Graph, compile: Callable[[], Any]) -> Any:
+class Found(NamedTuple):
+    """A compiled graph: what MAX compiled, and the graph's number among those that were compiled together.
+
+    The number tells, not the name: MAX has a cache, too, where a graph of another name is the same.
+    """
+
+    compiled: Any
+    number: int = 0
+
+
+def compiled(graph: Graph, compile: Callable[[], Any]) -> Found:
     """Returns a compiled graph: from the cache, or from `compile()`, which then goes into the cache.
 
     Weights are never in the cache: they are bound when a compiled graph becomes a model. A cache that cannot be read or
@@ -34,19 +46,22 @@ def compiled(graph: Graph, compile: Callable[[], Any]) -> Any:
         return found
     result = compile()
     keep(result, [key])
-    return result
+    return Found(result)
 
 
-def find(key: str) -> Any:
+def find(key: str) -> Found | None:
     """Returns the compiled graph of a key, or None where there is none or it is damaged."""
-    return _read(_path(key))
+    found = _read(_path(key))
+    if found is None or key not in found[1]:
+        return None
+    return Found(found[0], found[1].index(key))
 
 
 def keep(result: Any, keys: Sequence[str]) -> None:
     """Writes what was compiled, one graph or several, to the cache: one file with a name for each graph."""
     first, *others = map(_path, keys)
     with contextlib.suppress(OSError):
-        _write(first, result)
+        _write(first, result, keys)
         for path in others:
             path.unlink(missing_ok=True)
             path.hardlink_to(first)
@@ -69,7 +84,7 @@ def key_of(graph: Graph) -> str:
         for path in graph.kernel_libraries_paths
     ]
     devices = [accelerator_architecture_name()] * accelerator_count() if accelerator_count() else []
-    facts = [version("max"), version("mojo-compiler"), *libraries, *devices, *sorted(cpu_features())]
+    facts = [FORMAT, version("max"), version("mojo-compiler"), *libraries, *devices, *sorted(cpu_features())]
     digest = hashlib.sha256("\n".join(facts).encode() + b"\0")
     attributes = graph._mlir_op.attributes
     paths = attributes[PATHS]
@@ -83,31 +98,36 @@ def key_of(graph: Graph) -> str:
     return digest.hexdigest()[:32]
 
 
-def _read(path: Path) -> Any:
-    """Returns the compiled graph in a file, or None where there is none or it is damaged."""
+def _read(path: Path) -> tuple[Any, list[str]] | None:
+    """Returns what is in a file: what was compiled, and the keys of its graphs; None where it is damaged."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
-    mef, digest = content[:-DIGEST], content[-DIGEST:]
-    if hashlib.sha256(mef).digest() != digest:
+    content, digest = content[:-DIGEST], content[-DIGEST:]
+    if hashlib.sha256(content).digest() != digest:
         return None
+    mef, _, keys = content.rpartition(b"\n")
     try:
         found = read(io.BytesIO(mef))
     except RuntimeError:
         return None
     with contextlib.suppress(OSError):
         os.utime(path)  # the least recently used go first
-    return found
+    return found, keys.decode().split()
 
 
-def _write(path: Path, result: Any) -> None:
+def _write(path: Path, result: Any, keys: Sequence[str]) -> None:
+    """Writes MAX's file, a line with the keys of its graphs, and the digest of both."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as mef:
-        result.export_mef(mef)
-        digest = hashlib.sha256(mef.read_bytes()).digest()
-        with mef.open("ab") as file:
-            file.write(digest)
+    with whole_file(path) as whole:
+        result.export_mef(whole)
+        digest = hashlib.sha256()
+        with whole.open("r+b") as file:
+            digest.update(file.read())
+            line = f"\n{' '.join(keys)}".encode()
+            digest.update(line)
+            file.write(line + digest.digest())
 
 
 def _prune(folder: Path) -> None:

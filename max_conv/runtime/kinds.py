@@ -33,6 +33,7 @@ conv_transpose1d winograd NCL packed, conv_transpose1d depthwise NLC phased, con
 conv_transpose1d lengthwise NCL phased
 """
 """The kinds of float32 layers whose filters `compile` packs, in the layouts of MAX and of PyTorch."""
+Execute = Callable[[Sequence[Buffer]], Any]
 CONSTANTS = {"mo.constant", "mo.constant.external", "mo.chain.create"}
 RESHAPE = "rmo.reshape"
 TENSOR = "!mo.tensor<["
@@ -101,7 +102,7 @@ class Alone:
     filters: int
     outputs: int | None
 
-    def bind(self, execute: Callable[..., Any], weights: Mapping[str, Buffer]) -> Callable[[list[Buffer]], Any]:
+    def bind(self, execute: Execute, weights: Mapping[str, Buffer]) -> Callable[[list[Buffer]], Any]:
         """Returns a function of the model's inputs that calls the kind's graph."""
         none = Buffer.from_numpy(np.empty(0, np.uint8)).view(self.kind.dtype, [0])
         bound = [(n, weights[n] if isinstance(n, str) else none) for n in self.operands]
@@ -175,10 +176,11 @@ def _source(operand: Any) -> int | str | None:
 
 
 class Ready(NamedTuple):
-    """A kind in this process: what was compiled, which may hold other kinds too, and the function that runs it."""
+    """A kind in this process: what was compiled, its number there, and the function that runs it."""
 
     compiled: Any
-    execute: Callable[[Sequence[Buffer]], Any]
+    number: int
+    execute: Execute
 
 
 def common() -> list[Kind]:
@@ -190,21 +192,23 @@ def common() -> list[Kind]:
     ]
 
 
-_ready: dict[str, Ready] = {}
 _lock = threading.Lock()
+_ready: dict[str, Ready] = {}
+"""The kinds of this process, by their keys in the cache."""
 
 
 def ready(*kinds: Kind) -> list[Ready]:
     """Returns kinds: those of this process, others from the cache, and the rest compiled together."""
     with _lock:
+        keys = [_key(kind) for kind in kinds]
         missing: dict[str, Kind] = {}
-        for kind in kinds:
-            if kind.name not in _ready:
-                key = compiled.key_of(kind.graph())
-                if (found := compiled.find(key)) is None:
-                    missing[key] = kind
-                else:
-                    _start(found)
+        for key, kind in zip(keys, kinds, strict=True):
+            if key in _ready:
+                continue
+            if (found := compiled.find(key)) is None:
+                missing[key] = kind
+            else:
+                _ready[key] = Ready(*found, _executes(found.compiled)[found.number])
         if missing:
             module = Module()
             for kind in missing.values():
@@ -212,21 +216,27 @@ def ready(*kinds: Kind) -> list[Ready]:
             with slow_compile(", ".join(kind.name for kind in missing.values())):
                 result = session_of().compile(module, custom_extensions=[kernel_library()])
             compiled.keep(result, list(missing))
-            _start(result)
-        return [_ready[kind.name] for kind in kinds]
+            for number, (key, execute) in enumerate(zip(missing, _executes(result), strict=True)):
+                _ready[key] = Ready(result, number, execute)
+        return [_ready[key] for key in keys]
 
 
-def _start(result: Any) -> None:
-    for name, model in session_of().init_all(result).items():
-        _ready.setdefault(name, Ready(result, model._execute_device_tensors))
+@functools.cache
+def _key(kind: Kind) -> str:
+    return compiled.key_of(kind.graph())
 
 
-def execute_of(kind: Kind, result: Any) -> Callable[[Sequence[Buffer]], Any]:
+def _executes(result: Any) -> list[Execute]:
+    """Returns the functions that run graphs which were compiled together."""
+    return [model._execute_device_tensors for model in session_of().init_all(result).values()]
+
+
+def execute_of(result: Any, number: int) -> Execute:
     """Returns the function that runs a kind that `ready` returned, or that comes from a saved model."""
-    known = _ready.get(kind.name)
-    if known and known.compiled is result:
-        return known.execute
-    return session_of().init_all(result)[kind.name]._execute_device_tensors
+    for kind in list(_ready.values()):
+        if kind.compiled is result and kind.number == number:
+            return kind.execute
+    return _executes(result)[number]
 
 
 def to_json(alone: Alone) -> dict[str, Any]:

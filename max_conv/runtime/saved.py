@@ -34,7 +34,7 @@ def write(
     inputs: Sequence[Port],
     outputs: Sequence[Port],
     alone: Alone | None,
-    name: str | None,
+    number: int,
 ) -> None:
     """Writes a compiled model with its weights to one file: first to a temporary file next to `path`, then renamed."""
     path = Path(path)
@@ -48,7 +48,7 @@ def write(
         "inputs": [asdict(port) for port in inputs],
         "outputs": [asdict(port) for port in outputs],
         "alone": alone and to_json(alone),
-        "graph": name,
+        "graph": number,
         "weights": [{"name": n, "dtype": w.dtype.name, "shape": list(w.shape)} for n, w in weights.items()],
     }
     with whole_file(path) as whole:
@@ -63,7 +63,7 @@ def write(
 
 def read(
     path: str | os.PathLike,
-) -> tuple[Any, dict[str, Buffer], list[Port], list[Port], Alone | None, str | None]:
+) -> tuple[Any, dict[str, Buffer], list[Port], list[Port], Alone | None, int]:
     """Reads a file that `write` wrote: returns what `write` was given.
 
     Raises:
@@ -87,11 +87,11 @@ def read(
                 [Port(**(entry | {"shape": tuple(entry["shape"])})) for entry in meta[key]]
                 for key in ("inputs", "outputs")
             ]
-            alone, name = meta["alone"] and from_json(meta["alone"]), meta["graph"]
+            alone, number = meta["alone"] and from_json(meta["alone"]), meta["graph"]
             compiled = read_mef(io.BytesIO(file.read("model.mef")))
     except (zipfile.BadZipFile, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
         raise ValueError(f"load: {path} is not a model that max_conv saved, or is damaged ({error}).") from None
-    return compiled, weights, inputs, outputs, alone, name
+    return compiled, weights, inputs, outputs, alone, number
 
 
 def _check_machine(path: Any, meta: Mapping[str, Any]) -> None:

@@ -45,9 +45,9 @@ class Model:
         inputs: Sequence[Port],
         outputs: Sequence[Port],
         alone: Alone | None = None,
-        name: str | None = None,
+        number: int = 0,
     ) -> None:
-        """Starts a compiled graph; `name` tells which, where several were compiled together."""
+        """Starts a compiled graph; `number` tells which, where several were compiled together."""
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self._compiled = compiled
@@ -56,14 +56,14 @@ class Model:
         self._checked: Any = None  # dtypes and shapes of the last inputs, which are usually the same again
         devices = accelerators(*inputs, *outputs)
         self._devices = {"cpu": CPU(), **{name: device_of(name) for name in devices}}
-        self._alone, self._name = alone, name
+        self._alone, self._number = alone, number
         # Bypasses `execute`'s own checks of the inputs: `__call__` does them, and a call may take only microseconds.
         self._execute: Any
         if alone:
-            self._execute = alone.bind(kinds.execute_of(alone.kind, compiled), self._weights)
+            self._execute = alone.bind(kinds.execute_of(compiled, number), self._weights)
         else:
-            models = session_of(devices).init_all(compiled, weights_registry=self._weights)
-            self._execute = models[name or next(iter(models))]._execute_device_tensors
+            models = list(session_of(devices).init_all(compiled, weights_registry=self._weights).values())
+            self._execute = models[number]._execute_device_tensors
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model.
@@ -113,7 +113,7 @@ class Model:
 
         A temporary file next to `path` is written first and then renamed, so `path` is never half a model.
         """
-        saved.write(path, self._compiled, self._weights, self.inputs, self.outputs, self._alone, self._name)
+        saved.write(path, self._compiled, self._weights, self.inputs, self.outputs, self._alone, self._number)
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{port.name}: {port.dtype}{port}" for port in self.inputs)
@@ -183,13 +183,15 @@ def compile(
     devices = accelerators(*ports, *outputs)
     layer = None if specialise or devices else kinds.alone(graph)
     if layer:
-        return Model(kinds.ready(layer.kind)[0].compiled, buffers, ports, outputs, layer)
+        kind = kinds.ready(layer.kind)[0]
+        return Model(kind.compiled, buffers, ports, outputs, layer, kind.number)
 
     def compile_now() -> Any:
         with slow_compile(graph.name):
             return session_of(devices).compile(graph)
 
-    return Model(compiled(graph, compile_now), buffers, ports, outputs)
+    found = compiled(graph, compile_now)
+    return Model(found.compiled, buffers, ports, outputs, number=found.number)
 
 
 def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:

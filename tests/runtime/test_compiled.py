@@ -54,7 +54,7 @@ def graph(
 
 def ask(made: Graph) -> str:
     """Returns the number of a graph: that of the compile which made it."""
-    found = compiled.compiled(made, Compiled)
+    found = compiled.compiled(made, Compiled).compiled
     return found if isinstance(found, str) else found.content
 
 
@@ -109,6 +109,19 @@ def test_the_graph_is_as_before(folder: Path) -> None:
     before = str(made)
     compiled.key_of(made)
     assert str(made) == before and "max_conv_kernels.mojoc" in before
+
+
+def test_graphs_that_were_compiled_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file with a name for each graph; a graph is told by its key, and all go together."""
+    keys = [compiled.key_of(graph(size=size)) for size in (3, 4, 5)]
+    compiled.keep(Compiled(), keys)
+    assert [compiled.find(key) for key in keys] == [("1", 0), ("1", 1), ("1", 2)]
+    assert len({path.stat().st_ino for path in folder.iterdir()}) == 1
+    (folder / f"{keys[2]}.mef").replace(folder / "other.mef")
+    assert compiled.find("other") is None
+    monkeypatch.setenv("MAX_CONV_CACHE_LIMIT", "0")
+    compiled._prune(folder)
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -168,12 +181,12 @@ REAL = """
 import sys, numpy as np, max_conv
 from max.dtype import DType
 from max.graph import TensorType, DeviceRef
-from max_conv.runtime import session
-real = session.InferenceSession.compile
+from max.engine import InferenceSession
+real = InferenceSession.compile
 def counted(self, graph):
     print("compiled")
     return real(self, graph)
-session.InferenceSession.compile = counted
+InferenceSession.compile = counted
 x = TensorType(DType.float32, ["n"], DeviceRef.CPU())
 print(max_conv.compile(lambda x: x, [x])(np.arange(3, dtype=np.float32)).tolist())
 """

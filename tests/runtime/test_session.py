@@ -24,6 +24,7 @@ from max.nn import Module
 import max_conv
 from max_conv.conv.reference import conv1d_ref
 from max_conv.runtime import notice, session
+from max_conv.runtime.compiled import Found
 from max_conv.runtime.ports import Port, check_inputs, too_short
 
 CPU_REF = DeviceRef.CPU()
@@ -231,7 +232,7 @@ def test_compile_reports_what_it_compiles(monkeypatch: Any) -> None:
         yield
 
     monkeypatch.setattr(session, "slow_compile", told)
-    monkeypatch.setattr(session, "compiled", lambda graph, compile: compile())  # not from the cache
+    monkeypatch.setattr(session, "compiled", lambda graph, compile: Found(compile()))  # not from the cache
     max_conv.compile(layer(), specialise=True)
     assert names == ["Conv1D"]
 
