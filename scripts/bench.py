@@ -2,16 +2,15 @@
 """Races max_conv against PyTorch, ONNX Runtime, OpenVINO, JAX and MAX's own layer.
 
     python scripts/bench.py [--layers NAME ...] [--contenders NAME ...] [--rounds 7] [--json FILE] [--chart FILE]
-    python scripts/bench.py --networks [--layers NAME ...]
+    python scripts/bench.py --networks [--layers NAME ...] | --compile
 
 Each contender runs in a separate process. They run alternately, so that other load on the machine affects all of them
 equally. Every output is compared with float64 before anything is timed. A round is the median of calls that fill 50 ms;
 a contender's time is the median of its rounds. Absolute times drift from run to run, ratios within one run are stable.
 In all processes the allocator keeps large blocks of memory; otherwise page faults would be timed.
 
-`pip install 'max-conv[bench]'` brings all contenders; one that is not installed is left out. MAX compiles
-a layer, ours or its own, in 10 to 25 s and caches it: the first run over all layers takes half an hour longer than
-others.
+`pip install 'max-conv[bench]'` brings all contenders; one that is not installed is left out. MAX compiles a layer in 10
+to 25 s and caches it: the first run over all layers takes half an hour longer than others.
 """
 
 import contextlib
@@ -33,6 +32,7 @@ from typing import Any
 import click
 import numpy as np
 
+import compiles
 from layers import LAYERS, Layer
 from network_racers import CONTENDERS
 from networks import NETWORKS
@@ -57,8 +57,7 @@ from report import (
 HERE = Path(__file__).resolve().parent
 PATIENCE = 600
 """Seconds after which a contender that does not answer counts as crashed: MAX compiles a layer in about 25."""
-TRIES = 4
-"""Runs of peaks.mojo, one second each, of which the best is used: other load can occupy a core for a whole run."""
+TRIES = 4  # runs of peaks.mojo of a second, of which the best counts: other load can occupy a core for one
 EPILOGUE_LAYERS = ("whisper conv1", "HiFi-GAN res")
 BATCHES = (1, 8)
 """The batch sizes of the networks' race."""
@@ -344,6 +343,7 @@ def compete(kind: str, layers: Sequence[str], result: dict[str, Any], folder: Pa
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
 @click.option("--epilogues", is_flag=True, help="Instead, time ours alone and with an operation after it.")
 @click.option("--networks", is_flag=True, help="Race whole networks, in batches of 1 and 8, instead of layers.")
+@compiles.option
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write everything there, too.")
 @click.option("--chart", type=click.Path(path_type=Path), help="Draw a chart there, .png or .svg.")
 @click.option("--check", is_flag=True, help=f"Exit with 1 if the best peer needs less than {LEAST} of our time.")

@@ -88,15 +88,15 @@ def compiled(graph: Graph, weights: Mapping[str, Any] | None = None) -> Model:
     return InferenceSession(devices=[CPU()]).load(graph, weights_registry=weights)
 
 
-def compile_together(*graphs: tuple[PackedGraph, Mapping[str, Any]]) -> list[max_conv.Model]:
+def compile_together(*graphs: tuple[Graph, Mapping[str, Any]]) -> list[max_conv.Model]:
     """Compiles graphs, each with its weights, in hardly more time than the largest of them takes alone.
 
     It moves the graphs into the first one's module, and puts a number before the names of their weights.
     """
-    first = graphs[0][0]
     values: dict[str, Buffer] = {}
     for number, (graph, weights) in enumerate(graphs):
-        registry = max_conv.registry(graph, {**graph.loaded(), **weights})
+        loaded = graph.loaded() if isinstance(graph, PackedGraph) else {}
+        registry = max_conv.registry(graph, {**loaded, **weights})
         operation = graph._mlir_op
         operation.attributes["sym_name"] = StringAttr.get(f"graph{number}", operation.context)
         for constant in operation.regions[0].blocks[0].operations:
@@ -106,7 +106,7 @@ def compile_together(*graphs: tuple[PackedGraph, Mapping[str, Any]]) -> list[max
                 values[f"{number}.{name}"] = registry[name]
         if number:
             operation.move_after(graphs[number - 1][0]._mlir_op)
-    compiled = session_of().compile(first.module, custom_extensions=[kernel_library()])
+    compiled = session_of().compile(graphs[0][0].module, custom_extensions=[kernel_library()])
     models = []
     for number, (graph, _) in enumerate(graphs):
         inputs = [port_of(f"input{i}", value.type) for i, value in enumerate(graph.inputs)]

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from max.driver import Buffer
 from max.dtype import DType
-from max.engine import Model
 from max.graph import DeviceRef, Graph, TensorType, ops
 from max_conv.graphs import silero_vad
 
 import max_conv
-from harness import HOST, compiled, execute, is_one_sentence, normal
+from harness import HOST, compile_together, is_one_sentence, normal
 from max_conv import Conv1D, ConvTranspose1D, ConvTranspose1d, WeightNormConv1D, conv1d, conv_transpose1d
 from max_conv.conv.layouts import permutation
 from max_conv.conv.ops import Form, custom_op, emit
@@ -590,8 +590,7 @@ KERNEL_ROWS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def model() -> Model:
+def convolutions() -> Graph:
     """One convolution per padding mode, with symbolic sizes, and others that are emitted without a check."""
     vector = TensorType(DType.int64, [7], HOST)
     inputs = [TensorType(F32, [f"n{i}", f"l{i}", f"c{i}"], HOST) for i in range(len(SIZES))]
@@ -633,10 +632,30 @@ def model() -> Model:
                 for w, kernel, layout in ((phased_w, "lengthwise", "phased"), (up_packed_w, "dense", "packed"))
             ),
         )
-    return compiled(graph)
+    return graph
 
 
-def run_with(model: Model, spoiled: dict[str, Any]) -> list[Any]:
+@pytest.fixture(scope="module")
+def models() -> list[max_conv.Model]:
+    return compile_together((convolutions(), {}), (recurrent_kernels(), {}))
+
+
+@pytest.fixture(scope="module")
+def model(models: list[max_conv.Model]) -> max_conv.Model:
+    return models[0]
+
+
+@pytest.fixture(scope="module")
+def recurrent(models: list[max_conv.Model]) -> max_conv.Model:
+    return models[1]
+
+
+def run_raw(model: max_conv.Model, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Runs a model without the checks that it makes before its kernels run."""
+    return [y.to_numpy() for y in model._execute([Buffer.from_numpy(array) for array in arrays])]
+
+
+def run_with(model: max_conv.Model, spoiled: dict[str, Any]) -> list[Any]:
     sizes = [spoiled.get(name, size) for name, size in SIZES.items()]
     g = {name: spoiled.get(name, number) for name, number in GEOMETRY.items()}
     rest = (g["dilation"], g["left"], g["right"], g["mode"])
@@ -649,10 +668,10 @@ def run_with(model: Model, spoiled: dict[str, Any]) -> list[Any]:
     ]
     numbers = [np.array(vector, np.int64) for vector in vectors]
     outputs = [np.zeros(spoiled.get(name, size), np.int8) for name, size in OUTPUTS.items()]
-    return execute(model, [*[normal(*size) for size in sizes], *numbers, *outputs])
+    return run_raw(model, [*[normal(*size) for size in sizes], *numbers, *outputs])
 
 
-def test_kernel_takes_what_is_right(model: Model) -> None:
+def test_kernel_takes_what_is_right(model: max_conv.Model) -> None:
     shapes = [(1, 7, 8), (1, 13, 8), (1, 12, 8), (1, 11, 8), (1, 7, 32), (1, 7, 8), (1, 8, 7), (1, 7, 32)]
     shapes += [(1, 20, 8)] * 3
     assert [y.shape for y in run_with(model, {})] == shapes
@@ -661,7 +680,7 @@ def test_kernel_takes_what_is_right(model: Model) -> None:
 
 
 @pytest.mark.parametrize("name", KERNEL_ROWS)
-def test_kernel_sentence(name: str, model: Model) -> None:
+def test_kernel_sentence(name: str, model: max_conv.Model) -> None:
     spoiled, sentence = KERNEL_ROWS[name]
     with pytest.raises(ValueError, match=re.escape(sentence)):
         run_with(model, spoiled)
@@ -683,8 +702,7 @@ RECURRENT_ROWS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def recurrent() -> Model:
+def recurrent_kernels() -> Graph:
     """The kernels of `lstm` and of Silero's network, emitted without a check."""
     types = [
         TensorType(F32, [f"{name}{axis}" for axis in range(len(shape))], HOST) for name, shape in RECURRENT.items()
@@ -702,20 +720,20 @@ def recurrent() -> Model:
             *custom_op("max_conv.lstm", HOST, [gates, w_hh, hidden, cell], [output, last, last]),
             *custom_op("max_conv.silero_vad", HOST, operands, [probability, state.type]),
         )
-    return compiled(graph)
+    return graph
 
 
-def run_recurrent(model: Model, spoiled: dict[str, Any]) -> list[Any]:
-    return execute(model, [normal(*spoiled.get(name, shape)) for name, shape in RECURRENT.items()])
+def run_recurrent(model: max_conv.Model, spoiled: dict[str, Any]) -> list[Any]:
+    return run_raw(model, [normal(*spoiled.get(name, shape)) for name, shape in RECURRENT.items()])
 
 
-def test_recurrent_kernels_take_what_is_right(recurrent: Model) -> None:
+def test_recurrent_kernels_take_what_is_right(recurrent: max_conv.Model) -> None:
     shapes = [(2, 5, 4), (2, 4), (2, 4), (2, 3), (2, 40)]
     assert [y.shape for y in run_recurrent(recurrent, {})] == shapes
 
 
 @pytest.mark.parametrize("name", RECURRENT_ROWS)
-def test_recurrent_kernel_sentence(name: str, recurrent: Model) -> None:
+def test_recurrent_kernel_sentence(name: str, recurrent: max_conv.Model) -> None:
     spoiled, sentence = RECURRENT_ROWS[name]
     with pytest.raises(ValueError, match=re.escape(sentence)):
         run_recurrent(recurrent, spoiled)
@@ -729,7 +747,7 @@ def test_every_kernel_error_has_a_row() -> None:
     assert not (unproved := [s for s in starts if not any(s.rstrip(".") in row for row in rows)]), unproved
 
 
-def test_an_output_of_negative_length(model: Model) -> None:
+def test_an_output_of_negative_length(model: max_conv.Model) -> None:
     """MAX allocates the output before the kernel runs, and fails; `max_conv.Model` checks lengths before that."""
     with pytest.raises((ValueError, RuntimeError), match="Memory allocation failed"):
         run_with(model, {"any": (1, 1, 4)})

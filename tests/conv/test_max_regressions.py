@@ -2,8 +2,6 @@
 
 import importlib.util
 import inspect
-import sys
-import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
 
 import max_conv
-from harness import HOST, Array, Case, check, compiled, execute, ids, normal, reference
+from harness import HOST, Array, Case, check, compile_together, compiled, execute, ids, normal, reference
 
 F32 = DType.float32
 NCL = {"layout": "NCL", "filter_layout": "FCS"}
@@ -193,14 +191,10 @@ def test_tree_has_the_names_of_max() -> None:
     assert graphs[0].output_types == graphs[1].output_types
 
 
-def test_tree_with_layers_of_max() -> None:
-    tagger = Tagger(max_conv.Conv1D)
-    state = random_state(tagger)
-    tagger.load_state_dict(state)
-    # Without its Linear, whose matrix product takes MAX half a minute to compile.
-    graph = Graph("features", tagger.features, [TOKENS])
+def test_tree_with_layers_of_max(models: dict[str, max_conv.Model]) -> None:
+    state = random_state(Tagger(max_conv.Conv1D))
     tokens = np.random.default_rng(0).integers(0, 20, (2, 21))
-    (got,) = execute(compiled(graph, tagger.state_dict()), [tokens])
+    got = models["features"](tokens)
     want = state["embed.weight"].astype(np.float64)[tokens]
     for i in range(2):
         want = convolved(want, state, f"blocks.{i}.0", padding=1)
@@ -236,13 +230,9 @@ class WhisperConfig:
 THEIR_IMPORT, OUR_IMPORT = "from max.nn.conv import Conv1D\n", "from max_conv import Conv1D\n"
 
 
-@pytest.fixture
-def make_encoder(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+@pytest.fixture(scope="module")
+def make_encoder() -> Callable[[str], Any]:
     """Makes an encoder, with seeded weights, from MAX's source with the given import."""
-    if importlib.util.find_spec("transformers") is None:
-        stub = types.ModuleType("transformers")
-        stub.AutoConfig = WhisperConfig  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "transformers", stub)
     root = importlib.util.find_spec("max.pipelines")
     assert root and root.submodule_search_locations
     source = Path(root.submodule_search_locations[0], "architectures/whisper/encoder.py").read_text()
@@ -272,7 +262,7 @@ def gelu(x: np.ndarray) -> np.ndarray:
     return torch.nn.functional.gelu(torch.from_numpy(x)).numpy()
 
 
-def test_whisper_stem(make_encoder: Callable[[str], Any]) -> None:
+def test_whisper_stem(make_encoder: Callable[[str], Any], models: dict[str, max_conv.Model]) -> None:
     """MAX declares (batch, mel bins, length) and passes it to an NLC layer: the last axis must be the mel bins."""
     encoder = make_encoder(OUR_IMPORT)
     assert type(encoder.conv1) is type(encoder.conv2) is max_conv.Conv1D
@@ -280,7 +270,7 @@ def test_whisper_stem(make_encoder: Callable[[str], Any]) -> None:
     assert [str(dim) for dim in declared.shape] == ["batch_size", "num_mel_bins", "sequence_length"]
     state = random_state(encoder)
     x = normal(2, 100, 80)
-    (got,) = execute(compiled(stem_graph(encoder, declared.shape), encoder.state_dict()), [x])
+    got = models["stem"](x)
     want = gelu(convolved(gelu(convolved(x, state, "conv1", padding=1)), state, "conv2", stride=2, padding=1))
     assert got.shape == want.shape == (2, 50, 64)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
@@ -329,19 +319,33 @@ class Everywhere(max.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def everywhere() -> tuple[Any, dict[str, np.ndarray], Any]:
+def models(make_encoder: Callable[[str], Any]) -> dict[str, max_conv.Model]:
+    """Graphs for a plain session: a tree with layers of MAX, and the begin of Whisper's encoder."""
+    tagger = Tagger(max_conv.Conv1D)
+    tagger.load_state_dict(random_state(tagger))
+    # Without its Linear, whose matrix product takes MAX half a minute to compile.
+    features = Graph("features", tagger.features, [TOKENS])
+    encoder = make_encoder(OUR_IMPORT)
+    (declared,) = encoder.input_types()
+    stem = stem_graph(encoder, declared.shape)
+    both = compile_together((features, tagger.state_dict()), (stem, encoder.state_dict()))
+    return dict(zip(("features", "stem"), both))
+
+
+@pytest.fixture(scope="module")
+def everywhere() -> tuple[Any, dict[str, np.ndarray]]:
     module = Everywhere()
     state = random_state(module)
     module.load_state_dict(state)
     sizes = [["batch", "length", 8], ["frames", 8], [8, "steps"]]
     graph = Graph("everywhere", module, [TensorType(F32, size, HOST) for size in sizes])
     assert not module.state_dict().keys() ^ state.keys()
-    return compiled(graph, module.state_dict()), state, module
+    return compiled(graph, module.state_dict()), state
 
 
 @pytest.mark.parametrize("batch, length", [(1, 4), (2, 37), (3, 64), (0, 20)])
-def test_everywhere(batch: int, length: int, everywhere: tuple[Any, dict[str, np.ndarray], Any]) -> None:
-    model, state, _ = everywhere
+def test_everywhere(batch: int, length: int, everywhere: tuple[Any, dict[str, np.ndarray]]) -> None:
+    model, state = everywhere
     x, flat, turned = normal(batch, length, 8), normal(length + 3, 8), normal(8, length + 5)
     got = execute(model, [x, flat, turned])
     want = [

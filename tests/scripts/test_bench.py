@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import bench
+import compiles
 import report
 from layers import LAYERS, Layer
 from network_racers import judge
@@ -197,6 +199,27 @@ def test_the_scripts_are_where_bench_looks():
 
 def told(seconds: float, size: int, decibels: float = 120.0) -> dict:
     return {"seconds": [0.9 * seconds, 1.1 * seconds], "bytes": size, "process": 2 * size, "decibels": decibels}
+
+
+def test_compiles(monkeypatch):
+    """Every row runs in a new process with the caches of the rows before; the first row is the unit."""
+    ran = []
+
+    def answer(command, env, **_):
+        ran.append((command[1:], env["MAX_CONV_CACHE"], env["XDG_CACHE_HOME"]))
+        seconds = {"wall": 2.0 * len(ran), "cpu": 3.0 * len(ran)}
+        return subprocess.CompletedProcess(command, 0, json.dumps(seconds))
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    result = CliRunner().invoke(bench.main, ["--compile", "--layers", "none"])
+    assert result.exit_code == 0, result.output
+    assert [words for words, *_ in ran] == [[compiles.__file__, str(i)] for i in range(len(compiles.ROWS))]
+    assert len({places for _, *places in ran for places in [tuple(places)]}) == 1
+    lines = result.stdout.splitlines()
+    assert lines[2:4] == [
+        "| MAX's graph of one ReLU | 2.000 | 3.00 | 1.00 |",
+        "| the first layer of a kind | 4.000 | 6.00 | 2.00 |",
+    ]
 
 
 def test_network_rows():
