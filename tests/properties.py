@@ -51,9 +51,7 @@ ALSO = {
     lengthwise NLC SFC: float32
     winograd NCL FCS: float32
     winograd NCL SCF: float16 float32
-    winograd NCL packed: float32 float64
     winograd NLC SCF: float16 float32
-    winograd NLC packed: float32 float64
     """,
     True: """
     dense NLC FSC: float32
@@ -65,9 +63,7 @@ ALSO = {
     short NLC FSC: float32
     short NLC SFC: float16 float32 float64
     winograd NCL SFC: float16 float32
-    winograd NCL packed: float32 float64
     winograd NLC SFC: float16 float32
-    winograd NLC packed: float32 float64
     """,
 }
 """Kinds of plain and of transposed convolutions that other files run: kernel, layouts, dtypes. Compiled with the rest."""

@@ -1,11 +1,12 @@
 """Compiled graphs in the user's cache: a graph that this machine has compiled before is read, not compiled."""
 
 import contextlib
+import functools
 import hashlib
+import importlib.metadata
 import io
 import os
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +21,21 @@ from ..conv.packing import cpu_features
 
 PATHS = "_kernel_library_paths"
 """The attribute of a graph that holds the paths of its kernel libraries."""
+version = functools.cache(importlib.metadata.version)  # reading a package's metadata takes milliseconds
 FORMAT = "2"
 """Of the files; part of every key."""
 DIGEST = hashlib.sha256().digest_size
 
 
 class Found(NamedTuple):
-    """A compiled graph: what MAX compiled, and the graph's number among those that were compiled together.
+    """A compiled graph: what MAX compiled, the graph's number among those that were compiled together, and all their keys.
 
     The number tells, not the name: MAX has a cache, too, where a graph of another name is the same.
     """
 
     compiled: Any
     number: int = 0
+    keys: tuple[str, ...] = ()
 
 
 def compiled(graph: Graph, compile: Callable[[], Any]) -> Found:
@@ -52,9 +55,7 @@ def compiled(graph: Graph, compile: Callable[[], Any]) -> Found:
 def find(key: str) -> Found | None:
     """Returns the compiled graph of a key, or None where there is none or it is damaged."""
     found = _read(_path(key))
-    if found is None or key not in found[1]:
-        return None
-    return Found(found[0], found[1].index(key))
+    return found._replace(number=found.keys.index(key)) if found and key in found.keys else None
 
 
 def keep(result: Any, keys: Sequence[str]) -> None:
@@ -98,8 +99,8 @@ def key_of(graph: Graph) -> str:
     return digest.hexdigest()[:32]
 
 
-def _read(path: Path) -> tuple[Any, list[str]] | None:
-    """Returns what is in a file: what was compiled, and the keys of its graphs; None where it is damaged."""
+def _read(path: Path) -> Found | None:
+    """Returns what is in a file, with the number 0; None where there is none or it is damaged."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -114,7 +115,7 @@ def _read(path: Path) -> tuple[Any, list[str]] | None:
         return None
     with contextlib.suppress(OSError):
         os.utime(path)  # the least recently used go first
-    return found, keys.decode().split()
+    return Found(found, 0, tuple(keys.decode().split()))
 
 
 def _write(path: Path, result: Any, keys: Sequence[str]) -> None:

@@ -55,7 +55,8 @@ class Kind:
     @classmethod
     def of(cls, form: Form, dtype: DType) -> "Kind":
         """Returns the kind of an operation."""
-        least = form.least if form.kernel == "winograd" else LEAST_OUTPUTS
+        falls_back = form.kernel == "winograd" and form.filter_layout != "packed"
+        least = form.least if falls_back else LEAST_OUTPUTS
         return cls(replace(form, whole=False, full=False, least=least), dtype)
 
     @property
@@ -208,7 +209,7 @@ def ready(*kinds: Kind) -> list[Ready]:
             if (found := compiled.find(key)) is None:
                 missing[key] = kind
             else:
-                _ready[key] = Ready(*found, _executes(found.compiled)[found.number])
+                _start(found.compiled, found.keys)
         if missing:
             module = Module()
             for kind in missing.values():
@@ -216,9 +217,13 @@ def ready(*kinds: Kind) -> list[Ready]:
             with slow_compile(", ".join(kind.name for kind in missing.values())):
                 result = session_of().compile(module, custom_extensions=[kernel_library()])
             compiled.keep(result, list(missing))
-            for number, (key, execute) in enumerate(zip(missing, _executes(result), strict=True)):
-                _ready[key] = Ready(result, number, execute)
+            _start(result, list(missing))
         return [_ready[key] for key in keys]
+
+
+def _start(result: Any, keys: Sequence[str]) -> None:
+    for number, (key, execute) in enumerate(zip(keys, _executes(result), strict=True)):
+        _ready.setdefault(key, Ready(result, number, execute))
 
 
 @functools.cache

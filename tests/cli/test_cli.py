@@ -111,6 +111,16 @@ def test_info() -> None:
     assert "kernels" in good("info")
 
 
+def test_warm_compiles_the_common_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from max_conv.runtime import kinds
+
+    asked: list[Any] = []
+    monkeypatch.setattr(kinds, "ready", lambda *wanted: asked.extend(wanted))
+    monkeypatch.setenv("MAX_CONV_CACHE", str(tmp_path))
+    assert good("warm") == f"{tmp_path}: {len(kinds.common())} kinds of layers are compiled\n"
+    assert asked == kinds.common()
+
+
 def test_clear_keeps_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAX_CONV_CACHE", str(tmp_path))
     for name in ("graphs/a.mef", "kernels/b/c.mojoc", "assets/d/e.wav"):
