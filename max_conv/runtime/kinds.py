@@ -27,7 +27,7 @@ from .notice import slow_compile
 
 COMMON = """
 conv1d dense NLC packed, conv1d short NLC packed, conv1d winograd NLC packed, conv1d winograd NCL packed
-conv1d depthwise NLC SCF, conv1d depthwise NCL FCS, conv1d lengthwise NLC SCF, conv1d lengthwise NCL FCS
+conv1d depthwise NLC SCF, conv1d depthwise NCL SCF, conv1d lengthwise NLC SCF, conv1d lengthwise NCL FCS
 conv_transpose1d dense NLC packed, conv_transpose1d short NLC packed, conv_transpose1d winograd NLC packed
 conv_transpose1d winograd NCL packed, conv_transpose1d depthwise NLC phased, conv_transpose1d lengthwise NLC phased
 conv_transpose1d lengthwise NCL phased
