@@ -35,12 +35,11 @@ def layer(name: str) -> Callable[[], Any]:
     from max.dtype import DType
 
     import max_conv
-    from max_conv.conv.library import kernel_library
 
     taps, channels, filters = LAYERS[name]
     made = max_conv.Conv1D(taps, channels, filters, DType.float32, padding=1)
     made.load_state_dict({"weight": np.zeros((taps, channels, filters), np.float32)})
-    kernel_library()  # once on a machine
+    max_conv.PackedGraph("kernels", made, input_types=made.input_types())  # compiles the kernel library, once a machine
     return lambda: max_conv.compile(made)
 
 
@@ -49,11 +48,9 @@ def hifigan() -> Callable[[], Any]:
     from max_conv.graphs import hifigan
 
     import max_conv
-    from max_conv.conv.library import kernel_library
 
     weights = {name: np.zeros(shape, np.float32) for name, shape in hifigan.Config().shapes().items()}
     graph = hifigan.build(hifigan.Config(), weights)
-    kernel_library()
     return lambda: max_conv.compile(graph, weights=weights)
 
 

@@ -335,25 +335,24 @@ def explain(
     if not on_gpu:
         choice = choose(described, batch, outputs, packed=packed and BYTES[dtype] > 2, exact=exact)
     positions = length if described.transposed else outputs
-    direct_multiplications = batch * positions * filters * geometry.kernel_size * described.group_channels
-    multiplications = direct_multiplications
+    direct = multiplications = batch * positions * filters * geometry.kernel_size * described.group_channels
     if choice.kernel == "winograd":
-        multiplications = direct_multiplications * described.quad_products // described.products
+        multiplications = direct * described.quad_products // described.products
     weights = filters * geometry.kernel_size * described.group_channels
     moved = BYTES[dtype] * (batch * length * channels + weights + batch * outputs * filters)
-    compute = 2 * direct_multiplications / (gflops * 1e9 * {"float64": 0.5, "bfloat16": 2.0}.get(dtype, 1.0))
+    compute = 2 * direct / (gflops * 1e9 * {"float64": 0.5, "bfloat16": 2.0}.get(dtype, 1.0))
     memory = moved / (gbytes * 1e9)
     found = Explanation(
         choice.kernel,
         choice.why,
         (batch, outputs, filters) if layout == "NLC" else (batch, filters, outputs),
-        2 * direct_multiplications,
+        2 * direct,
         multiplications,
         moved,
         "compute" if compute > memory else "memory",
         max(compute, memory),
         choice.kernel != "winograd",
-        direct_multiplications / multiplications,
+        direct / multiplications,
         not on_gpu,
     )
     print(found)
