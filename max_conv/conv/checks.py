@@ -113,7 +113,10 @@ class Operands:
 
     def check_sizes(self) -> None:
         """Raises ValueError unless the sizes of x, filter and bias fit together; called when the geometry is checked."""
+        self._check_channels()
         check_bias(self.op, self.bias, self.filters)
+
+    def _check_channels(self) -> None:
         given = self.x.shape[self.axes.index("C")]
         if not isinstance(given, StaticDim):
             return  # the kernel checks it

@@ -13,7 +13,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
 
 import max_conv
-from harness import HOST, Array, Case, check, compile_together, compiled, execute, ids, normal, reference
+from harness import HOST, Array, Case, check, compile_together, compiled, execute, ids, normal, reference, run
 
 F32 = DType.float32
 NCL = {"layout": "NCL", "filter_layout": "FCS"}
@@ -87,6 +87,17 @@ def test_max_gets_this_wrong(case: Case, runs: dict[str, list[Array]]) -> None:
     check(case, first)
     for other in others:
         np.testing.assert_array_equal(first, other)
+
+
+@pytest.fixture(scope="module")
+def unpacked() -> dict[str, Array]:
+    """Every case with its filter as an input, which the kernels read as it is; run three times, too."""
+    return dict(zip(ids(CASES), run(CASES, times=3)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_max_gets_this_wrong_with_unpacked_filters(case: Case, unpacked: dict[str, Array]) -> None:
+    check(case, unpacked[case.id])
 
 
 # The layer itself.
