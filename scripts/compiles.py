@@ -1,7 +1,7 @@
 """What compiling costs: `bench.py --compile` runs this file once for each row, every time in a new process.
 
-The rows share two caches that start empty, MAX's and ours: first those of an empty machine, then those that find what
-the ones before have compiled. Ratios are of CPU seconds, which other load on the machine changes less than wall time.
+MAX's cache and ours start empty, and all rows share them: a row finds what the rows before it have compiled. Ratios are
+of CPU seconds, which other load on the machine changes less than wall time.
 """
 
 import json

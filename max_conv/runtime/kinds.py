@@ -69,7 +69,7 @@ class Kind:
     def graph(self, module: Module | None = None) -> Graph:
         """Returns the graph. Its inputs: data, filter, bias (F,) or (0,), `Layer.numbers`, and (L_out, F, 0) int8.
 
-        The last input has no values: its sizes are those of the output.
+        The last input is empty. Only its sizes count: they are the output's.
         """
         host = DeviceRef.CPU()
         form = self.form
@@ -199,7 +199,7 @@ _ready: dict[str, Ready] = {}
 
 
 def ready(*kinds: Kind) -> list[Ready]:
-    """Returns kinds: those of this process, others from the cache, and the rest compiled together."""
+    """Returns the compiled graph of each kind, from this process or from the cache; all others are compiled together."""
     with _lock:
         keys = [_key(kind) for kind in kinds]
         missing: dict[str, Kind] = {}

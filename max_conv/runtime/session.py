@@ -157,7 +157,6 @@ def compile(
             alone, in a function, in a `PackedGraph` or inside another module. The model keeps the arrays alive.
         exact: Whether all layers get direct kernels, as with `conv1d(..., exact=True)`. In a finished `Graph` the
             kernels are chosen already: build it with `exact=True` instead.
-
         specialise: Whether a convolution alone is compiled for its own sizes. Otherwise it runs in the graph of its kind,
             whose sizes are symbolic, and which is compiled once on a machine.
 

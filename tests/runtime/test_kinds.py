@@ -1,4 +1,4 @@
-"""A layer alone: when it runs in the graph of its kind, and that it computes the same as in a graph of its own."""
+"""Which layers run in the graph of their kind, and that every bit is that of a graph of the layer's own sizes."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
 
 
 def random_layers(count: int) -> Iterator[tuple[Any, int, int]]:
-    """Layers whose kinds `common` has, with a batch and a length."""
+    """Yields layers, each with a batch size and a length."""
     random = np.random.default_rng(0)
     for number in range(count):
         taps, stride, dilation = (int(random.integers(1, most)) for most in (9, 5, 4))
