@@ -110,7 +110,10 @@ def compile_ways(ways: Mapping[Way, bool]) -> dict[tuple[DType, Way], Execute]:
     also = []
     for line in ALSO[transposed].split("\n"):
         words, _, dtypes = line.partition(":")
-        also += [Kind.of(Form(*words.split(), transposed), DType[dtype]) for dtype in dtypes.split()]
+        if words.strip():
+            kernel, layout, filter_layout = words.split()
+            form = Form(kernel, layout, filter_layout, transposed)
+            also += [Kind.of(form, DType[dtype]) for dtype in dtypes.split()]
     return {key: found.execute for key, found in zip(wanted, ready(*wanted.values(), *also), strict=False)}
 
 

@@ -36,7 +36,7 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", modules())
-def test_docstring_examples(name):
+def test_docstring_examples(name: str) -> None:
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     said: list[str] = []
     for example in finder.find(importlib.import_module(name), name):
@@ -45,18 +45,18 @@ def test_docstring_examples(name):
 
 
 @pytest.mark.parametrize("name", ["Conv1D", "ConvTranspose1D", "compile", "conv1d", "conv_transpose1d"])
-def test_the_public_names_have_examples(name):
+def test_the_public_names_have_examples(name: str) -> None:
     assert doctest.DocTestFinder(recurse=False).find(getattr(max_conv, name), name)[0].examples
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_readme_code(number, tmp_path, monkeypatch):
+def test_readme_code(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(blocks("python")[number], f"README.md, block {number}", "exec"), {"__name__": "readme"})
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_readme_commands(words):
+def test_readme_commands(words: list[str]) -> None:
     if words[0] == "python3":
         script, command = ROOT / words[1], words[2]
         assert script == Path(dev.__file__) and command in dev.COMMANDS
@@ -64,10 +64,10 @@ def test_readme_commands(words):
         from max_conv.cli.main import main
 
         rest = iter(words[1:])
-        command = main
-        while isinstance(command, click.Group):
-            command = command.commands[next(rest)]
-        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        called: click.Command = main
+        while isinstance(called, click.Group):
+            called = called.commands[next(rest)]
+        known = {option for parameter in called.params for option in (*parameter.opts, *parameter.secondary_opts)}
         assert {word for word in rest if word.startswith("--")} <= {*known, "--help"}
     elif words[0] == "pixi":
         assert words[1] == "run" and words[2] in dev.COMMANDS
@@ -76,7 +76,7 @@ def test_readme_commands(words):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_pages_name_files_that_exist(page):
+def test_pages_name_files_that_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
     paths = re.findall(r"`((?:tests|scripts|graphs|max_conv|\.ci)/[\w./-]+)`", text)
@@ -88,11 +88,11 @@ def test_pages_name_files_that_exist(page):
     assert not missing
 
 
-def test_readme_is_short():
+def test_readme_is_short() -> None:
     assert README.count("\n") <= 150
 
 
-def test_sources_are_found():
+def test_sources_are_found() -> None:
     # The lists above are made by searching: an empty one would pass every test.
     assert len(modules()) > 10 and len(blocks("python")) >= 2 and len(commands()) >= 5
     assert os.access(ROOT / ".ci" / "run", os.X_OK)

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from validate_pyproject.api import Validator
@@ -28,11 +29,11 @@ def validate() -> Validator:
     return Validator()
 
 
-def test_pyproject_is_valid(validate, project):
+def test_pyproject_is_valid(validate: Validator, project: dict[str, Any]) -> None:
     validate(project)
 
 
-def test_pixi_is_valid(validate, pixi):
+def test_pixi_is_valid(validate: Validator, pixi: dict[str, Any]) -> None:
     # pixi.toml is what pyproject.toml may hold as [tool.pixi], so one schema serves both.
     validate({"tool": {"pixi": pixi}})
 
@@ -45,22 +46,22 @@ def test_pixi_is_valid(validate, pixi):
         {"workspace": {"name": "x", "channels": [], "platforms": []}, "tasks": {"demo": 1}},
     ],
 )
-def test_the_schema_finds_errors(validate, wrong):
+def test_the_schema_finds_errors(validate: Validator, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"tool\.pixi"):
         validate({"tool": {"pixi": wrong}})
 
 
-def test_every_top_level_key_is_known(pixi):
+def test_every_top_level_key_is_known(pixi: dict[str, Any]) -> None:
     # The schema itself allows unknown tables.
     assert set(pixi) <= set(get_schema("pixi")["properties"])
 
 
-def test_tasks_are_the_commands_of_dev(pixi):
+def test_tasks_are_the_commands_of_dev(pixi: dict[str, Any]) -> None:
     tasks = {name: task["cmd"] for feature in pixi["feature"].values() for name, task in feature["tasks"].items()}
     assert tasks == {name: f"python scripts/dev.py --here {name}" for name in dev.COMMANDS}
 
 
-def test_environments_install_what_dev_installs(pixi):
+def test_environments_install_what_dev_installs(pixi: dict[str, Any]) -> None:
     extras = {
         name: pixi["feature"][feature]["pypi-dependencies"]["max-conv"]["extras"]
         for name, env in pixi["environments"].items()
@@ -70,6 +71,6 @@ def test_environments_install_what_dev_installs(pixi):
     assert {extra for names in extras.values() for extra in names} == set(dev.EXTRAS)
 
 
-def test_python_is_the_same(pixi, project):
+def test_python_is_the_same(pixi: dict[str, Any], project: dict[str, Any]) -> None:
     oldest = re.match(r">=([\d.]+)", pixi["dependencies"]["python"])
     assert oldest and project["project"]["requires-python"] == oldest.group()

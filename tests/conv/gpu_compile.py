@@ -5,6 +5,8 @@ A virtual device is set for a whole process, so tests/conv/test_gpu.py runs this
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from max.driver import set_virtual_device_api, set_virtual_device_count, set_virtual_device_target_arch
 
@@ -13,24 +15,27 @@ set_virtual_device_target_arch(sys.argv[2])
 set_virtual_device_count(1)
 
 from max.driver import CPU, Accelerator  # noqa: E402
+from max.dtype import DType  # noqa: E402
 from max.engine import InferenceSession  # noqa: E402
-from max.graph import DeviceRef, Graph, TensorType  # noqa: E402
+from max.graph import DeviceRef, Graph, TensorType, TensorValue  # noqa: E402
 
 from max_conv import conv1d, conv_transpose1d  # noqa: E402
 from max_conv.conv.checks import DTYPES  # noqa: E402
+from max_conv.conv.layouts import Layout  # noqa: E402
 from max_conv.conv.recurrent import lstm  # noqa: E402
 
 # Layout, filter layout, filter shape, options: one of each CPU kernel, and every layout. The GPU has one kernel for
 # each layout of the data, so the other dtypes use only the last two.
 FLOAT32, *OTHERS = DTYPES
-LAYERS = [
+Row = tuple[Layout, Any, tuple[int, ...], dict[str, Any]]
+LAYERS: list[Row] = [
     ("NLC", "SCF", (3, 8, 16), {"stride": 2, "padding": 1}),
     ("NLC", "FCS", (16, 4, 3), {"groups": 2, "padding": "same", "padding_mode": "reflect"}),
     ("NLC", "SCF", (4, 1, 8), {"groups": 8, "padding": "causal"}),
     ("NCL", "FCS", (16, 8, 5), {"dilation": 3, "padding_mode": "circular", "padding": 2}),
     ("NLC", "SCF", (4, 8, 3), {"padding_mode": "replicate", "padding": (1, 4)}),
 ]
-TRANSPOSED = [
+TRANSPOSED: list[Row] = [
     ("NLC", "FSC", (16, 5, 4), {"groups": 2, "stride": 3, "dilation": 2}),
     ("NLC", "SFC", (4, 16, 8), {"stride": 2, "padding": "causal"}),
     ("NCL", "CFS", (8, 1, 4), {"groups": 8, "stride": 6, "output_padding": 5}),
@@ -39,16 +44,16 @@ TRANSPOSED = [
 
 def main() -> None:
     gpu = DeviceRef.GPU()
-    rows = [(FLOAT32, conv1d, layer) for layer in LAYERS]
+    rows: list[tuple[DType, Callable[..., TensorValue], Row]] = [(FLOAT32, conv1d, layer) for layer in LAYERS]
     rows += [(FLOAT32, conv_transpose1d, layer) for layer in TRANSPOSED]
     for dtype in OTHERS:
         rows += [(dtype, conv1d, layer) for layer in LAYERS[-2:]]
         rows += [(dtype, conv_transpose1d, layer) for layer in TRANSPOSED[-1:]]
     types = []
     for dtype, _, (layout, _, shape, _) in rows:
-        x = ["n", "l", 8] if layout == "NLC" else ["n", 8, "l"]
+        x: list[int | str] = ["n", "l", 8] if layout == "NLC" else ["n", 8, "l"]
         types += [TensorType(dtype, x, gpu), TensorType(dtype, shape, gpu)]
-    recurrent = [["n", "t", 8], [8, 64], [16, 64], [64], ["n", 16], ["n", 16]]
+    recurrent: list[list[int | str]] = [["n", "t", 8], [8, 64], [16, 64], [64], ["n", 16], ["n", 16]]
     with Graph("gpu", input_types=[*types, *(TensorType(FLOAT32, shape, gpu) for shape in recurrent)]) as graph:
         values = [value.tensor for value in graph.inputs]
         outputs = [

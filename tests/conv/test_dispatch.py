@@ -1,6 +1,7 @@
 """Which kernel a layer gets, and what `explain` says about it."""
 
 import re
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from max_conv.conv.layouts import Layout
 K3 = Geometry.of(3, padding=1)
 
 # Geometry, data layout, channels and filters of a group, groups, dtype, kernel.
-KERNELS = [
+KERNELS: list[tuple[Geometry | TransposedGeometry, Layout, int, int, int, str, str]] = [
     (K3, "NLC", 80, 384, 1, "float32", "winograd"),
     (K3, "NCL", 80, 384, 1, "float32", "winograd"),
     (K3, "NLC", 32, 32, 1, "float64", "winograd"),
@@ -134,7 +135,7 @@ def test_a_short_input_gets_another_kernel(packed: bool, least: int, dilations: 
 
 
 def test_groups_take_winograd_where_filters_are_packed() -> None:
-    sizes = {"channels": 256, "filters": 256, "groups": 4}
+    sizes: dict[str, Any] = {"channels": 256, "filters": 256, "groups": 4}
     assert explain(K3, length=1000, **sizes).kernel == "winograd"
     assert explain(K3, length=1000, packed=False, **sizes).kernel == "dense"
 
@@ -171,6 +172,6 @@ def test_a_layer_on_a_gpu() -> None:
         ),
     ],
 )
-def test_bad_arguments(error: type[Exception], message: str, arguments: dict[str, int]) -> None:
+def test_bad_arguments(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=re.escape(message)):
         explain(K3, **arguments)

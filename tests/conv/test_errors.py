@@ -751,7 +751,7 @@ def test_an_output_of_negative_length(model: max_conv.Model) -> None:
     """MAX allocates the output before the kernel runs, and fails; `max_conv.Model` checks lengths before that."""
     with pytest.raises((ValueError, RuntimeError), match="Memory allocation failed"):
         run_with(model, {"any": (1, 1, 4)})
-    x, w = (TensorType(F32, shape, HOST) for shape in (["n", "l", 4], [3, 4, 8]))
+    x, w = TensorType(F32, ["n", "l", 4], HOST), TensorType(F32, [3, 4, 8], HOST)
     ours = max_conv.compile(lambda x, w: conv1d(x, w), {"x": x, "w": w})
     with pytest.raises(
         ValueError, match=r"^model: input 'x' is too short: its dimension 'l' must be at least 3, but is 1\.$"

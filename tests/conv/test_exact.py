@@ -18,6 +18,7 @@ import max_conv
 from harness import HOST, normal
 from max_conv import Conv1D, ConvTranspose1D, PackedGraph, conv1d, conv_transpose1d
 from max_conv.conv.geometry import Geometry
+from max_conv.conv.layouts import Layout
 from max_conv.conv.reference import conv1d_ref, conv_transpose1d_ref
 from max_conv.runtime.kinds import alone, ready
 
@@ -33,7 +34,7 @@ class Net:
     kernel_size: int
     options: Mapping[str, Any]
     transposed: bool = False
-    layout: str = "NLC"
+    layout: Layout = "NLC"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -187,11 +188,12 @@ def test_one_bound_for_all_data(kind: str, exact: bool) -> None:
     """The bound that ARCHITECTURE.md states, for every kernel."""
     nets, run, _ = model(exact=exact)
     random = np.random.default_rng(5)
-    draw: Callable[..., np.ndarray] = {
+    draws: dict[str, Callable[..., Any]] = {
         "normal": random.standard_normal,
         "uniform": lambda shape: random.uniform(-1, 1, shape),
         "one sign": lambda shape: random.uniform(0, 1, shape),
-    }[kind]
+    }
+    draw = draws[kind]
     xs = [draw((2, LENGTH, net.channels)).astype(np.float32) for net in nets]
     ws = [draw(net.shape).astype(np.float32) for net in nets]
     for net, x, w, y in zip(nets, xs, ws, run(xs, ws)):

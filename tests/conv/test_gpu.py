@@ -78,10 +78,10 @@ def cases() -> Iterator[Case]:
             kwargs = {**options, "layout": layout, "filter_layout": filter_layout}
             yield Case(f"transposed {name} {layout}", x, w, bias, kwargs, transposed=True)
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        x, w, bias = (torch.from_numpy(normal(*shape)).to(dtype) for shape in ((2, 33, 17), (5, 17, 40), (40,)))
-        yield Case(str(dtype), x, w, bias, {"padding": 2})
-        w = torch.from_numpy(normal(5, 40, 17)).to(dtype)
-        yield Case(f"transposed {dtype}", x, w, bias, {"stride": 2}, transposed=True)
+        shapes = ((2, 33, 17), (5, 17, 40), (40,), (5, 40, 17))
+        data, filter, shift, turned = (torch.from_numpy(normal(*shape)).to(dtype) for shape in shapes)
+        yield Case(str(dtype), data, filter, shift, {"padding": 2})
+        yield Case(f"transposed {dtype}", data, turned, shift, {"stride": 2}, transposed=True)
 
 
 @pytest.mark.parametrize("name", DEVICES)

@@ -5,7 +5,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from harness import Case, check, normal, run
+from harness import Array, Case, check, normal, run
 from max_conv.conv.layouts import FilterLayout, Layout, permutation, permute
 
 LAYOUTS, FILTER_LAYOUTS = get_args(Layout), get_args(FilterLayout)
@@ -34,12 +34,12 @@ CASES = cases()
 
 
 @pytest.fixture(scope="module")
-def answers() -> dict[str, np.ndarray]:
+def answers() -> dict[str, Array]:
     return {case.id: got for case, got in zip(CASES, run(CASES))}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_layouts(case: Case, answers: dict[str, np.ndarray]) -> None:
+def test_layouts(case: Case, answers: dict[str, Array]) -> None:
     check(case, answers[case.id])
 
 

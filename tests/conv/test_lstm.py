@@ -1,6 +1,7 @@
 """`lstm` against torch.nn.LSTM."""
 
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -25,13 +26,21 @@ NETWORKS = [
 SIZES = [(1, 1), (1, 0), (0, 3), (1, 60), (2, 7), (3, 60), (9, 13)]
 
 
-def input_types(dtype, channels, units, batch="batch", time="time"):
-    shapes = [[batch, time, channels], [channels, 4 * units], [units, 4 * units], [4 * units], [batch, units]]
+def input_types(
+    dtype: DType, channels: int, units: int, batch: int | str = "batch", time: int | str = "time"
+) -> list[TensorType]:
+    shapes: list[list[int | str]] = [
+        [batch, time, channels],
+        [channels, 4 * units],
+        [units, 4 * units],
+        [4 * units],
+        [batch, units],
+    ]
     return [TensorType(dtype, shape, CPU) for shape in [*shapes, shapes[-1]]]
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> max_conv.Model:
     """All networks in one graph, since compiling takes seconds."""
     types = [
         input_types(getattr(DType, str(dtype).removeprefix("torch.")), channels, units)
@@ -43,10 +52,12 @@ def model():
     return max_conv.compile(graph)
 
 
-def torch_lstm(dtype, channels, units, batch, time):
+def torch_lstm(
+    dtype: torch.dtype, channels: int, units: int, batch: int, time: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Returns the inputs of `lstm` and torch's three results; sixteen-bit types are computed in float32 from them."""
     wide = torch.promote_types(dtype, torch.float32)
-    network = torch.nn.LSTM(channels, units, batch_first=True, dtype=wide)
+    network: Any = torch.nn.LSTM(channels, units, batch_first=True, dtype=wide)
     x, h, c = (torch.randn(size, dtype=dtype) for size in [(batch, time, channels), (batch, units), (batch, units)])
     with torch.no_grad():
         network.bias_ih_l0 += network.bias_hh_l0
@@ -63,7 +74,7 @@ def torch_lstm(dtype, channels, units, batch, time):
 
 
 @pytest.mark.parametrize(("batch", "time"), SIZES)
-def test_agrees_with_torch(model, batch, time):
+def test_agrees_with_torch(model: max_conv.Model, batch: int, time: int) -> None:
     torch.manual_seed(batch * 100 + time)
     inputs, expected = [], []
     for dtype, channels, units, _ in NETWORKS:
@@ -77,7 +88,7 @@ def test_agrees_with_torch(model, batch, time):
         assert (result.to(wanted.dtype) - wanted).abs().max() <= bound if wanted.numel() else True
 
 
-def test_extreme_gates_and_nan(model):
+def test_extreme_gates_and_nan(model: max_conv.Model) -> None:
     torch.manual_seed(0)
     inputs = [torch_lstm(*network[:3], 2, 4)[0] for network in NETWORKS]
     x = inputs[0][0]
@@ -121,7 +132,9 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("place", "dtype", "shape", "kind", "sentence"), ERRORS)
-def test_errors_come_before_anything_is_emitted(place, dtype, shape, kind, sentence):
+def test_errors_come_before_anything_is_emitted(
+    place: int, dtype: DType, shape: list[int | str], kind: type[Exception], sentence: str
+) -> None:
     types = input_types(DType.float32, 3, 4, 2, 5)
     types[place] = TensorType(dtype, shape, CPU)
     with Graph("wrong", input_types=types) as graph:

@@ -138,10 +138,10 @@ GEOMETRIES = [(3, 1, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (4, 2, 1, 1), (10, 5, 0,
 @pytest.mark.parametrize("length", [100, "length"])
 def test_output_type_is_that_of_max(geometry: tuple[Any, ...], permute: bool, length: int | str) -> None:
     """The symbolic expressions are the same, too: MAX adds two values only if their dimensions are equal."""
-    kernel_size, *rest = geometry
+    kernel_size, stride, padding, dilation = geometry
     types = []
     for cls in (max_conv.Conv1D, max.nn.Conv1D):
-        layer = cls(kernel_size, 8, 16, F32, *rest, has_bias=True, permute=permute)
+        layer = cls(kernel_size, 8, 16, F32, stride, padding, dilation, has_bias=True, permute=permute)
         shape = ["batch", 8, length] if permute else ["batch", length, 8]
         with Graph("types", input_types=[TensorType(F32, shape, HOST)]) as graph:
             types.append(layer(graph.inputs[0].tensor).type)
@@ -298,7 +298,9 @@ def test_whisper_encoder_builds_where_the_original_does(line: str, make_encoder:
     """The whole encoder builds for lengths that are known; with the declared ones, neither import does."""
     encoder = make_encoder(line)
     graph = Graph("encoder", encoder, [TensorType(F32, ["batch", 100, 80], HOST)])
-    assert [str(dim) for dim in graph.output_types[0].shape] == ["batch", "50", "64"]
+    output = graph.output_types[0]
+    assert isinstance(output, TensorType)
+    assert [str(dim) for dim in output.shape] == ["batch", "50", "64"]
     with pytest.raises(ValueError, match="neither equivalent nor broadcastable"):
         Graph("encoder", make_encoder(line), make_encoder(line).input_types())
 
@@ -317,7 +319,9 @@ class Everywhere(max.nn.Module):
         self.turned = max_conv.Conv1D(4, 8, 12, F32, stride=2, has_bias=True, permute=True)
 
     def __call__(self, x: TensorValue, flat: TensorValue, turned: TensorValue) -> list[TensorValue]:
-        block = self.blocks[0].build_subgraph("block", [x], weight_prefix="blocks.0.")
+        first = self.blocks[0]
+        assert isinstance(first, max_conv.Conv1D)
+        block = first.build_subgraph("block", [x], weight_prefix="blocks.0.")
         twice = x
         for i in range(2):
             (value,) = ops.call(block, twice, prefix=f"blocks.{i}.")
@@ -348,7 +352,7 @@ def everywhere() -> tuple[Any, dict[str, np.ndarray]]:
     module = Everywhere()
     state = random_state(module)
     module.load_state_dict(state)
-    sizes = [["batch", "length", 8], ["frames", 8], [8, "steps"]]
+    sizes: list[list[int | str]] = [["batch", "length", 8], ["frames", 8], [8, "steps"]]
     graph = Graph("everywhere", module, [TensorType(F32, size, HOST) for size in sizes])
     assert not module.state_dict().keys() ^ state.keys()
     return compiled(graph, module.state_dict()), state
@@ -385,4 +389,5 @@ def test_plain_graphs_twice_in_a_process() -> None:
 
 def test_device_is_kept() -> None:
     layer = max_conv.Conv1D(3, 8, 16, F32, device=DeviceRef.GPU(0), has_bias=True)
+    assert layer.bias is not None
     assert layer.filter.device == layer.bias.device == DeviceRef.GPU(0)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -38,7 +39,7 @@ def case_of(name: str) -> Case:
     (node,) = graph.node
     assert node.op_type == "Conv"
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    kwargs = {
+    kwargs: dict[str, Any] = {
         "stride": attributes.pop("strides")[0],
         "padding": tuple(attributes.pop("pads")),
         "dilation": attributes.pop("dilations")[0],
@@ -46,13 +47,16 @@ def case_of(name: str) -> Case:
     }
     weights = {w.name: numpy_helper.to_array(w) for w in graph.initializer}
     x_name, *weight_names = node.input
-    w, *bias = [weights[weight] for weight in weight_names]
+    w, *rest = [weights[weight] for weight in weight_names]
+    assert len(rest) <= 1
     assert attributes.pop("kernel_shape") == [w.shape[2]]
     assert not attributes, "an attribute that the case does not carry"
     assert x_name not in weights
     data = FOLDER / name / "test_data_set_0"
     x, expected = stored(data / "input_0.pb"), stored(data / "output_0.pb")
-    return Case(name, x, w, *bias, kwargs=kwargs | {"layout": "NCL", "filter_layout": "FCS"}, expected=expected)
+    return Case(
+        name, x, w, rest[0] if rest else None, kwargs | {"layout": "NCL", "filter_layout": "FCS"}, expected=expected
+    )
 
 
 def transposed_cases() -> Iterator[Case]:
@@ -61,20 +65,24 @@ def transposed_cases() -> Iterator[Case]:
         warnings.simplefilter("ignore")  # other nodes' cases overflow on purpose
         found = collect_testcases("ConvTranspose")
     for case in found:
+        assert case.model is not None and case.data_sets is not None
         (node,) = case.model.graph.node
         x, w = (np.asarray(a) for a in case.data_sets[0][0])
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         axes = x.ndim - 2
-        last = {name: value[-1:] if isinstance(value, list) else value for name, value in attributes.items()}
+        last: dict[str, Any] = {
+            name: value[-1:] if isinstance(value, list) else value for name, value in attributes.items()
+        }
         if "pads" in attributes:
             last["pads"] = [attributes["pads"][axes - 1], attributes["pads"][-1]]
-        between = (0,) * (axes - 1)
-        x, w = (np.ascontiguousarray(a[(slice(None), slice(None), *between)]) for a in (x, w))
+        between: tuple[Any, ...] = (slice(None), slice(None), *[0] * (axes - 1))
+        x, w = (np.ascontiguousarray(a[between]) for a in (x, w))
         line = onnx.helper.make_node("ConvTranspose", ["X", "W"], ["Y"], **last)
         (expected,) = ReferenceEvaluator(line).run(None, {"X": x, "W": w})
+        assert isinstance(expected, np.ndarray)
         if axes == 1:
             np.testing.assert_array_equal(expected, case.data_sets[0][1][0])
-        kwargs = {"layout": "NCL", "filter_layout": "CFS", "stride": last.pop("strides", [1])[0]}
+        kwargs: dict[str, Any] = {"layout": "NCL", "filter_layout": "CFS", "stride": last.pop("strides", [1])[0]}
         kwargs |= {"dilation": last.pop("dilations", [1])[0], "groups": last.pop("group", 1)}
         kwargs |= {"output_padding": last.pop("output_padding", [0])[0], "padding": tuple(last.pop("pads", (0, 0)))}
         if "output_shape" in last:

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, ops
+from max.graph import DeviceRef, TensorType, TensorValue, ops
 
 import max_conv
 from harness import normal
@@ -26,7 +27,7 @@ from max_conv.runtime import idle
 
 RANDOM = np.random.default_rng(0)
 F32 = DType.float32
-PYTORCH = {"layout": "NCL", "filter_layout": "FCS"}
+PYTORCH: dict[str, Any] = {"layout": "NCL", "filter_layout": "FCS"}
 
 
 @pytest.mark.parametrize("kernel", ["winograd", "dense", "depthwise", "paired"])
@@ -97,7 +98,7 @@ def test_a_bfloat16_model_packs_pairs(tmp_path: Path) -> None:
     got, again = model(x), max_conv.load(tmp_path / "conv.maxconv")(x)
     y, same = (torch.from_dlpack(values).float().numpy() for values in (got, again))
     state = {name: torch.from_dlpack(value).float().numpy() for name, value in conv.state_dict().items()}
-    want = conv1d_ref(torch.from_dlpack(x).float(), **{"filter": state["weight"], "bias": state["bias"]}, **PYTORCH)
+    want = conv1d_ref(torch.from_dlpack(x).float(), state["weight"], state["bias"], **PYTORCH)
     assert (y == same).all()
     np.testing.assert_allclose(y, want, atol=0.02)
 
@@ -110,7 +111,7 @@ def test_a_weight_with_several_readers() -> None:
     causal.filter = second.filter = first.filter
     lone = max_conv.Conv1D(1, 64, 40, F32, name="lone")
 
-    def twice(x):  # type: ignore[no-untyped-def]
+    def twice(x: TensorValue) -> tuple[TensorValue, ...]:
         return second(causal(first(x))), ops.sum(first.filter), lone(x)
 
     weights = {"conv.weight": normal(3, 64, 64) / 8, "lone.weight": normal(1, 64, 40, seed=2)}

@@ -57,12 +57,14 @@ def op_cases() -> Iterator[Case]:
                 )
 
 
-def module_case(name: str, module: torch.nn.Module, x: torch.Tensor) -> Case:
+def module_case(name: str, module: Any, x: torch.Tensor) -> Case:
     """Makes a case of a torch layer, its weights and an input of the dtype that they have."""
     with torch.no_grad():
         peer = module(x)
         exact = copy.deepcopy(module).double()(x.double())
-    kwargs = dict(stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups)
+    kwargs: dict[str, Any] = dict(
+        stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups
+    )
     transposed = isinstance(module, torch.nn.ConvTranspose1d)
     if transposed:
         kwargs |= {"output_padding": module.output_padding} | NCL_TRANSPOSED

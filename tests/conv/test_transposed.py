@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from max import nn
 from max.dtype import DType
-from max.graph import DeviceRef, Graph, TensorType, ops
+from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
 
 import max_conv
 from harness import HOST, Case, check, compiled, execute, normal
@@ -67,7 +67,7 @@ def test_a_stack_of_layers() -> None:
         for name, weight in layer.raw_state_dict().items()
     }
 
-    def stack(x):  # type: ignore[no-untyped-def]
+    def stack(x: TensorValue) -> tuple[TensorValue, TensorValue]:
         y = grouped(ops.relu(up(x)))
         return y, sparse(ops.squeeze(y.transpose(1, 2)[:1], 0), output_size=194)
 
@@ -79,7 +79,7 @@ def test_a_stack_of_layers() -> None:
     want = conv_transpose1d_ref(np.maximum(first, 0), weights["grouped.weight"], stride=2, padding=1, groups=12)
     assert want.shape == (2, 64, 12)
     np.testing.assert_allclose(y, want, atol=1e-4)
-    options = dict(stride=3, dilation=3, output_size=194, layout="NCL", filter_layout="CFS")
+    options: dict[str, Any] = dict(stride=3, dilation=3, output_size=194, layout="NCL", filter_layout="CFS")
     last = conv_transpose1d_ref(want[0].T, weights["sparse.weight"], weights["sparse.bias"], **options)
     assert last.shape == z.shape == (5, 194)
     np.testing.assert_allclose(z, last, atol=1e-3)
@@ -91,7 +91,7 @@ def test_a_stack_of_layers() -> None:
 def test_causal_padding_sees_no_future(kernel_size: int, stride: int, dilation: int) -> None:
     """The output is `stride` times as long, or ends with the last tap, and its start is that of a shorter input."""
     x, w = normal(1, 9, 2), normal(kernel_size, 3, 2)
-    sizes = dict(stride=stride, dilation=dilation, padding="causal")
+    sizes: dict[str, Any] = dict(stride=stride, dilation=dilation, padding="causal")
     whole, start = (conv_transpose1d_ref(part, w, **sizes) for part in (x, x[:, :5]))
     reach = dilation * (kernel_size - 1) + 1
     assert whole.shape[1] == 9 * stride - max(0, stride - reach)

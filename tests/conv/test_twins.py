@@ -74,7 +74,6 @@ def test_phases(kernel: int, stride: int, dilation: int, facts: Facts) -> None:
         columns = layer.columns if kind == "dense" else layer.filters
         want = [geometry.step, geometry.phases, inner.kernel_size, inner.dilation, groups * columns]
         assert facts[f"transposed {name}"] == want
-        given = np.arange(1, kernel * filters * groups * channels + 1, dtype=np.float32)
-        given = given.reshape(kernel, filters, groups * channels)
-        made = Packing("w", kind, layer, "SFC").phased(given)
+        line = np.arange(1, kernel * filters * groups * channels + 1, dtype=np.float32)
+        made = Packing("w", kind, layer, "SFC").phased(line.reshape(kernel, filters, groups * channels))
         np.testing.assert_array_equal(facts[f"phased {name}"], made.ravel())

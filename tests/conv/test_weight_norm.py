@@ -20,8 +20,8 @@ KINDS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
 }
 
 
-def theirs(kind: str, dim: int | None, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """Returns PyTorch's layer, whose magnitude is not the norm of its direction."""
+def theirs(kind: str, dim: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Returns PyTorch's layer, whose magnitude is not the norm of its direction; PyTorch's `dim` may be None."""
     torch.manual_seed(0)
     module = torch.nn.utils.parametrizations.weight_norm(KINDS[kind][1](*KINDS[kind][2]).to(dtype), dim=dim)
     with torch.no_grad():

@@ -82,6 +82,7 @@ def test_from_torch_runs(kind: str, args: tuple, kwargs: dict[str, Any]) -> None
 def test_output_size_is_pytorchs() -> None:
     module = torch.nn.ConvTranspose1d(6, 9, 5, 3, 1)
     conv = ours_torch.from_torch(module)
+    assert isinstance(conv, ours_torch.ConvTranspose1d)
     x = torch.randn(2, 6, 21)
     with torch.no_grad():
         for size in (63, [64], (65,)):
@@ -89,16 +90,17 @@ def test_output_size_is_pytorchs() -> None:
             np.testing.assert_allclose(conv(x.numpy(), output_size=size), want, atol=1e-5)
         whole = module(x, output_size=(2, 9, 65)).numpy()
         np.testing.assert_allclose(conv(x.numpy(), output_size=(2, 9, 65)), whole, atol=1e-5)
-    for size in (62, 66):
+    for short in (62, 66):
         with pytest.raises(ValueError, match="output size"):
-            module(x, output_size=[size])
+            module(x, output_size=[short])
         with pytest.raises(
             ValueError, match=r"conv_transpose1d: output_size must be between 63 and 65 for an input of 21"
         ):
-            conv(x.numpy(), output_size=size)
+            conv(x.numpy(), output_size=short)
 
 
-NORMS: dict[str, Callable[[torch.nn.Module, int | None], torch.nn.Module]] = {
+# PyTorch takes None as `dim`, but its annotation does not say so.
+NORMS: dict[str, Callable[[torch.nn.Module, Any], Any]] = {
     "hook": lambda module, dim: torch.nn.utils.weight_norm(module, dim=dim),
     "parametrization": lambda module, dim: torch.nn.utils.parametrizations.weight_norm(module, dim=dim),
 }
@@ -130,7 +132,8 @@ def test_from_torch_keeps_bfloat16_and_copies() -> None:
         assert torch.equal(torch.from_dlpack(conv.state_dict()["weight"]), before)
 
 
-utils, spectral = torch.nn.utils, torch.nn.utils.parametrizations.spectral_norm
+utils = torch.nn.utils
+spectral: Callable[..., Any] = utils.parametrizations.spectral_norm
 
 
 def pruned(module: Any) -> Any:
@@ -138,6 +141,12 @@ def pruned(module: Any) -> Any:
     prune.l1_unstructured(module, "weight", 0.3)
     prune.random_unstructured(module, "weight", 0.3)
     return prune.random_unstructured(module, "bias", 0.5)
+
+
+def masked(method: Any, module: Any, *amount: float) -> Any:
+    """Prunes by a class's own mask."""
+    method.apply(module, "weight", *amount)
+    return module
 
 
 def reordered(module: Any) -> Any:
@@ -162,7 +171,7 @@ HOOKS: dict[str, Callable[[Any], Any]] = {
     "spectral norm of the bias": lambda m: utils.spectral_norm(m, "bias", dim=0),
     "spectral norm of the bias, parametrized": lambda m: spectral(m, "bias", dim=0),
     "pruning": pruned,
-    "pruning by a mask": lambda m: Odd.apply(m, "weight") and m,
+    "pruning by a mask": lambda m: masked(Odd, m),
     "weight norm of the bias": lambda m: utils.weight_norm(m, "bias"),
     "weight norm of the bias, parametrized": lambda m: utils.parametrizations.weight_norm(m, "bias"),
     "weight norm and pruning": lambda m: prune.l1_unstructured(utils.weight_norm(m), "bias", 0.5),
@@ -213,8 +222,10 @@ class Called(torch.nn.Conv1d):
 
 
 class Masked(torch.nn.Conv1d):
+    kept: torch.Tensor
+
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
+    def weight(self) -> torch.Tensor:
         return self.kept.tril()
 
     @weight.setter
@@ -236,7 +247,8 @@ class Doubled(torch.nn.Module):
 
 class Louder(prune.L1Unstructured):
     def apply_mask(self, module: torch.nn.Module) -> torch.Tensor:
-        return 2 * super().apply_mask(module)
+        inherited: Any = super()
+        return 2 * inherited.apply_mask(module)
 
 
 def changed(change: Callable[[Any], Any], module: Any = None) -> Any:
@@ -277,7 +289,7 @@ REFUSED_MODULES: dict[str, tuple[Callable[[], Any], str]] = {
         r"the module's weight has the parametrization Doubled, but only weight norm and spectral norm are known; remove",
     ),
     "orthogonal": (lambda: utils.parametrizations.orthogonal(torch.nn.Conv1d(4, 4, 3)), r"parametrization _Orthogonal"),
-    "own pruning": (lambda: changed(lambda m: Louder.apply(m, "weight", 0.3)), r"the forward hook Louder"),
+    "own pruning": (lambda: changed(lambda m: masked(Louder, m, 0.3)), r"the forward hook Louder"),
     "both": (hooked_and_parametrized, r"the module's weight has both a hook and a parametrization; remove one"),
     "lazy": (lambda: torch.nn.LazyConv1d(4, 3), r"the module is lazy and has no weights yet; call it once first\."),
     "quantised": (
@@ -409,7 +421,8 @@ def test_transposed_start_values() -> None:
 
 def test_bfloat16_start_values_are_rounded_to_even() -> None:
     values = ours_torch.Conv1d(64, 64, 3, dtype="bfloat16", generator=0).state_dict()["weight"]
-    want = torch.from_numpy(ours_torch.Conv1d(64, 64, 3, generator=0).state_dict()["weight"].to_numpy())
+    start = ours_torch.Conv1d(64, 64, 3, generator=0).state_dict()["weight"]
+    want = torch.from_dlpack(start)
     assert torch.equal(torch.from_dlpack(values), want.to(torch.bfloat16))
 
 

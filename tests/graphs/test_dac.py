@@ -3,6 +3,7 @@
 import functools
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from max_conv.graphs import dac
 from transformers import DacConfig, DacModel
 
+import max_conv
 from harness import compile_together
 from max_conv.weights.convert import to_native
 from originals import arrays, compare
@@ -53,7 +55,7 @@ def noise(batch: int, samples: int) -> torch.Tensor:
     return torch.randn(batch, samples, generator=torch.Generator().manual_seed(samples))
 
 
-def choices_free(model: DacModel, embeddings: torch.Tensor) -> np.ndarray:
+def choices_free(model: Any, embeddings: torch.Tensor) -> np.ndarray:
     """Where two entries are equally near except for rounding, (batch, codebooks, frames), or were in an earlier one."""
     residual, free = embeddings, []
     for layer in model.quantizer.quantizers:
@@ -66,19 +68,19 @@ def choices_free(model: DacModel, embeddings: torch.Tensor) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> Any:
     return network(DacConfig(sampling_rate=44100))
 
 
 @pytest.fixture(scope="module")
-def weights(model, tmp_path_factory):
+def weights(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     path = tmp_path_factory.mktemp("dac") / "weights_44khz_8kbps_0.0.1.pth"
     torch.save({"state_dict": original_names(model), "metadata": {"kwargs": {"sample_rate": 44100}}}, path)
     return dac.load_weights(path)
 
 
 @pytest.fixture(scope="module")
-def models(weights):
+def models(weights: dict[str, np.ndarray]) -> list[max_conv.Model]:
     """The compiled encoder, decoder, and the whole of one stage."""
     _, config, small = one_stage()
     return compile_together(
@@ -89,17 +91,17 @@ def models(weights):
 
 
 @pytest.fixture(scope="module")
-def encoder(models):
+def encoder(models: list[max_conv.Model]) -> max_conv.Model:
     return models[0]
 
 
 @pytest.fixture(scope="module")
-def decoder(models):
+def decoder(models: list[max_conv.Model]) -> max_conv.Model:
     return models[1]
 
 
 @pytest.mark.parametrize("samples", [512 * 20, 512 * 15 + 300])
-def test_encoder(model, encoder, samples):
+def test_encoder(model: Any, encoder: max_conv.Model, samples: int) -> None:
     sound = noise(2, samples)
     with torch.inference_mode():
         embeddings = model.encoder(sound[:, None])
@@ -113,14 +115,14 @@ def test_encoder(model, encoder, samples):
 
 
 @pytest.mark.parametrize("frames", [1, 16])
-def test_decoder(model, decoder, frames):
+def test_decoder(model: Any, decoder: max_conv.Model, frames: int) -> None:
     codes = torch.randint(0, 1024, (2, 9, frames), generator=torch.Generator().manual_seed(frames))
     with torch.inference_mode():
         expected = model.decode(audio_codes=codes).audio_values
     compare(decoder(codes.numpy()), expected)
 
 
-def test_graphs_are_described(encoder, decoder):
+def test_graphs_are_described(encoder: max_conv.Model, decoder: max_conv.Model) -> None:
     assert [port.shape for port in encoder.inputs] == [("batch", "samples")]
     assert encoder.outputs[0].shape[:2] == ("batch", 9) and encoder.outputs[1].shape[::2] == ("batch", 1024)
     assert [port.shape for port in decoder.inputs] == [("batch", 9, "frames")]
@@ -128,9 +130,14 @@ def test_graphs_are_described(encoder, decoder):
 
 
 @functools.cache
-def one_stage():
+def one_stage() -> tuple[Any, dac.Config, dict[str, np.ndarray]]:
     # An odd ratio, as in the 24 kHz model: its sound is shorter.
-    sizes = {"encoder_hidden_size": 8, "decoder_hidden_size": 32, "downsampling_ratios": [5], "n_codebooks": 3}
+    sizes: dict[str, Any] = {
+        "encoder_hidden_size": 8,
+        "decoder_hidden_size": 32,
+        "downsampling_ratios": [5],
+        "n_codebooks": 3,
+    }
     original = DacConfig(**sizes, codebook_size=32, codebook_dim=4)
     model = network(original)
     weights = to_native(arrays(model), dac.LAYERS, "dac")
@@ -138,7 +145,7 @@ def one_stage():
     return model, config, weights
 
 
-def test_whole_of_one_stage(models):
+def test_whole_of_one_stage(models: list[max_conv.Model]) -> None:
     model, *_ = one_stage()
     for samples in (4000, 4003):
         sound = noise(2, samples)
@@ -147,16 +154,16 @@ def test_whole_of_one_stage(models):
         compare(models[2](sound.numpy()), expected)
 
 
-def test_published_config():
+def test_published_config() -> None:
     assert dac.Config.from_dict(DacConfig(sampling_rate=44100).to_dict()) == CONFIG
 
 
-def test_both_names_are_the_same_weights(model, weights):
+def test_both_names_are_the_same_weights(model: Any, weights: dict[str, np.ndarray]) -> None:
     own = to_native(arrays(model), dac.LAYERS, "dac")
     assert own.keys() == weights.keys()
     assert all(np.allclose(own[name], weights[name], rtol=1e-6, atol=0) for name in own)
 
 
-def test_more_quantizers_than_codebooks(weights):
+def test_more_quantizers_than_codebooks(weights: dict[str, np.ndarray]) -> None:
     with pytest.raises(ValueError, match=r"^dac: quantizers must be 1 to 9, but are 10\.$"):
         dac.build(replace(CONFIG, quantizers=10), weights)

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from max_conv.graphs import encodec
 from transformers import EncodecConfig, EncodecModel
 
+import max_conv
 from harness import compile_together
 from max_conv.weights.convert import to_native
 from originals import arrays, compare
@@ -38,7 +40,7 @@ def noise(batch: int, samples: int) -> torch.Tensor:
     return torch.randn(batch, samples, generator=torch.Generator().manual_seed(samples))
 
 
-def choices_free(model: EncodecModel, embeddings: torch.Tensor) -> np.ndarray:
+def choices_free(model: Any, embeddings: torch.Tensor) -> np.ndarray:
     """Where two entries are equally near but for rounding, (batch, quantizers, frames), or were in an earlier one."""
     residual, free = embeddings.transpose(1, 2), []
     for layer in model.quantizer.layers[:QUANTIZERS]:
@@ -50,19 +52,19 @@ def choices_free(model: EncodecModel, embeddings: torch.Tensor) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> Any:
     return network(EncodecConfig())
 
 
 @pytest.fixture(scope="module")
-def weights(model, tmp_path_factory):
+def weights(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     path = tmp_path_factory.mktemp("encodec") / "encodec_24khz-d7cc33bc.th"
     torch.save(original_names(model), path)
     return encodec.load_weights(path)
 
 
 @pytest.fixture(scope="module")
-def models(weights):
+def models(weights: dict[str, np.ndarray]) -> list[max_conv.Model]:
     """The compiled encoder, decoder, and the whole of one stage."""
     _, config, small = one_stage()
     return compile_together(
@@ -73,17 +75,17 @@ def models(weights):
 
 
 @pytest.fixture(scope="module")
-def encoder(models):
+def encoder(models: list[max_conv.Model]) -> max_conv.Model:
     return models[0]
 
 
 @pytest.fixture(scope="module")
-def decoder(models):
+def decoder(models: list[max_conv.Model]) -> max_conv.Model:
     return models[1]
 
 
 @pytest.mark.parametrize("samples", [320 * 24, 320 * 30 + 77])
-def test_encoder(model, encoder, samples):
+def test_encoder(model: Any, encoder: max_conv.Model, samples: int) -> None:
     sound = noise(2, samples)
     with torch.inference_mode():
         embeddings = model.encoder(sound[:, None])
@@ -97,14 +99,14 @@ def test_encoder(model, encoder, samples):
 
 
 @pytest.mark.parametrize("frames", [7, 31])
-def test_decoder(model, decoder, frames):
+def test_decoder(model: Any, decoder: max_conv.Model, frames: int) -> None:
     codes = torch.randint(0, 1024, (2, QUANTIZERS, frames), generator=torch.Generator().manual_seed(frames))
     with torch.inference_mode():
         expected = model.decode(codes[None], [None]).audio_values[:, 0]
     compare(decoder(codes.numpy()), expected)
 
 
-def test_graphs_are_described(encoder, decoder):
+def test_graphs_are_described(encoder: max_conv.Model, decoder: max_conv.Model) -> None:
     assert [port.shape for port in encoder.inputs] == [("batch", "samples")]
     assert encoder.outputs[0].shape[:2] == ("batch", QUANTIZERS) and encoder.outputs[1].shape[::2] == ("batch", 128)
     assert [port.shape for port in decoder.inputs] == [("batch", QUANTIZERS, "frames")]
@@ -112,10 +114,10 @@ def test_graphs_are_described(encoder, decoder):
 
 
 @functools.cache
-def one_stage():
+def one_stage() -> tuple[Any, encodec.Config, dict[str, np.ndarray]]:
     # As in MusicGen's 32 kHz model, with an odd ratio: padding on both sides, and a plain identity around a block.
-    sizes = {"num_filters": 8, "hidden_size": 16, "codebook_size": 32, "num_lstm_layers": 1}
-    flags = {"use_causal_conv": False, "use_conv_shortcut": False, "target_bandwidths": [96.0]}
+    sizes: dict[str, Any] = {"num_filters": 8, "hidden_size": 16, "codebook_size": 32, "num_lstm_layers": 1}
+    flags: dict[str, Any] = {"use_causal_conv": False, "use_conv_shortcut": False, "target_bandwidths": [96.0]}
     model = network(EncodecConfig(upsampling_ratios=[5], **sizes, **flags))
     small = {"channels": 8, "hidden": 16, "codebook_size": 32, "lstm_layers": 1, "codebooks": 4, "quantizers": 4}
     config = encodec.Config(ratios=(5,), causal=False, shortcut=False, **small)
@@ -125,7 +127,7 @@ def one_stage():
     return model, config, weights
 
 
-def test_whole_of_one_stage_that_sees_the_future(models):
+def test_whole_of_one_stage_that_sees_the_future(models: list[max_conv.Model]) -> None:
     model, *_ = one_stage()
     for samples in (4000, 4003):
         sound = noise(2, samples)
@@ -134,7 +136,7 @@ def test_whole_of_one_stage_that_sees_the_future(models):
         compare(models[2](sound.numpy()), expected)
 
 
-def test_published_configs():
+def test_published_configs() -> None:
     assert encodec.Config.from_dict(EncodecConfig().to_dict()) == CONFIG
     musicgen = {
         "sampling_rate": 32000,
@@ -149,7 +151,7 @@ def test_published_configs():
     assert (config.codebooks, config.quantizers, config.hop, config.causal) == (4, 4, 640, False)
 
 
-def test_both_names_are_the_same_weights(model, weights):
+def test_both_names_are_the_same_weights(model: Any, weights: dict[str, np.ndarray]) -> None:
     own = to_native(arrays(model), encodec.LAYERS, "encodec")
     assert own.keys() == weights.keys()
     assert all(np.array_equal(own[name], weights[name]) for name in own)
@@ -165,12 +167,12 @@ def test_both_names_are_the_same_weights(model, weights):
         ({"upsampling_ratios": [8, 5, 4]}, "there must be 4 upsampling_ratios, but there are 3: (8, 5, 4)."),
     ],
 )
-def test_networks_that_are_not_built(change, sentence):
+def test_networks_that_are_not_built(change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as caught:
         encodec.Config.from_dict(change)
     assert str(caught.value) == f"encodec: {sentence}"
 
 
-def test_more_quantizers_than_codebooks(weights):
+def test_more_quantizers_than_codebooks(weights: dict[str, np.ndarray]) -> None:
     with pytest.raises(ValueError, match=r"^encodec: quantizers must be 1 to 32, but are 33\.$"):
         encodec.build(replace(CONFIG, quantizers=33), weights)

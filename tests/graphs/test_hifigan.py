@@ -1,16 +1,19 @@
 """HiFi-GAN against transformers' implementation, under its names and the original's."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from max_conv.graphs import hifigan
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
+import max_conv
 from harness import compile_together
 from max_conv.weights.convert import to_native
 from originals import arrays, compare, enliven
 
-V1 = {  # config_v1.json of the original, the part about the network
+V1: dict[str, Any] = {  # config_v1.json of the original, the part about the network
     "resblock": "1",
     "upsample_rates": [8, 8, 2, 2],
     "upsample_kernel_sizes": [16, 16, 4, 4],
@@ -48,15 +51,15 @@ def spectrogram(batch: int, frames: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def networks(tmp_path_factory):
+def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, max_conv.Model]]:
     """The networks in PyTorch and the compiled graphs: V1 from the checkpoint that the original would save, and others."""
     torch.manual_seed(0)
-    config = {name: value for name, value in V1.items() if name not in ("resblock", "num_mels")}
-    v1 = enliven(SpeechT5HifiGan(SpeechT5HifiGanConfig(**config, normalize_before=False)))
+    sizes = {name: value for name, value in V1.items() if name not in ("resblock", "num_mels")}
+    v1 = enliven(SpeechT5HifiGan(SpeechT5HifiGanConfig(**sizes, normalize_before=False)))
     path = tmp_path_factory.mktemp("v1") / "g_02500000.pth"
     torch.save({"generator": original_names(v1)}, path)
     config = SpeechT5HifiGanConfig()  # as published
-    speecht5 = enliven(SpeechT5HifiGan(config))
+    speecht5: Any = enliven(SpeechT5HifiGan(config))
     speecht5.mean.copy_(torch.linspace(-1, 1, 80))
     speecht5.scale.copy_(torch.linspace(0.5, 2, 80))
     read = hifigan.Config.from_dict(config.to_dict())
@@ -71,12 +74,12 @@ def networks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def v1(networks):
+def v1(networks: dict[str, tuple[Any, max_conv.Model]]) -> tuple[Any, max_conv.Model]:
     return networks["v1"]
 
 
 @pytest.mark.parametrize(("batch", "frames"), [(1, 50), (2, 7), (1, 1)])
-def test_v1_is_the_original(v1, batch, frames):
+def test_v1_is_the_original(v1: tuple[Any, max_conv.Model], batch: int, frames: int) -> None:
     network, model = v1
     mels = spectrogram(batch, frames)
     with torch.inference_mode():
@@ -85,7 +88,7 @@ def test_v1_is_the_original(v1, batch, frames):
     assert model(mels.numpy()).shape == (batch, frames * hifigan.Config().hop)
 
 
-def test_signals_do_not_touch(v1):
+def test_signals_do_not_touch(v1: tuple[Any, max_conv.Model]) -> None:
     _, model = v1
     mels = spectrogram(2, 7).numpy()
     alone = model(mels[1:])
@@ -94,7 +97,7 @@ def test_signals_do_not_touch(v1):
     assert model(mels[:0]).shape == (0, 7 * 256)
 
 
-def test_speecht5_is_the_original(networks):
+def test_speecht5_is_the_original(networks: dict[str, tuple[Any, max_conv.Model]]) -> None:
     network, model = networks["speecht5"]
     mels = spectrogram(2, 9)
     with torch.inference_mode():
@@ -102,7 +105,7 @@ def test_speecht5_is_the_original(networks):
     compare(model(mels.numpy()), want)
 
 
-def v3_weights():
+def v3_weights() -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     weights = {}
     for name, shape in hifigan.Config.from_dict(V3).shapes().items():
@@ -112,7 +115,7 @@ def v3_weights():
     return weights
 
 
-def test_v3_is_the_paper(networks):
+def test_v3_is_the_paper(networks: dict[str, tuple[Any, max_conv.Model]]) -> None:
     (config, weights), model = networks["v3"]
     mels = spectrogram(2, 6)
     compare(model(mels.numpy()), v3(config, weights, mels))
@@ -135,7 +138,7 @@ def v3(config: hifigan.Config, weights: dict[str, np.ndarray], mels: torch.Tenso
                 filter = state[f"{name}.weight"], state[f"{name}.bias"]
                 y = y + f.conv1d(z, *filter, dilation=step, padding=step * (taps - 1) // 2)
             outputs.append(y)
-        x = sum(outputs) / len(outputs)
+        x = sum(outputs, torch.zeros(())) / len(outputs)
     x = f.conv1d(f.leaky_relu(x), state["conv_post.weight"], state["conv_post.bias"], padding=3)
     return torch.tanh(x).squeeze(1)
 
@@ -148,13 +151,13 @@ def v3(config: hifigan.Config, weights: dict[str, np.ndarray], mels: torch.Tenso
         ({"a": np.zeros(3)}, "the weights hold the unknown a; pass those that fit the config."),
     ],
 )
-def test_wrong_weights(change, sentence):
+def test_wrong_weights(change: dict[str, np.ndarray | None], sentence: str) -> None:
     weights = {name: np.zeros(shape, np.float32) for name, shape in hifigan.Config().shapes().items()} | change
     with pytest.raises(ValueError) as caught:
         hifigan.build(hifigan.Config(), {name: value for name, value in weights.items() if value is not None})
     assert str(caught.value) == f"hifigan: {sentence}"
 
 
-def test_reads_the_published_config():
+def test_reads_the_published_config() -> None:
     assert hifigan.Config.from_dict(V1) == hifigan.Config()
     assert hifigan.Config.from_dict(V3).block == 2

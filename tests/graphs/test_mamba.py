@@ -1,27 +1,31 @@
 """Mamba's block up to the scan, against transformers' implementation."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from max_conv.graphs import mamba
 from transformers import MambaConfig, MambaModel
 
+import max_conv
 from harness import compile_together
 from max_conv.weights.convert import to_native
 from originals import arrays, compare, enliven
 
 # From config.json of state-spaces/mamba-130m-hf; all its layers are the same.
-PUBLISHED = dict(hidden_size=768, num_hidden_layers=24)
+PUBLISHED: dict[str, Any] = dict(hidden_size=768, num_hidden_layers=24)
 SMALL = dict(hidden_size=48, expand=3, conv_kernel=3, use_conv_bias=False, use_bias=True, vocab_size=10)
 
 
-def original(**config):
-    network = enliven(MambaModel(MambaConfig(**config)))
+def original(**config: Any) -> Any:
+    network: Any = enliven(MambaModel(MambaConfig(**config)))
     for layer in network.layers:
         layer.norm.weight.data = torch.linspace(0.5, 1.5, len(layer.norm.weight))
     return network
 
 
-def want(network, layer, x):
+def want(network: Any, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The input that `MambaMixer.slow_forward` passes to its scan."""
     block = network.layers[layer]
     value, gate = block.mixer.in_proj(block.norm(x)).transpose(1, 2).chunk(2, dim=1)
@@ -30,7 +34,7 @@ def want(network, layer, x):
 
 
 @pytest.fixture(scope="module")
-def blocks():
+def blocks() -> list[tuple[Any, mamba.Config, max_conv.Model]]:
     """The published model's second block and a small one: the network in PyTorch, its config, and the compiled graph."""
     networks = [
         original(**PUBLISHED | {"num_hidden_layers": 2, "vocab_size": 10}),
@@ -42,7 +46,7 @@ def blocks():
     return list(zip(networks, configs, compile_together(*graphs)))
 
 
-def check(model, network, layer, sizes):
+def check(model: max_conv.Model, network: Any, layer: int, sizes: list[tuple[int, int]]) -> None:
     for batch, length in sizes:
         x = torch.randn(batch, length, network.config.hidden_size, generator=torch.Generator().manual_seed(length))
         with torch.inference_mode():
@@ -50,12 +54,12 @@ def check(model, network, layer, sizes):
                 compare(got, expected)
 
 
-def test_block_is_the_original(blocks):
+def test_block_is_the_original(blocks: list[tuple[Any, mamba.Config, max_conv.Model]]) -> None:
     network, _, model = blocks[0]
     check(model, network, 1, [(2, 300), (1, 1), (3, 17)])
 
 
-def test_small_block_is_the_original(blocks):
+def test_small_block_is_the_original(blocks: list[tuple[Any, mamba.Config, max_conv.Model]]) -> None:
     """With a bias where the published model has none, and without one where it has one."""
     network, config, model = blocks[1]
     assert (config.intermediate, config.bias, config.conv_bias) == (144, True, False)
@@ -63,7 +67,7 @@ def test_small_block_is_the_original(blocks):
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone."])
-def test_reads_a_checkpoint(prefix, tmp_path):
+def test_reads_a_checkpoint(prefix: str, tmp_path: Path) -> None:
     network = original(hidden_size=48, num_hidden_layers=2, vocab_size=10)
     state = {prefix + name: value for name, value in network.state_dict().items()}
     if prefix:
@@ -74,13 +78,13 @@ def test_reads_a_checkpoint(prefix, tmp_path):
     assert {name: array.shape for name, array in weights.items()} == config.shapes()
 
 
-def test_reads_the_published_config():
+def test_reads_the_published_config() -> None:
     published = MambaConfig(**PUBLISHED).to_dict()
     assert mamba.Config.from_dict(published) == mamba.Config()
     assert mamba.Config.from_dict(published, layer=5).layer == 5
 
 
-def test_refuses():
+def test_refuses() -> None:
     with pytest.raises(ValueError) as caught:
         mamba.Config.from_dict(PUBLISHED | {"hidden_act": "relu"})
     assert str(caught.value) == "mamba: hidden_act must be silu, but the config has 'relu'."

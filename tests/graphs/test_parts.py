@@ -16,17 +16,18 @@ def activations(x: TensorValue, rate: TensorValue, gain: TensorValue) -> tuple[T
 
 
 @pytest.fixture(scope="module")
-def model():
-    types = [TensorType(DType.float32, shape, DeviceRef.CPU()) for shape in ([1, "length", 1], [1], [1])]
+def model() -> max_conv.Model:
+    shapes: tuple[list[int | str], ...] = ([1, "length", 1], [1], [1])
+    types = [TensorType(DType.float32, shape, DeviceRef.CPU()) for shape in shapes]
     return max_conv.compile(activations, types)
 
 
-def values(model, x):
-    answers = model(x.astype(np.float32)[None, :, None], np.float32([RATE]), np.float32([GAIN]))
+def values(model: max_conv.Model, x: np.ndarray) -> list[np.ndarray]:
+    answers = model(x.astype(np.float32)[None, :, None], np.array([RATE], np.float32), np.array([GAIN], np.float32))
     return [answer[0, :, 0] for answer in answers]
 
 
-def test_are_as_near_as_they_say(model):
+def test_are_as_near_as_they_say(model: max_conv.Model) -> None:
     x = np.concatenate([np.linspace(-9, 9, 20001), np.linspace(-100, 100, 20001)]).astype(np.float32)
     sine, snake = values(model, x)
     wide = x.astype(np.float64)
@@ -36,6 +37,6 @@ def test_are_as_near_as_they_say(model):
     assert np.abs(snake - (wide + GAIN * np.sin(np.pi * turns.astype(np.float64)) ** 2)).max() <= 1e-5
 
 
-def test_not_a_number(model):
+def test_not_a_number(model: max_conv.Model) -> None:
     for value in values(model, np.array([np.nan, 1.0])):
         assert np.isnan(value).tolist() == [True, False]

@@ -4,6 +4,9 @@ import importlib.util
 import sys
 import types
 from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,17 +33,17 @@ TRANSFORM = {"harmonics": [1], "fmin": 27.5, "bins_per_semitone": 3, "n_bins": 2
 """The hyper-parameters in the checkpoint of mir-1k_g7."""
 
 
-def hann(name, length, fftbins):
+def hann(name: str, length: int, fftbins: bool) -> np.ndarray:
     """The functions that the package uses from SciPy."""
     assert name == "hann" and fftbins
     return torch.hann_window(length, dtype=torch.float64).numpy()
 
 
 @pytest.fixture(scope="module")
-def network():
+def network() -> Iterator[Any]:
     """The package's network with its weights, made from the package's files."""
     names = ("pesto", "pesto.utils", "scipy", "scipy.signal")
-    modules = {name: types.ModuleType(name) for name in names}
+    modules: dict[str, Any] = {name: types.ModuleType(name) for name in names}
     modules["scipy.signal"].get_window = hann
     with pytest.MonkeyPatch.context() as patch:
         for name, module in modules.items():
@@ -48,6 +51,7 @@ def network():
         for name, file in FILES.items():
             path = resolve(pesto.WEIGHTS.replace("weights/mir-1k_g7.ckpt", file))
             spec = importlib.util.spec_from_file_location(name, path)
+            assert spec and spec.loader
             module = importlib.util.module_from_spec(spec)
             patch.setitem(sys.modules, name, module)
             parent, _, own = name.rpartition(".")
@@ -66,7 +70,7 @@ def network():
         yield network.eval()
 
 
-def torch_state():
+def torch_state() -> dict[str, Any]:
     """The checkpoint, loaded by PyTorch itself, which is allowed to load the classes that it names."""
     classes = (
         "dictconfig.DictConfig",
@@ -81,22 +85,22 @@ def torch_state():
 
 
 @pytest.fixture(scope="module")
-def audio():
+def audio() -> np.ndarray:
     return read_audio(resolve(silero_vad.SAMPLE_AUDIO), 16000).mean(axis=0)[7 * 16000 : 10 * 16000]
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> max_conv.Model:
     weights = pesto.load_weights()
     return max_conv.compile(pesto.build(pesto.Config(), weights), ["sound"], weights=weights)
 
 
 @pytest.fixture(scope="module")
-def results(model, audio):
+def results(model: max_conv.Model, audio: np.ndarray) -> list[np.ndarray]:
     return [output[0] for output in model(audio[None])]
 
 
-def test_the_transform_is_the_packages(network):
+def test_the_transform_is_the_packages(network: Any) -> None:
     layer = network.preprocessor.hcqt_kernels.cqt_kernels[0]
     want = (layer.conv.weight[:, 0] * torch.cat([layer.sqrt_lengths] * 2)).numpy().T
     got = pesto.transform()[:, 0]
@@ -105,7 +109,7 @@ def test_the_transform_is_the_packages(network):
     assert not want[:start].any() and not want[start + len(got) :].any()
 
 
-def test_agrees_with_the_package(network, audio, results):
+def test_agrees_with_the_package(network: Any, audio: np.ndarray, results: list[np.ndarray]) -> None:
     with torch.inference_mode():
         want = [value.numpy() for value in network(torch.from_numpy(audio), sr=16000, convert_to_freq=True)]
         exact = [value.numpy() for value in network.double()(torch.from_numpy(audio).double(), convert_to_freq=True)]
@@ -119,7 +123,7 @@ def test_agrees_with_the_package(network, audio, results):
         assert ours <= 4 * torchs
 
 
-def test_batch_is_each_signal(model, audio):
+def test_batch_is_each_signal(model: max_conv.Model, audio: np.ndarray) -> None:
     signals = np.stack([audio[:16000], audio[16000:32000]])
     track, activations = pesto.listen(model, signals)
     assert activations.shape == (2, 101, 384)
@@ -130,7 +134,7 @@ def test_batch_is_each_signal(model, audio):
 
 
 @pytest.mark.parametrize("frequency", [110.0, 261.6, 880.0])
-def test_hears_a_tone(model, frequency):
+def test_hears_a_tone(model: max_conv.Model, frequency: float) -> None:
     times = np.arange(16000) / 16000
     tone = sum(np.sin(2 * np.pi * k * frequency * times) / k for k in (1, 2, 3)) * 0.2
     track, _ = pesto.listen(model, tone)
@@ -139,13 +143,13 @@ def test_hears_a_tone(model, frequency):
     assert track.periodicity[inside].min() > 0.9
 
 
-def test_takes_any_length(model):
+def test_takes_any_length(model: max_conv.Model) -> None:
     assert [pesto.listen(model, np.zeros(n))[1].shape for n in (1065, 16001)] == [(7, 384), (101, 384)]
     with pytest.raises(ValueError, match=r"^pesto: audio must have at least 1065 samples, but has 1064\.$"):
         pesto.listen(model, np.zeros(1064))
 
 
-def test_other_checkpoints(tmp_path):
+def test_other_checkpoints(tmp_path: Path) -> None:
     torch.save({"state_dict": {"shift": torch.zeros(())}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="pesto: no tensor is named like"):
         pesto.load_weights(tmp_path / "other.ckpt")
@@ -154,7 +158,7 @@ def test_other_checkpoints(tmp_path):
         pesto.load_weights(tmp_path / "rubbish.ckpt")
 
 
-def test_the_command(model, tmp_path, monkeypatch):
+def test_the_command(model: max_conv.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model.save(tmp_path / "pesto")
     result = CliRunner().invoke(main, ["run", "pitch", "--network", "pesto", "--model", "pesto"])

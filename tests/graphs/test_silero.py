@@ -1,6 +1,8 @@
 """Silero VAD on a real conversation, against Silero's own ONNX file."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,36 +26,36 @@ TORCHSCRIPT = reference("data/silero_vad.jit")
 
 
 @pytest.fixture(scope="module")
-def audio():
+def audio() -> np.ndarray:
     return read_audio(resolve(silero_vad.SAMPLE_AUDIO), CONFIG.rate).mean(axis=0)
 
 
 @pytest.fixture(scope="module")
-def tensors():
+def tensors() -> dict[str, np.ndarray]:
     """The tensors of the safetensors file."""
     return load_file(resolve(silero_vad.SAFETENSORS))
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> max_conv.Model:
     return compiled(silero_vad.load_weights())
 
 
 @pytest.fixture(scope="module")
-def probabilities(model, audio):
+def probabilities(model: max_conv.Model, audio: np.ndarray) -> np.ndarray:
     return silero_vad.detect(model, audio)
 
 
-def compiled(weights):
+def compiled(weights: dict[str, np.ndarray]) -> max_conv.Model:
     return max_conv.compile(silero_vad.build(CONFIG, weights), weights=weights)
 
 
-def onnx_tensors(network):
+def onnx_tensors(network: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     """The initializers of an ONNX file, by their names."""
     return {tensor.name: tensor for tensor in network.graph.initializer}
 
 
-def onnx_probabilities(network, audio):
+def onnx_probabilities(network: onnx.ModelProto, audio: np.ndarray) -> np.ndarray:
     """Runs an ONNX file of Silero's over whole chunks, as its own wrapper does: one by one, after 64 samples of the last."""
     session = onnxruntime.InferenceSession(network.SerializeToString())
     state, context, answers = np.zeros((2, 1, 128), np.float32), np.zeros((1, 64), np.float32), []
@@ -66,17 +68,19 @@ def onnx_probabilities(network, audio):
 
 
 @pytest.fixture(scope="module")
-def onnx_answers(audio):
+def onnx_answers(audio: np.ndarray) -> np.ndarray:
     """The output of the file that `load_silero_vad(onnx=True)` loads."""
     return onnx_probabilities(onnx.load(resolve(reference("data/silero_vad.onnx"))), audio)
 
 
-def test_every_chunk_agrees_with_onnx(probabilities, onnx_answers):
+def test_every_chunk_agrees_with_onnx(probabilities: np.ndarray, onnx_answers: np.ndarray) -> None:
     assert probabilities.shape == onnx_answers.shape == (938,)
     assert np.abs(probabilities - onnx_answers).max() <= 1e-4
 
 
-def test_the_safetensors_are_other_values(audio, tensors, probabilities):
+def test_the_safetensors_are_other_values(
+    audio: np.ndarray, tensors: dict[str, np.ndarray], probabilities: np.ndarray
+) -> None:
     network = onnx.load(resolve(FLAT))
     for name, tensor in onnx_tensors(network).items():
         own = tensors[silero_vad.LAYERS.renamed(name)]
@@ -86,7 +90,7 @@ def test_the_safetensors_are_other_values(audio, tensors, probabilities):
     assert 0.36 < np.abs(other - probabilities).max() < 0.37  # as `load_weights` says
 
 
-def test_the_package_runs_these_values():
+def test_the_package_runs_these_values() -> None:
     # `load_silero_vad()` loads the TorchScript file, with onnx=True the default ONNX file, with opset_version=15 another.
     weights = silero_vad.load_weights()
     state = torch.jit.load(resolve(TORCHSCRIPT)).state_dict()
@@ -117,12 +121,14 @@ def test_the_package_runs_these_values():
         {"max_speech": 2.5},
     ],
 )
-def test_turns_are_those_of_the_package(audio, probabilities, onnx_answers, options):
+def test_turns_are_those_of_the_package(
+    audio: np.ndarray, probabilities: np.ndarray, onnx_answers: np.ndarray, options: dict[str, Any]
+) -> None:
     found = in_samples(turns(probabilities, duration=len(audio) / CONFIG.rate, **options))
     assert found == theirs(onnx_answers, len(audio), **options) and len(found) > 2
 
 
-def test_finds_the_labelled_speech(audio, probabilities):
+def test_finds_the_labelled_speech(audio: np.ndarray, probabilities: np.ndarray) -> None:
     duration = len(audio) / CONFIG.rate
     found = turns(probabilities, hop=CONFIG.hop / CONFIG.rate, duration=duration)
     package = utilities().OnnxWrapper(str(resolve(silero_vad.WEIGHTS)), force_onnx_cpu=True)
@@ -132,7 +138,9 @@ def test_finds_the_labelled_speech(audio, probabilities):
 
 
 @pytest.mark.parametrize("step", [1, 100])
-def test_live_chunks_are_the_whole_file(model, audio, probabilities, step):
+def test_live_chunks_are_the_whole_file(
+    model: max_conv.Model, audio: np.ndarray, probabilities: np.ndarray, step: int
+) -> None:
     chunks = np.pad(audio, (0, -len(audio) % CONFIG.hop)).reshape(1, -1, CONFIG.hop)
     state, answers = silero_vad.initial_state(1), []
     for first in range(0, chunks.shape[1], step):
@@ -141,7 +149,7 @@ def test_live_chunks_are_the_whole_file(model, audio, probabilities, step):
     np.testing.assert_allclose(np.concatenate(answers), probabilities, rtol=0, atol=1e-6)
 
 
-def test_batch_is_each_signal(model, audio):
+def test_batch_is_each_signal(model: max_conv.Model, audio: np.ndarray) -> None:
     signals = np.stack([np.roll(audio, shift) for shift in (0, 1000, -77777)])
     together = silero_vad.detect(model, signals)
     assert together.shape == (3, 938)
@@ -149,11 +157,11 @@ def test_batch_is_each_signal(model, audio):
         np.testing.assert_allclose(together[i], silero_vad.detect(model, signal), rtol=0, atol=1e-6)
 
 
-def test_takes_any_length(model):
+def test_takes_any_length(model: max_conv.Model) -> None:
     assert [silero_vad.detect(model, np.zeros(n)).shape for n in (1, 512, 513)] == [(1,), (1,), (2,)]
 
 
-def test_layer_by_layer_is_all_in_one(audio, probabilities):
+def test_layer_by_layer_is_all_in_one(audio: np.ndarray, probabilities: np.ndarray) -> None:
     # In float32 on a CPU the graph is one operation, otherwise one per layer.
     weights = silero_vad.load_weights()
     graph = silero_vad.build(CONFIG, weights, dtype=DType.float64)
@@ -168,7 +176,7 @@ def test_layer_by_layer_is_all_in_one(audio, probabilities):
     np.testing.assert_allclose(layered, probabilities, rtol=0, atol=1e-5)
 
 
-def test_a_spectrum_of_other_filters():
+def test_a_spectrum_of_other_filters() -> None:
     # The single operation is for filters that are waves, of which it keeps a quarter.
     weights = silero_vad.load_weights()
     other = weights | {"stft_conv.weight": weights["stft_conv.weight"] + np.float32(0.01)}
@@ -178,24 +186,24 @@ def test_a_spectrum_of_other_filters():
         max_conv.compile(graph, weights=other)
 
 
-def test_a_chunk_is_needed(model):
+def test_a_chunk_is_needed(model: max_conv.Model) -> None:
     with pytest.raises(ValueError, match=r"^silero_vad: chunks must hold at least one chunk of each signal\.$"):
         model(np.zeros((2, 0, 512), np.float32), silero_vad.initial_state(2))
 
 
-def test_no_signals(model):
+def test_no_signals(model: max_conv.Model) -> None:
     probability, state = model(np.zeros((0, 3, 512), np.float32), silero_vad.initial_state(0))
     assert probability.shape == (0, 3) and state.shape == (0, 320)
 
 
-def test_not_a_number_spoils_what_follows(model, audio):
+def test_not_a_number_spoils_what_follows(model: max_conv.Model, audio: np.ndarray) -> None:
     sound = audio[: 20 * 512].copy()
     sound[5 * 512 + 100] = np.nan
     probability, _ = model(sound.reshape(1, -1, 512), silero_vad.initial_state(1))
     assert not np.isnan(probability[0, :5]).any() and np.isnan(probability[0, 5:]).all()
 
 
-def test_graph_is_described(model):
+def test_graph_is_described(model: max_conv.Model) -> None:
     shapes = [port.shape for port in model.inputs]
     assert shapes == [("batch", "time", 512), ("batch", 320)]
     assert {port.dtype for port in (*model.inputs, *model.outputs)} == {"float32"}
@@ -214,7 +222,7 @@ def test_graph_is_described(model):
         (np.zeros(512, np.int16), TypeError, "audio must be floating point, -1 to 1, but is int16."),
     ],
 )
-def test_wrong_audio(audio, kind, sentence):
+def test_wrong_audio(audio: np.ndarray, kind: type[Exception], sentence: str) -> None:
     with pytest.raises(kind) as caught:
         silero_vad.detect(lambda *_: None, audio)
     assert str(caught.value) == f"silero_vad: {sentence}"
@@ -229,7 +237,9 @@ def test_wrong_audio(audio, kind, sentence):
         ({"conv2.bias": np.zeros(3)}, "conv2.bias of shape (3,) does not fit the 64 filters of conv2.weight"),
     ],
 )
-def test_wrong_weights(tmp_path, tensors, change, sentence):
+def test_wrong_weights(
+    tmp_path: Path, tensors: dict[str, np.ndarray], change: dict[str, np.ndarray | None], sentence: str
+) -> None:
     changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
     save_file(changed, tmp_path / "wrong.safetensors")
     with pytest.raises(ValueError) as caught:
@@ -237,7 +247,7 @@ def test_wrong_weights(tmp_path, tensors, change, sentence):
     assert str(caught.value).startswith(f"silero_vad: {sentence}") and "; pass" in str(caught.value)
 
 
-def test_not_a_checkpoint(tmp_path):
+def test_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match=r"text\.safetensors is not a safetensors file"):
         silero_vad.load_weights(tmp_path / "text.safetensors")

@@ -1,5 +1,7 @@
 """The gated temporal network against pytorch-tcn's own package."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -23,14 +25,14 @@ CONFIG = tcn.Config.from_dict(ARGUMENTS)
 
 
 @pytest.fixture(scope="module")
-def network():
+def network() -> Any:
     *_, module = from_wheel(WHEEL, "pytorch_tcn", ["buffer", "pad", "conv", "tcn"])
     torch.manual_seed(0)
     return enliven(module.TCN(**ARGUMENTS))
 
 
 @pytest.fixture(scope="module")
-def model(network, tmp_path_factory):
+def model(network: Any, tmp_path_factory: pytest.TempPathFactory) -> max_conv.Model:
     path = tmp_path_factory.mktemp("tcn") / "tcn.pt"
     torch.save(network.state_dict(), path)
     weights = tcn.load_weights(path, CONFIG)
@@ -38,14 +40,14 @@ def model(network, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 500), (3, 40), (2, 1)])
-def test_is_the_original(network, model, batch, length):
+def test_is_the_original(network: Any, model: max_conv.Model, batch: int, length: int) -> None:
     x = torch.randn(batch, 80, length, generator=torch.Generator().manual_seed(length))
     with torch.inference_mode():
         want = network(x)
     compare(model(x.transpose(1, 2).numpy()), want.transpose(1, 2))
 
 
-def test_no_output_sees_what_comes_after_it(model):
+def test_no_output_sees_what_comes_after_it(model: max_conv.Model) -> None:
     x = np.random.default_rng(0).standard_normal((1, 200, 80)).astype(np.float32)
     changed = x.copy()
     changed[:, 120] += 1
@@ -55,7 +57,7 @@ def test_no_output_sees_what_comes_after_it(model):
     assert np.abs(before[:, 120] - after[:, 120]).max() > 0.01
 
 
-def test_both_spellings_of_weight_norm(network):
+def test_both_spellings_of_weight_norm(network: Any) -> None:
     state = arrays(network)
     old = {
         name.replace("parametrizations.weight.original0", "weight_g").replace(
@@ -79,7 +81,7 @@ def test_both_spellings_of_weight_norm(network):
         ({"dilations": [1, 2]}, "4 blocks need as many dilations, but got (1, 2)."),
     ],
 )
-def test_other_networks_are_refused(change, sentence):
+def test_other_networks_are_refused(change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as caught:
         tcn.Config.from_dict(ARGUMENTS | change)
     assert str(caught.value) == f"tcn: {sentence}"

@@ -1,6 +1,8 @@
 """UnivNet against transformers' implementation, under its names and the original's."""
 
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from originals import arrays, compare, enliven
 
 
 @pytest.fixture(scope="module")
-def original():
+def original() -> Any:
     """The published network, with predicted filters for which the gates do not saturate."""
     torch.manual_seed(0)
     network = enliven(UnivNetModel(UnivNetConfig()))
@@ -26,17 +28,17 @@ def original():
 
 
 @pytest.fixture(scope="module")
-def weights(original):
+def weights(original: Any) -> dict[str, np.ndarray]:
     return to_native(arrays(original), univnet.LAYERS, "univnet")
 
 
 @pytest.fixture(scope="module")
-def model(weights):
+def model(weights: dict[str, np.ndarray]) -> max_conv.Model:
     return max_conv.compile(univnet.build(univnet.Config(), weights), weights=weights)
 
 
 @pytest.mark.parametrize(("batch", "frames"), [(1, 31), (3, 4)])
-def test_is_the_original(original, model, batch, frames):
+def test_is_the_original(original: Any, model: max_conv.Model, batch: int, frames: int) -> None:
     random = torch.Generator().manual_seed(frames)
     mels, noise = (torch.randn(batch, frames, size, generator=random) for size in (100, 64))
     with torch.inference_mode():
@@ -44,7 +46,7 @@ def test_is_the_original(original, model, batch, frames):
     compare(model(mels.numpy(), noise.numpy()), want)
 
 
-def test_reads_what_the_original_saves(original, weights, tmp_path):
+def test_reads_what_the_original_saves(original: Any, weights: dict[str, np.ndarray], tmp_path: Path) -> None:
     state = {}
     for name, value in original.state_dict().items():
         name = re.sub(r"^resblocks\.", "res_stack.", name)
@@ -67,18 +69,19 @@ def test_reads_what_the_original_saves(original, weights, tmp_path):
         np.testing.assert_allclose(array, weights[name], rtol=1e-5, atol=1e-8)
 
 
-def test_reads_the_published_config():
+def test_reads_the_published_config() -> None:
     assert univnet.Config.from_dict(UnivNetConfig().to_dict()) == univnet.Config()
 
 
-def test_is_described(weights):
+def test_is_described(weights: dict[str, np.ndarray]) -> None:
     span = describe(univnet.build(univnet.Config(), weights)).span
     assert 1 / span.step == univnet.Config().hop
     # Frames on each side: the predictor's 2 + 3 * 2 + 1, and after its first filters dilations of 3, 9 and 27 eighths.
+    assert span.left is not None and span.right is not None
     assert 14 < span.left < 15 and 14 < span.right < 15
 
 
-def test_wrong_weights(weights):
+def test_wrong_weights(weights: dict[str, np.ndarray]) -> None:
     with pytest.raises(
         ValueError, match=r"^univnet: the weights lack conv_pre\.bias; pass those that fit the config\.$"
     ):

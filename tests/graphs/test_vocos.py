@@ -1,5 +1,8 @@
 """Vocos against its own package."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from max_conv.weights.convert import to_native
 from originals import arrays, compare, enliven, from_wheel
 
 WHEEL = "pypi://vocos==0.1.0/{}#sha256=0ac13eaef68596074301e912d781399b3defa4b4ca60b6bc52c8a4b9209ca235"
-PUBLISHED = {  # config.yaml of charactr/vocos-mel-24khz
+PUBLISHED: dict[str, Any] = {  # config.yaml of charactr/vocos-mel-24khz
     "feature_extractor": {"init_args": {"sample_rate": 24000, "n_fft": 1024, "hop_length": 256, "n_mels": 100}},
     "backbone": {"init_args": {"input_channels": 100, "dim": 512, "intermediate_dim": 1536, "num_layers": 8}},
     "head": {"init_args": {"dim": 512, "n_fft": 1024, "hop_length": 256, "padding": "center"}},
@@ -18,7 +21,7 @@ PUBLISHED = {  # config.yaml of charactr/vocos-mel-24khz
 
 
 @pytest.fixture(scope="module")
-def network():
+def network() -> Any:
     # torchaudio's mel scale and the other heads are not used.
     absent = ["torchaudio", "torchaudio.functional", "torchaudio.functional.functional", "scipy"]
     *_, models, heads = from_wheel(WHEEL, "vocos", ["spectral_ops", "modules", "models", "heads"], absent)
@@ -29,27 +32,27 @@ def network():
 
 
 @pytest.fixture(scope="module")
-def model(network):
+def model(network: Any) -> max_conv.Model:
     weights = to_native(arrays(network), vocos.LAYERS, "vocos")
     return max_conv.compile(vocos.build(vocos.Config(), weights), weights=weights)
 
 
 @pytest.mark.parametrize(("batch", "frames"), [(1, 94), (3, 17), (1, 2)])
-def test_is_the_original(network, model, batch, frames):
+def test_is_the_original(network: Any, model: max_conv.Model, batch: int, frames: int) -> None:
     mels = torch.randn(batch, 100, frames, generator=torch.Generator().manual_seed(frames))
     with torch.inference_mode():
         want = network["head"](network["backbone"](mels))
     compare(model(mels.transpose(1, 2).numpy()), want)
 
 
-def test_reads_the_published_config():
+def test_reads_the_published_config() -> None:
     assert vocos.Config.from_dict(PUBLISHED) == vocos.Config()
     conditional = {**PUBLISHED, "backbone": {"init_args": {"adanorm_num_embeddings": 4}}}
     with pytest.raises(ValueError, match="vocos: backbones with adanorm_num_embeddings are not supported"):
         vocos.Config.from_dict(conditional)
 
 
-def test_reads_a_checkpoint(network, tmp_path):
+def test_reads_a_checkpoint(network: Any, tmp_path: Path) -> None:
     state = dict(network.state_dict()) | {"feature_extractor.mel_spec.mel_scale.fb": torch.zeros(513, 100)}
     torch.save(state, tmp_path / "pytorch_model.bin")
     weights = vocos.load_weights(tmp_path / "pytorch_model.bin")

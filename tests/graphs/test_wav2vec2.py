@@ -1,6 +1,8 @@
 """wav2vec 2.0 and HuBERT against transformers' implementation."""
 
 import functools
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from max_conv.graphs import silero_vad, wav2vec2
 from safetensors.torch import save_file
 from transformers import HubertConfig, HubertModel, Wav2Vec2Config, Wav2Vec2Model
 
+import max_conv
 from harness import compile_together
 from max_conv.sound.audio import read_audio
 from max_conv.weights.assets import resolve
@@ -16,14 +19,15 @@ from max_conv.weights.convert import to_native
 from originals import arrays, compare, enliven
 
 POSITIONS = "encoder.pos_conv_embed.conv"
-LARGE = dict(  # the differences in config.json of facebook/hubert-large-ll60k and facebook/wav2vec2-large-lv60
+# The differences in config.json of facebook/hubert-large-ll60k and facebook/wav2vec2-large-lv60.
+LARGE: dict[str, Any] = dict(
     conv_bias=True,
     do_stable_layer_norm=True,
     feat_extract_norm="layer",
     hidden_size=1024,
     num_attention_heads=16,
 )
-SMALL = dict(
+SMALL: dict[str, Any] = dict(
     conv_dim=(32, 48),
     conv_kernel=(8, 3),
     conv_stride=(3, 2),
@@ -34,9 +38,9 @@ SMALL = dict(
 )
 
 
-def original(kind, config):
+def original(kind: Any, config: Any) -> Any:
     """A model with one transformer layer, which is left out here; its signals neither vanish nor are all the same."""
-    network = enliven(kind(config))
+    network: Any = enliven(kind(config))
     for module in network.modules():
         if isinstance(module, torch.nn.LayerNorm | torch.nn.GroupNorm):
             module.weight.data = torch.linspace(0.5, 1.5, len(module.weight))
@@ -45,7 +49,7 @@ def original(kind, config):
     return network
 
 
-def transformer_input(network, sound):
+def transformer_input(network: Any, sound: torch.Tensor) -> torch.Tensor:
     """The input of the first transformer layer."""
     given = []
     hook = network.encoder.layers[0].register_forward_pre_hook(lambda _, values: given.append(values[0]))
@@ -55,22 +59,22 @@ def transformer_input(network, sound):
 
 
 @pytest.fixture(scope="module")
-def base():
+def base() -> Any:
     return original(Wav2Vec2Model, Wav2Vec2Config(num_hidden_layers=1))
 
 
 @functools.cache
-def large():
+def large() -> Any:
     return original(HubertModel, HubertConfig(num_hidden_layers=1, **LARGE))
 
 
 @functools.cache
-def small():
+def small() -> Any:
     return original(Wav2Vec2Model, Wav2Vec2Config(num_hidden_layers=1, **SMALL))
 
 
 @pytest.fixture(scope="module")
-def models(base):
+def models(base: Any) -> dict[str, max_conv.Model]:
     """The compiled graphs: the base model's features and positions, HuBERT large, and the small model."""
     own = wav2vec2.Config()
     rows = [("features", wav2vec2.build_features, own, base), ("positions", wav2vec2.build_positional, own, base)]
@@ -84,23 +88,23 @@ def models(base):
 
 
 @pytest.fixture(scope="module")
-def features(models):
+def features(models: dict[str, max_conv.Model]) -> max_conv.Model:
     return models["features"]
 
 
-def noise(*shape):
+def noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(shape[-1]))
 
 
 @pytest.mark.parametrize(("batch", "samples"), [(2, 16000), (3, 1234), (1, 400), (1, 719)])
-def test_features_are_the_original(base, features, batch, samples):
+def test_features_are_the_original(base: Any, features: max_conv.Model, batch: int, samples: int) -> None:
     sound = noise(batch, samples) * torch.arange(1.0, batch + 1)[:, None]
     with torch.inference_mode():
         compare(features(sound.numpy()), base.feature_extractor(sound).transpose(1, 2))
 
 
 @pytest.mark.parametrize(("gain", "offset"), [(1, 0), (0.1, 0.5)])
-def test_features_of_speech(base, features, gain, offset):
+def test_features_of_speech(base: Any, features: max_conv.Model, gain: float, offset: float) -> None:
     """Speech is loudest in the bass, and the offset is even louder: sums over time must not cancel."""
     audio = read_audio(resolve(silero_vad.SAMPLE_AUDIO), 16000).mean(axis=0)[16000 * 8 : 16000 * 12]
     sound = torch.from_numpy(audio[None] / audio.std() * gain + offset).float()
@@ -111,7 +115,7 @@ def test_features_of_speech(base, features, gain, offset):
     compare(features(sound.numpy()), want, 2e-5)
 
 
-def test_positions_are_the_original(base, models):
+def test_positions_are_the_original(base: Any, models: dict[str, max_conv.Model]) -> None:
     model = models["positions"]
     for batch, frames in ((2, 149), (1, 1), (1, 70)):
         hidden = noise(batch, frames, 768)
@@ -119,7 +123,7 @@ def test_positions_are_the_original(base, models):
             compare(model(hidden.numpy()), base.encoder.pos_conv_embed(hidden))
 
 
-def test_hubert_large_is_the_original(models):
+def test_hubert_large_is_the_original(models: dict[str, max_conv.Model]) -> None:
     network, model = large(), models["large"]
     config = wav2vec2.Config.from_dict(network.config.to_dict())
     assert (config.norm, config.bias, config.stable, config.hidden) == ("layer", True, True, 1024)
@@ -129,7 +133,7 @@ def test_hubert_large_is_the_original(models):
             compare(model(sound.numpy()), transformer_input(network, sound))
 
 
-def test_small_is_the_original(models):
+def test_small_is_the_original(models: dict[str, max_conv.Model]) -> None:
     """Another first layer and an odd positional one; the base model's norm before its transformer layers."""
     network, model = small(), models["small"]
     for batch, samples in ((2, 500), (1, 18)):
@@ -139,7 +143,7 @@ def test_small_is_the_original(models):
 
 
 @pytest.mark.parametrize("prefix", ["", "wav2vec2.", "hubert."])
-def test_reads_a_checkpoint(base, prefix, tmp_path):
+def test_reads_a_checkpoint(base: Any, prefix: str, tmp_path: Path) -> None:
     """Weight norm as torch 2 saves it, and as the published files name it."""
     state = {prefix + name: value.contiguous() for name, value in base.state_dict().items()}
     if prefix:
@@ -154,7 +158,7 @@ def test_reads_a_checkpoint(base, prefix, tmp_path):
     np.testing.assert_allclose(weights[f"{POSITIONS}.weight"], folded, rtol=0, atol=1e-6)
 
 
-def test_reads_the_published_config():
+def test_reads_the_published_config() -> None:
     assert wav2vec2.Config.from_dict(Wav2Vec2Config().to_dict()) == wav2vec2.Config()
     assert wav2vec2.Config.from_dict(HubertConfig().to_dict()) == wav2vec2.Config()
     assert (wav2vec2.Config().hop, wav2vec2.Config().receptive) == (320, 400)
@@ -168,7 +172,7 @@ def test_reads_the_published_config():
         ({"conv_pos_batch_norm": True}, "positions normalised over the batch (conv_pos_batch_norm) are not supported."),
     ],
 )
-def test_unknown_models(change, sentence):
+def test_unknown_models(change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as caught:
         wav2vec2.Config.from_dict(change)
     assert str(caught.value) == f"wav2vec2: {sentence}"

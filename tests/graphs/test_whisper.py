@@ -1,5 +1,8 @@
 """Whisper's encoder against transformers' implementation."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from max_conv.graphs import whisper
@@ -9,7 +12,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 import max_conv
 from originals import compare, enliven
 
-TINY = dict(  # config.json of openai/whisper-tiny
+TINY: dict[str, Any] = dict(  # config.json of openai/whisper-tiny
     num_mel_bins=80,
     d_model=384,
     encoder_attention_heads=6,
@@ -24,8 +27,8 @@ LARGE = TINY | dict(  # the differences in that of openai/whisper-large-v3
 
 
 @pytest.fixture(scope="module")
-def network():
-    network = enliven(WhisperEncoder(WhisperConfig(**TINY)))
+def network() -> Any:
+    network: Any = enliven(WhisperEncoder(WhisperConfig(**TINY)))
     for module in network.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.weight.data = torch.linspace(0.5, 1.5, len(module.weight))
@@ -33,13 +36,13 @@ def network():
     return network
 
 
-def checkpoint(network, prefix, decoder):
+def checkpoint(network: Any, prefix: str, decoder: list[str]) -> dict[str, torch.Tensor]:
     state = {prefix + name: value for name, value in network.state_dict().items()}
     return state | {name: torch.zeros(2) for name in decoder}
 
 
 @pytest.fixture(scope="module")
-def model(network, tmp_path_factory):
+def model(network: Any, tmp_path_factory: pytest.TempPathFactory) -> max_conv.Model:
     path = tmp_path_factory.mktemp("whisper") / "pytorch_model.bin"
     decoder = ["model.decoder.layers.0.fc1.bias", "model.decoder.layer_norm.bias", "proj_out.weight"]
     torch.save(checkpoint(network, "model.encoder.", decoder), path)
@@ -47,19 +50,19 @@ def model(network, tmp_path_factory):
     return max_conv.compile(whisper.build(whisper.Config(), weights), weights=weights)
 
 
-def spectrogram(batch, frames):
+def spectrogram(batch: int, frames: int) -> torch.Tensor:
     return torch.randn(batch, frames, 80, generator=torch.Generator().manual_seed(frames))
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_is_the_original(network, model, batch):
+def test_is_the_original(network: Any, model: max_conv.Model, batch: int) -> None:
     mels = spectrogram(batch, 3000)
     with torch.inference_mode():
         compare(model(mels.numpy()), network(mels.transpose(1, 2)).last_hidden_state)
 
 
 @pytest.mark.parametrize(("batch", "frames"), [(2, 302), (1, 2), (1, 64)])
-def test_takes_fewer_frames(network, model, batch, frames):
+def test_takes_fewer_frames(network: Any, model: max_conv.Model, batch: int, frames: int) -> None:
     """The original accepts only 30 s, so a copy with a shorter table is compared."""
     short = WhisperEncoder(WhisperConfig(**TINY | {"max_source_positions": frames // 2})).eval()
     table = network.embed_positions.weight[: frames // 2]
@@ -71,19 +74,19 @@ def test_takes_fewer_frames(network, model, batch, frames):
     assert model(mels[:, 1:].numpy()).shape == want.shape
 
 
-def test_refuses_more_frames(model):
+def test_refuses_more_frames(model: max_conv.Model) -> None:
     with pytest.raises(ValueError, match="whisper: the spectrogram has more frames than there are positions"):
         model(spectrogram(1, 3001).numpy())
 
 
 @pytest.mark.parametrize(("prefix", "decoder"), [("", []), ("encoder.", ["decoder.layer_norm.bias"])])
-def test_reads_a_checkpoint(network, prefix, decoder, tmp_path):
+def test_reads_a_checkpoint(network: Any, prefix: str, decoder: list[str], tmp_path: Path) -> None:
     torch.save(checkpoint(network, prefix, decoder), tmp_path / "pytorch_model.bin")
     weights = whisper.load_weights(tmp_path / "pytorch_model.bin")
     assert {name: array.shape for name, array in weights.items()} == whisper.Config().shapes()
 
 
-def test_reads_the_published_config():
+def test_reads_the_published_config() -> None:
     assert whisper.Config.from_dict(WhisperConfig(**TINY).to_dict()) == whisper.Config()
     large = whisper.Config.from_dict(WhisperConfig(**LARGE).to_dict())
     assert (large.mels, large.hidden, large.heads, large.layers, large.inner) == (128, 1280, 20, 32, 5120)

@@ -79,7 +79,12 @@ def random_layers(count: int) -> Iterator[tuple[Any, int, int]]:
         taps, stride, dilation = (int(random.integers(1, most)) for most in (9, 5, 4))
         groups = int(random.choice([1, 1, 2, 16]))
         channels, filters = (groups * int(random.choice([1, 3, 8, 33, 40])) for _ in "CF")
-        options = {"stride": stride, "dilation": dilation, "num_groups": groups, "has_bias": bool(number % 2)}
+        options: dict[str, Any] = {
+            "stride": stride,
+            "dilation": dilation,
+            "num_groups": groups,
+            "has_bias": bool(number % 2),
+        }
         options["permute"] = bool(random.integers(2))
         padding = int(random.integers(0, taps + 2))
         if number % 3:
@@ -92,6 +97,7 @@ def random_layers(count: int) -> Iterator[tuple[Any, int, int]]:
 
 def test_500_random_layers() -> None:
     """One after the other, as a user makes them; no other compile is needed than that of the kinds."""
+    eps = float(np.finfo(np.float32).eps)
     for layer, batch, length in random_layers(500):
         x = data(layer, batch, length)
         state = {name: value.to_numpy() for name, value in layer.state_dict().items()}
@@ -104,7 +110,7 @@ def test_500_random_layers() -> None:
         got = max_conv.compile(layer)(x)
         assert got.shape == want.shape
         # Winograd's transforms lose digits for any number of channels.
-        assert (np.abs(got - want) <= 4 * bound(case, np.finfo(np.float32).eps, want) + 1e-5).all(), (layer, length)
+        assert (np.abs(got - want) <= 4 * bound(case, eps, want) + 1e-5).all(), (layer, length)
 
 
 X = TensorType(F32, ["n", "l", 8], HOST)

@@ -198,7 +198,12 @@ def test_a_slow_compile_says_so_once(kind: type[io.StringIO], shown: bool, monke
     caplog.set_level(logging.INFO if shown else logging.WARNING, "max_conv")
     said = threading.Event()
     seen = notice._say
-    monkeypatch.setattr(notice, "_say", lambda name: (seen(name), said.set()))
+
+    def say(name: str) -> None:
+        seen(name)
+        said.set()
+
+    monkeypatch.setattr(notice, "_say", say)
     if shown:
         handler = logging.StreamHandler(stderr)
         notice.LOG.addHandler(handler)

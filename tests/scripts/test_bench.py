@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ import compiles
 import report
 from layers import LAYERS, Layer
 from network_racers import judge
-from racers import RACES, Call, Contender, distance, verify
+from racers import RACES, Call, Contender, Data, distance, verify
 
 RACE = RACES["float32"]
-PEAKS = {"fma_one": 250.0, "fma_all": 500.0, "threads": 2}
+PEAKS: dict[str, Any] = {"fma_one": 250.0, "fma_all": 500.0, "threads": 2}
 PEAKS["copy"] = {"L2": {"fits": 1 << 20, "GB/s": 400.0}, "DRAM": {"fits": None, "GB/s": 50.0}}
 SMALL = Layer(4, 8, 3, 10, padding=1)
 CRASHED = {"MAX": {"failed": "crashed", "why": "SIGSEGV"}}
@@ -43,24 +44,24 @@ def made_up(**milliseconds: float) -> dict:
     ],
     ids=str,
 )
-def test_layer(layer, out_length, flop, values, text):
+def test_layer(layer: Layer, out_length: int, flop: int, values: int, text: str) -> None:
     assert (layer.out_length, layer.flop, layer.values, str(layer)) == (out_length, flop, values, text)
     x, w, bias = layer.data("float32")
     assert x.size + w.size + bias.size + layer.batch * layer.filters * out_length == values
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_layer_has_an_output(name):
+def test_every_layer_has_an_output(name: str) -> None:
     layer = LAYERS[name]
     assert layer.out_length > 0 and layer.channels % layer.groups == layer.filters % layer.groups == 0
 
 
-def test_data_for_bfloat16_fits_into_it():
+def test_data_for_bfloat16_fits_into_it() -> None:
     for array in SMALL.data("bfloat16"):
         assert not (array.view(np.uint32) & 0xFFFF).any()
 
 
-def test_row():
+def test_row() -> None:
     found = made_up(max_conv_NLC=2.0, max_conv_NCL=4.0, PyTorch=3.0, JAX=5.0)
     assert found["ms"]["JAX"] == pytest.approx(5) and found["rounds"]["JAX"] == pytest.approx([4.5, 5.5])
     assert found["ratios"] == pytest.approx({"best peer / NLC": 1.5, "best peer / NCL": 0.75})
@@ -69,13 +70,13 @@ def test_row():
     assert json.loads(json.dumps(found)) == found
 
 
-def test_row_without_peers_or_without_ours():
+def test_row_without_peers_or_without_ours() -> None:
     assert made_up(max_conv_NLC=2.0)["ratios"] == {}
     alone = made_up(PyTorch=2.0)
     assert alone["ratios"] == {} and "of roof" not in alone
 
 
-def test_roof():
+def test_roof() -> None:
     near, wide, deep = Layer(1, 1, 1, 100), Layer(1, 1, 1, 1 << 20), Layer(256, 256, 3, 300, padding=1)
     assert report.roof(wide, "float32", PEAKS) == pytest.approx(4 * wide.values / 50e9)
     assert report.roof(wide, "bfloat16", PEAKS) == pytest.approx(2 * wide.values / 50e9)
@@ -83,7 +84,7 @@ def test_roof():
     assert report.roof(deep, "float32", PEAKS) == pytest.approx(deep.flop / 500e9)
 
 
-def test_means():
+def test_means() -> None:
     rows = {
         "a": made_up(max_conv_NLC=1.0, max_conv_NCL=1.0, PyTorch=2.0),
         "b": made_up(max_conv_NLC=1.0, max_conv_NCL=2.0, PyTorch=8.0, JAX=9.0),
@@ -96,7 +97,7 @@ def test_means():
     assert report.means(RACE, {}) == {"times": {}, "ratios": {}, "of roof": {}}
 
 
-def test_verdict_names_the_rows():
+def test_verdict_names_the_rows() -> None:
     rows = {
         "fast": made_up(max_conv_NLC=1.0, max_conv_NCL=1.0, PyTorch=0.96),
         "slow": made_up(max_conv_NLC=1.0, max_conv_NCL=1.1, PyTorch=1.0),
@@ -107,7 +108,7 @@ def test_verdict_names_the_rows():
     assert report.verdict(rows, 0) == ["worse: max_conv NLC wrong"]
 
 
-def test_table():
+def test_table() -> None:
     names = ["max_conv NLC", "PyTorch", "MAX"]
     found = made_up(max_conv_NLC=2.0, PyTorch=3.0)
     lines = [*report.table_head(RACE, names), report.table_row(RACE, names, "tiny", found)]
@@ -117,7 +118,7 @@ def test_table():
     assert lines[3].startswith("| geometric mean | × max_conv NLC | 1.00× | 1.50× | – | 1.50 | – |")
 
 
-def test_epilogue_table():
+def test_epilogue_table() -> None:
     race = RACES["epilogues"]
     seconds = {"max_conv alone": [1e-3], "max_conv ReLU": [1.5e-3]}
     failed = {name: {"failed": "wrong", "why": ""} for name in race.contenders if name not in seconds}
@@ -126,7 +127,7 @@ def test_epilogue_table():
     assert lines[-1] == "| residual | wrong | – |"
 
 
-def test_chart(tmp_path):
+def test_chart(tmp_path: Path) -> None:
     rows = {"tiny": made_up(max_conv_NLC=1.0, max_conv_NCL=2.0, PyTorch=0.01)}
     result = {"layers": rows, "versions": dict.fromkeys(RACE.contenders, "1"), "threads": 2, "peaks": PEAKS}
     report.draw(result | {"machine": bench.machine()}, RACE, tmp_path / "chart.svg")
@@ -144,14 +145,18 @@ def test_chart(tmp_path):
         (["--epilogues", "--check"], "bench: --epilogues races in float32 against nobody; "),
     ],
 )
-def test_mistakes_are_one_sentence(words, sentence):
+def test_mistakes_are_one_sentence(words: list[str], sentence: str) -> None:
     result = CliRunner().invoke(bench.main, words)
     assert result.exit_code == 2
     assert result.output.startswith(sentence) and result.output.count("\n") == 1
 
 
-def test_who_is_not_installed_is_left_out(monkeypatch, capsys):
-    contenders = {"max_conv NLC": RACE.contenders["max_conv NLC"], "Nobody": Contender(["no-such-package"], print)}
+def never(layer: Layer, data: Data, threads: int) -> Call:
+    raise AssertionError("a contender that is not installed ran")
+
+
+def test_who_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    contenders = {"max_conv NLC": RACE.contenders["max_conv NLC"], "Nobody": Contender(["no-such-package"], never)}
     race = RACE._replace(contenders=contenders)
     assert bench.taking_part(race.contenders, []) == {"max_conv NLC": f"max-conv {version('max-conv')}"}
     said = capsys.readouterr().err
@@ -160,7 +165,7 @@ def test_who_is_not_installed_is_left_out(monkeypatch, capsys):
         bench.taking_part(race.contenders, ["Nobody"])
 
 
-def test_no_compiler(monkeypatch):
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.shutil, "which", lambda _: None)
     try:
         version("torch")
@@ -170,7 +175,7 @@ def test_no_compiler(monkeypatch):
     assert bench.missing(RACE.contenders, "PyTorch") is None
 
 
-def test_a_racer_that_dies_is_started_again():
+def test_a_racer_that_dies_is_started_again() -> None:
     code = (
         "import os\nfor line in iter(input, ''):\n os.kill(os.getpid(), 11 * ('die' in line))\n print(line, flush=True)"
     )
@@ -181,7 +186,7 @@ def test_a_racer_that_dies_is_started_again():
     assert racer.process is None
 
 
-def test_answers_are_verified():
+def test_answers_are_verified() -> None:
     want = np.arange(6.0).reshape(1, 2, 3)
     assert distance(want + 0.5, want) == pytest.approx(0.1)
     assert distance(want[:, :1], want) == math.inf
@@ -192,7 +197,7 @@ def test_answers_are_verified():
     assert verify(Call(lambda: next(answers)), want, 1e-6)
 
 
-def test_the_scripts_are_where_bench_looks():
+def test_the_scripts_are_where_bench_looks() -> None:
     assert (bench.HERE / "racers.py").exists() and (bench.HERE / "peaks.mojo").exists()
     assert Path(bench.__file__).parent == bench.HERE
 
@@ -201,11 +206,11 @@ def told(seconds: float, size: int, decibels: float = 120.0) -> dict:
     return {"seconds": [0.9 * seconds, 1.1 * seconds], "bytes": size, "process": 2 * size, "decibels": decibels}
 
 
-def test_compiles(monkeypatch):
+def test_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row runs in a new process with the caches of the rows before; the first row is the unit."""
     ran = []
 
-    def answer(command, env, **_):
+    def answer(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
         ran.append((command[1:], (env["MAX_CONV_CACHE"], env["XDG_CACHE_HOME"])))
         seconds = {"wall": 2.0 * len(ran), "cpu": 3.0 * len(ran)}
         return subprocess.CompletedProcess(command, 0, json.dumps(seconds))
@@ -222,7 +227,7 @@ def test_compiles(monkeypatch):
     ]
 
 
-def test_network_rows():
+def test_network_rows() -> None:
     facts = {"max_conv": told(0.5, 300), "PyTorch": told(1.0, 200), "OpenVINO": told(0.8, 400)}
     halves = {"max_conv bf16": told(0.1, 100, 40), "OpenVINO bf16": told(0.1, 10, 30)}
     found = report.network_facts(facts | halves, {"ONNX Runtime": {"failed": "refused", "why": ""}}, 10.0)
@@ -241,14 +246,14 @@ def test_network_rows():
     assert report.verdict({"slow": report.network_facts({"max_conv": told(2, 1), "PyTorch": told(1, 1)}, {}, 1)}, 1)
 
 
-def test_answers_of_networks_are_judged(tmp_path):
-    want = [np.linspace(-1, 1, 100, dtype=np.float32), np.arange(400)]
+def test_answers_of_networks_are_judged(tmp_path: Path) -> None:
+    want: list[np.ndarray] = [np.linspace(-1, 1, 100, dtype=np.float32), np.arange(400)]
     for i, array in enumerate(want):
         np.save(tmp_path / f"output{i}.npy", array)
     wrong, decibels = judge("max_conv", want, tmp_path)
     assert wrong is None and decibels > 1000
     wrong, decibels = judge("max_conv", [want[0] * 1.01, want[1]], tmp_path)
-    assert "off by 1.0e-02" in wrong and decibels == pytest.approx(40)
+    assert wrong and "off by 1.0e-02" in wrong and decibels == pytest.approx(40)
     assert judge("max_conv bf16", [want[0] * 1.01, want[1] // 2], tmp_path)[0] is None
-    assert "of the codes are equal" in judge("OpenVINO", [want[0], want[1] // 2], tmp_path)[0]
-    assert "shape (99,)" in judge("OpenVINO", [want[0][1:], want[1]], tmp_path)[0]
+    assert "of the codes are equal" in str(judge("OpenVINO", [want[0], want[1] // 2], tmp_path)[0])
+    assert "shape (99,)" in str(judge("OpenVINO", [want[0][1:], want[1]], tmp_path)[0])

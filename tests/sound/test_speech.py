@@ -2,7 +2,10 @@
 
 import builtins
 import math
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from silero_wheel import RATE, in_samples, theirs
 HOP = 0.032
 
 
-def line(*runs):
+def line(*runs: tuple[float, int]) -> list[float]:
     """Probabilities from (value, count) runs."""
     return [value for value, count in runs for _ in range(count)]
 
@@ -55,7 +58,9 @@ RULES = {
 }
 
 
-def ours(probabilities, samples=None, rate=RATE, **options):
+def ours(
+    probabilities: list[float], samples: int | None = None, rate: int = RATE, **options: float
+) -> list[tuple[int, int]]:
     """Our turns, in samples."""
     hop = 512 * rate // RATE
     duration = None if samples is None else samples / rate
@@ -64,14 +69,14 @@ def ours(probabilities, samples=None, rate=RATE, **options):
 
 @pytest.mark.parametrize("rate", [8000, 16000])
 @pytest.mark.parametrize(("probabilities", "options", "count"), RULES.values(), ids=RULES)
-def test_rules_are_those_of_silero(probabilities, options, count, rate):
+def test_rules_are_those_of_silero(probabilities: list[float], options: dict[str, Any], count: int, rate: int) -> None:
     if "samples" in options:
         options = options | {"samples": options["samples"] * rate // RATE}
     expected = theirs(probabilities, rate=rate, **options)
     assert ours(probabilities, rate=rate, **options) == expected and len(expected) == count
 
 
-def random_track(random):
+def random_track(random: np.random.Generator) -> list[float]:
     """Runs of probabilities, some exactly on a threshold, some noisy."""
     probabilities = []
     for _ in range(random.integers(0, 30)):
@@ -81,7 +86,7 @@ def random_track(random):
     return probabilities
 
 
-def random_options(random):
+def random_options(random: np.random.Generator) -> dict[str, Any]:
     """Options of `turns`, in whole milliseconds."""
     options = {
         "threshold": random.choice([0.05, 0.3, 0.5, 0.9]),
@@ -95,7 +100,7 @@ def random_options(random):
 
 
 @pytest.mark.parametrize("rate", [8000, 16000])
-def test_random_turns_are_those_of_silero(rate):
+def test_random_turns_are_those_of_silero(rate: int) -> None:
     random = np.random.default_rng(rate)
     counts = []
     for _ in range(500):
@@ -116,7 +121,7 @@ def test_random_turns_are_those_of_silero(rate):
         ([1.5], "turns: probabilities must be from 0 to 1, but number 0 is 1.5."),
     ],
 )
-def test_wrong_probabilities(probabilities, sentence):
+def test_wrong_probabilities(probabilities: list[float], sentence: str) -> None:
     with pytest.raises(ValueError) as caught:
         turns(probabilities)
     assert str(caught.value) == sentence
@@ -134,19 +139,27 @@ AGREEMENTS = [
 
 
 @pytest.mark.parametrize(("found", "labels", "accuracy", "precision", "recall", "missed", "false_alarm"), AGREEMENTS)
-def test_agreement(found, labels, accuracy, precision, recall, missed, false_alarm):
+def test_agreement(
+    found: list[tuple[float, float]],
+    labels: list[tuple[float, float]],
+    accuracy: float,
+    precision: float,
+    recall: float,
+    missed: float,
+    false_alarm: float,
+) -> None:
     got = agreement([Turn(*span) for span in found], [Turn(*span) for span in labels], 10)
     expected = Agreement(accuracy, precision, recall, missed, false_alarm)
     assert asdict(got) == pytest.approx(asdict(expected))
 
 
-def test_agreement_reads_as_a_sentence():
+def test_agreement_reads_as_a_sentence() -> None:
     assert str(agreement([Turn(1, 3)], [Turn(2, 4)], 10)) == (
         "80.0% of the time (precision 50.0%, recall 50.0%, 1.00 s missed, 1.00 s of false alarm)"
     )
 
 
-def test_rttm(tmp_path):
+def test_rttm(tmp_path: Path) -> None:
     file = tmp_path / "labels.rttm"
     file.write_text(
         ";; a comment\nSPEAKER a 1 2.5 0.5 <NA> <NA> Ann <NA> <NA>\n\nSPEAKER a 1 1 1 <NA> <NA> Bob <NA> <NA>\n"
@@ -159,7 +172,7 @@ def test_rttm(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
 @pytest.mark.parametrize(("rate", "channels"), [(16000, 1), (44100, 2)])
-def test_reads_sound(tmp_path, suffix, rate, channels):
+def test_reads_sound(tmp_path: Path, suffix: str, rate: int, channels: int) -> None:
     seconds = np.arange(2 * rate) / rate
     tone = 0.5 * np.sin(2 * np.pi * 440 * seconds)
     soundfile.write(tmp_path / f"tone.{suffix}", np.stack([tone] * channels, 1), rate)
@@ -171,7 +184,7 @@ def test_reads_sound(tmp_path, suffix, rate, channels):
     assert np.abs(sound[:, middle] - expected[middle]).max() < 0.02
 
 
-def test_wrong_sound(tmp_path):
+def test_wrong_sound(tmp_path: Path) -> None:
     text = tmp_path / "text.wav"
     text.write_text("no sound")
     empty, broken = tmp_path / "empty.wav", tmp_path / "broken.wav"
@@ -192,13 +205,13 @@ def test_wrong_sound(tmp_path):
 
 
 @pytest.fixture
-def without(monkeypatch):
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Makes a module appear not to be installed."""
 
-    def remove(missing):
+    def remove(missing: str) -> None:
         real = builtins.__import__
 
-        def guarded(name, *args, **kwargs):
+        def guarded(name: str, *args: Any, **kwargs: Any) -> Any:
             if name.split(".")[0] == missing:
                 raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
             return real(name, *args, **kwargs)
@@ -208,7 +221,7 @@ def without(monkeypatch):
     return remove
 
 
-def test_missing_extras_are_named(tmp_path, without):
+def test_missing_extras_are_named(tmp_path: Path, without: Callable[[str], None]) -> None:
     without("soxr")
     with pytest.raises(ImportError, match=r"^audio: reading sound needs soxr; run pip install 'max-conv\[audio\]'\.$"):
         read_audio(tmp_path, 16000)
@@ -219,7 +232,7 @@ def test_missing_extras_are_named(tmp_path, without):
 
 @pytest.mark.parametrize("labels", [None, [Turn(0, 1, "Ann"), Turn(0.5, 1.5, "Bob")], [Turn(0, 1)]])
 @pytest.mark.parametrize("samples", [32000, 100, 0])
-def test_draws(tmp_path, labels, samples):
+def test_draws(tmp_path: Path, labels: list[Turn] | None, samples: int) -> None:
     sound = np.random.default_rng(0).standard_normal(samples).astype(np.float32)
     path = tmp_path / "speech.png"
     draw_speech(path, sound, 16000, np.full(-(-samples // 512), 0.7), HOP, [Turn(0.2, 0.8)], labels)
@@ -227,7 +240,7 @@ def test_draws(tmp_path, labels, samples):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_failed_picture_leaves_nothing(tmp_path):
+def test_a_failed_picture_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         draw_speech(tmp_path / "speech.unknown", np.zeros(100), 16000, np.zeros(1), HOP, [])
     assert not list(tmp_path.iterdir())

@@ -1,10 +1,13 @@
 """The description of a network, against its real outputs."""
 
+from fractions import Fraction
+from typing import Any
+
 import numpy as np
 import pytest
 from max.driver import CPU, Buffer
 from max.dtype import DType
-from max.engine import InferenceSession
+from max.engine import InferenceSession, Model
 from max.graph import DeviceRef, Module, TensorType, Weight, ops
 
 from max_conv import PackedGraph, conv1d, conv_transpose1d
@@ -14,7 +17,8 @@ from max_conv.streaming.describe import describe
 
 CPU_REF = DeviceRef.CPU()
 LENGTH = 60
-LAYERS = [  # each row is a network: its layers, whether they are transposed, and their options
+# Each row is a network: its layers, whether they are transposed, and their options.
+LAYERS: list[list[tuple[bool, int, dict[str, Any]]]] = [
     [(False, 5, {"padding": 2})],
     [(False, 3, {"padding": "causal", "dilation": 4}), (False, 2, {"stride": 2})],
     [(False, 4, {"stride": 3, "padding": 1}), (True, 6, {"stride": 3, "padding": 1}), (False, 3, {"padding": 1})],
@@ -35,7 +39,7 @@ def network(number: int, module: Module) -> PackedGraph:
 
 
 @pytest.fixture(scope="module")
-def networks():
+def networks() -> list[tuple[PackedGraph, Model]]:
     """Every network's graph, and the compiled network."""
     module = Module()
     graphs = [network(number, module) for number in range(len(LAYERS))]
@@ -44,9 +48,10 @@ def networks():
 
 
 @pytest.mark.parametrize("number", range(len(LAYERS)))
-def test_an_output_sees_the_described_span(networks, number):
+def test_an_output_sees_the_described_span(networks: list[tuple[PackedGraph, Model]], number: int) -> None:
     graph, model = networks[number]
     span = describe(graph).span
+    assert span.left is not None and span.right is not None and span.field is not None
     pulses = [Buffer.from_numpy(pulse[None, :, None]) for pulse in np.eye(LENGTH, dtype=np.float32)]
     # All weights are 1: an output grows with every input that it sees.
     seen = np.stack([model.execute(pulse)[0].to_numpy()[0, :, 0] > 0 for pulse in pulses])
@@ -61,7 +66,7 @@ def test_an_output_sees_the_described_span(networks, number):
     assert widest <= span.field <= widest + spare
 
 
-def test_branches_recurrence_and_cost():
+def test_branches_recurrence_and_cost() -> None:
     with PackedGraph("network", input_types=[TensorType(DType.float32, ["n", "l", 16], CPU_REF)]) as graph:
         x = graph.inputs[0].tensor
         weights = {n: np.ones(s, np.float32) for n, s in (("a", (3, 16, 16)), ("b", (7, 4, 16)))}
@@ -70,10 +75,10 @@ def test_branches_recurrence_and_cost():
         graph.output(y)
     told = describe(graph)
     assert [(layer.name, layer.sizes, layer.flops) for layer in told.layers] == [
-        ("a", "16→16 k3", 2 * 3 * 16 * 16),
-        ("b", "16→16 k7 g4", 2 * 7 * 4 * 16),
+        ("a", "16→16 k3", Fraction(2 * 3 * 16 * 16)),
+        ("b", "16→16 k7 g4", Fraction(2 * 7 * 4 * 16)),
     ]
-    assert (told.span.left, told.span.right, told.span.step) == (6, 1, 1)
+    assert (told.span.left, told.span.right, told.span.step) == (Fraction(6), Fraction(1), Fraction(1))
     assert told.parameters == 3 * 16 * 16 + 7 * 4 * 16
 
     with PackedGraph("memory", input_types=[TensorType(DType.float32, ["n", "l", 16], CPU_REF)]) as graph:

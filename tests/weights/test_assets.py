@@ -4,6 +4,7 @@ import hashlib
 import os
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +20,7 @@ INFO = {
 
 
 @pytest.fixture
-def wheel(tmp_path, monkeypatch):
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A wheel in a folder, which is all that pip can see, and an empty cache."""
     shelf = tmp_path / "shelf"
     shelf.mkdir()
@@ -36,13 +37,15 @@ def wheel(tmp_path, monkeypatch):
     return path
 
 
-def digest(path):
+def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("pinned", [False, True])
-def test_extracts_one_file_and_keeps_it(wheel, tmp_path, monkeypatch, file, pinned):
+def test_extracts_one_file_and_keeps_it(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, pinned: bool
+) -> None:
     reference = f"pypi://parcel==1.5/{file}" + (f"#sha256={digest(wheel).upper()}" if pinned else "")
     path = resolve(reference)
     assert path.name == file.rsplit("/")[-1]
@@ -52,13 +55,13 @@ def test_extracts_one_file_and_keeps_it(wheel, tmp_path, monkeypatch, file, pinn
     assert resolve(reference) == path
 
 
-def test_a_new_pin_is_not_served_from_the_cache(wheel):
+def test_a_new_pin_is_not_served_from_the_cache(wheel: Path) -> None:
     resolve("pypi://parcel==1.5/parcel/data/weights.bin")
     with pytest.raises(ValueError, match="has the SHA-256"):
         resolve("pypi://parcel==1.5/parcel/data/weights.bin#sha256=" + "0" * 64)
 
 
-def test_takes_a_path(tmp_path, monkeypatch):
+def test_takes_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "weights.bin"
     file.touch()
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -105,7 +108,9 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("reference", "kind", "sentence"), ERRORS)
-def test_errors_leave_nothing_behind(wheel, tmp_path, reference, kind, sentence):
+def test_errors_leave_nothing_behind(
+    wheel: Path, tmp_path: Path, reference: str, kind: type[Exception], sentence: str
+) -> None:
     with pytest.raises(kind) as caught:
         resolve(reference)
     assert sentence in str(caught.value)
@@ -113,7 +118,7 @@ def test_errors_leave_nothing_behind(wheel, tmp_path, reference, kind, sentence)
     assert not [found for found in (tmp_path / "cache").rglob("*") if found.is_file()]
 
 
-def test_no_network(wheel, monkeypatch):
+def test_no_network(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
@@ -122,7 +127,7 @@ def test_no_network(wheel, monkeypatch):
         resolve(f"pypi://parcel==1.5/{FILE}")
 
 
-def test_no_pip(wheel, tmp_path, monkeypatch):
+def test_no_pip(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho '{python}: No module named pip' >&2\nexit 1\n")
     python.chmod(0o755)
@@ -134,17 +139,18 @@ def test_no_pip(wheel, tmp_path, monkeypatch):
 class Hub:
     """Replaces huggingface_hub, which would need a network."""
 
-    def __init__(self, folder):
-        self.folder, self.asked = folder, []
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.asked: list[tuple[str, str, str | None]] = []
 
-    def hf_hub_download(self, repo_id, filename, *, revision=None):
+    def hf_hub_download(self, repo_id: str, filename: str, *, revision: str | None = None) -> str:
         self.asked.append((repo_id, filename, revision))
         if not (self.folder / filename).is_file():
             raise LookupError(f"404 Client Error: {filename} not found\nRequest ID: 1")
         return str(self.folder / filename)
 
 
-def test_the_hub(tmp_path, monkeypatch):
+def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     (tmp_path / "sub").mkdir()

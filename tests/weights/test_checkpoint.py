@@ -230,6 +230,16 @@ def unpickling(folder: Path, call: bytes) -> Path:
     return path
 
 
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def cut(path: Path) -> Path:
+    """A file without its last 50 bytes."""
+    return written(path, path.read_bytes()[:-50])
+
+
 TORCH: dict[str, tuple[Callable[[Path], Path], str]] = {
     "pickle": (lambda f: saved(f, "m.pt", {"a": Bomb()}), r"it would run posix\.mkdir"),
     "old pickle": (
@@ -237,18 +247,15 @@ TORCH: dict[str, tuple[Callable[[Path], Path], str]] = {
         r"it would run posix\.mkdir",
     ),
     "module": (lambda f: saved(f, "m.pt", Module(1, 1, 1)), r"it would run \w*test_checkpoint\.Module"),
-    "rubbish": (lambda f: (f / "m.pt").write_bytes(b"PK nothing") and f / "m.pt", r"is damaged \("),
-    "zip rubbish": (lambda f: (f / "m.pt").write_bytes(b"PK\3\4 nothing") and f / "m.pt", r"is damaged \("),
-    "empty": (lambda f: [(f / "m.pt").write_bytes(b""), f / "m.pt"][1], r"is damaged \("),
+    "rubbish": (lambda f: written(f / "m.pt", b"PK nothing"), r"is damaged \("),
+    "zip rubbish": (lambda f: written(f / "m.pt", b"PK\3\4 nothing"), r"is damaged \("),
+    "empty": (lambda f: written(f / "m.pt", b""), r"is damaged \("),
     "truncated": (
-        lambda f: [p := saved(f, "m.pt", state()), p.write_bytes(p.read_bytes()[:-50])][0],
+        lambda f: cut(saved(f, "m.pt", state())),
         r"is damaged \(",
     ),
     "old truncated": (
-        lambda f: [
-            p := saved(f, "m.pt", {"a": torch.zeros(99)}, _use_new_zipfile_serialization=False),
-            p.write_bytes(p.read_bytes()[:-50]),
-        ][0],
+        lambda f: cut(saved(f, "m.pt", {"a": torch.zeros(99)}, _use_new_zipfile_serialization=False)),
         r"is damaged \(",
     ),
     "compressed": (

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from test_checkpoint import written
 
 from max_conv.weights.checkpoint import open_checkpoint, read_layer
 from max_conv.weights.convert import LayerMap, read_native
@@ -88,11 +89,11 @@ def npz(folder: Path, save: Callable = np.savez, **arrays: Any) -> Path:
     return folder / "m.npz"
 
 
-ARRAYS = {
+ARRAYS: dict[str, np.ndarray | np.generic] = {
     "conv.weight": np.arange(24.0, dtype=np.float32).reshape(4, 3, 2),
     "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)),
     "big": np.arange(5, dtype=">f8"),
-    "half": np.float16([1.5, np.nan]),
+    "half": np.array([1.5, np.nan], np.float16),
     "empty": np.zeros((0, 3)),
     "scalar": np.int32(7),
     "flags": np.array([True, False]),
@@ -144,7 +145,7 @@ def lying(folder: Path) -> Path:
 
 
 NPZ: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "rubbish": (lambda f: [(f / "m.npz").write_text("rubbish"), f / "m.npz"][1], r"is damaged \(File is not a zip"),
+    "rubbish": (lambda f: written(f / "m.npz", b"rubbish"), r"is damaged \(File is not a zip"),
     "pickle": (lambda f: npz(f, a=np.array([None, {}])), r"a in .*m\.npz is object of 1 axes, which is not supported"),
     "structured": (lambda f: npz(f, a=np.zeros(2, [("x", "f4")])), "a in .* is void32 of 1 axes, which is not supp"),
     "text": (lambda f: npz(f, a=np.array(["x"])), "a in .* is str32 of 1 axes, which is not supported"),

@@ -51,7 +51,8 @@ class Net(torch.nn.Module):
         torch.manual_seed(1)
         self.plain = conv(4, 8, 3)
         self.grouped = transposed(6, 8, 5, groups=2, bias=False)
-        for dim in (0, 1, 2, None):
+        dims: tuple[Any, ...] = (0, 1, 2, None)  # PyTorch's annotations lack None
+        for dim in dims:
             setattr(self, f"old{dim}", weight_norm(conv(4, 8, 3), dim=dim))
             setattr(self, f"new{dim}", parametrizations.weight_norm(transposed(4, 8, 3), dim=dim))
         self.one = weight_norm(conv(4, 1, 3))
@@ -72,7 +73,8 @@ class Net(torch.nn.Module):
         names: dict[str, list[str]] = {"conv": [], "conv_transpose": [], "copy": ["*.bias"]}
         for name, _ in self.named_children():
             names[self.kind(name)].append(f"{name}.weight")
-        return LayerMap(**{kind: tuple(found) for kind, found in names.items()})
+        patterns: dict[str, Any] = {kind: tuple(found) for kind, found in names.items()}
+        return LayerMap(**patterns)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,7 @@ def net_file(net: Net, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check_net(net: Net, weights: dict[str, np.ndarray]) -> None:
     for name, layer in net.named_children():
+        assert isinstance(layer.weight, torch.Tensor)
         want = layer.weight.detach().double().numpy()
         got = weights[f"{name}.weight"]
         np.testing.assert_allclose(got if name == "linear" else got.transpose(2, 1, 0), want, rtol=1e-6, atol=1e-8)
@@ -207,7 +210,7 @@ def test_every_layer_of_the_net_is_verified(net: Net, net_file: Path, tmp_path: 
 def test_batch_norms_are_folded(affine: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     convs = [torch.nn.Conv1d(4, 6, 3), torch.nn.Conv1d(6, 6, 3, groups=3, bias=False)]
-    convs += [parametrizations.weight_norm(torch.nn.Conv1d(6, 4, 1))]  # type: ignore[list-item]
+    convs += [parametrizations.weight_norm(torch.nn.Conv1d(6, 4, 1))]
     up = torch.nn.ConvTranspose1d(4, 6, 4, 2, groups=2)
     blocks = [torch.nn.Sequential(conv, torch.nn.BatchNorm1d(conv.out_channels, affine=affine)) for conv in convs]
     module = torch.nn.ModuleDict({"blocks": torch.nn.Sequential(*blocks), "up": up, "norm": torch.nn.BatchNorm1d(6)})
@@ -361,7 +364,8 @@ def test_verify_names_a_wrong_layer(name: str, net: Net, net_file: Path, tmp_pat
         return turned[::-1] if bits.shape == tuple(getattr(net, name).weight.shape) else turned
 
     monkeypatch.setattr(build, "permute", broken)
-    layers = LayerMap(**{net.kind(name): (f"{name}.weight",)})
+    patterns: dict[str, Any] = {net.kind(name): (f"{name}.weight",)}
+    layers = LayerMap(**patterns)
     options = Options(verify=True, strict=False)
     with pytest.raises(ValueError, match=rf"^verify: the layer {name} gives another output than in PyTorch, off by "):
         convert(net_file, tmp_path / "n.safetensors", layers, options=options)

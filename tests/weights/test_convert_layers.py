@@ -186,7 +186,7 @@ def test_filters_of_mlx(tmp_path: Path) -> None:
 def test_kernels_of_keras(tmp_path: Path) -> None:
     """Keras keeps (K, C, F), and (K, F, C) of transposed layers: the native orders."""
     rng = np.random.default_rng(0)
-    weights = {
+    weights: dict[str, Any] = {
         "conv/kernel:0": rng.standard_normal((3, 4, 6)),
         "conv/bias:0": rng.standard_normal(6),
         "up/kernel:0": rng.standard_normal((5, 2, 4)),
@@ -200,7 +200,8 @@ def test_kernels_of_keras(tmp_path: Path) -> None:
     assert all(np.array_equal(got[name], value) for name, value in weights.items())
     good(tmp_path / "n.safetensors", tmp_path / "t.safetensors", "--to", "torch")
     assert load_file(tmp_path / "t.safetensors")["up/kernel:0"].shape == (4, 2, 5)
-    np.savez(tmp_path / "wrong.npz", **{"c/kernel:0": np.zeros((3, 4, 6)), "c/bias:0": np.zeros(3)})
+    wrong: dict[str, Any] = {"c/kernel:0": np.zeros((3, 4, 6)), "c/bias:0": np.zeros(3)}
+    np.savez(tmp_path / "wrong.npz", **wrong)
     refused(
         r"convert: c/bias:0 of shape \(3,\) does not fit the 6 filters of c/kernel:0, of shape \(3, 4, 6\), in .*",
         *(tmp_path / "wrong.npz", tmp_path / "w.safetensors", "--source-layout", "keras", "--conv", "*kernel:0"),
@@ -247,7 +248,7 @@ def test_a_marker_is_not_overruled(tmp_path: Path) -> None:
 # Pruning.
 
 
-def pruned() -> nn.Module:
+def pruned() -> nn.ModuleDict:
     torch.manual_seed(0)
     net = nn.ModuleDict({"a": nn.Conv1d(4, 6, 3), "up": nn.ConvTranspose1d(4, 6, 3), "line": nn.Linear(3, 3)})
     for layer in net.values():
@@ -258,7 +259,7 @@ def pruned() -> nn.Module:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_pruned_filters_are_folded(strict: bool, tmp_path: Path) -> None:
-    net = pruned()
+    net: Any = pruned()
     save_file(net.state_dict(), tmp_path / "m.safetensors")
     layers = LayerMap(
         conv=("a.weight",), conv_transpose=("up.weight",), copy=("line.weight", "*.bias") if strict else ()
@@ -443,7 +444,7 @@ def test_norms_that_are_not_folded(case: str, tmp_path: Path) -> None:
         word
         for name, layer in module.named_children()
         if type(layer) in kinds
-        for word in (kinds[type(layer)], f"{name}.weight")  # type: ignore[index]
+        for word in (kinds[type(layer)], f"{name}.weight")
     ]
     refused(sentence, tmp_path / "m.pt", tmp_path / "n.safetensors", *declared, "--fold-batchnorm", folding)
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]

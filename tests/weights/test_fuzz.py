@@ -156,7 +156,7 @@ def test_headers_of_any_json(tmp_path_factory: pytest.TempPathFactory, header: A
     theirs = dict(deserialize(path.read_bytes()))
     assert theirs.keys() == file.specs.keys()
     for name, spec in file.specs.items():
-        assert (theirs[name]["dtype"], tuple(theirs[name]["shape"])) == spec
+        assert (theirs[name]["dtype"], tuple(theirs[name]["shape"])) == (spec.dtype, spec.shape)
         assert bytes(theirs[name]["data"]) == file.load(name, 0, spec.size).tobytes()
     file.close()
 
