@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         remove_weight_norm,
     )
     from .runtime.session import Model, compile, load, registry
+    from .streaming.graph import streaming
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "load",
     "registry",
     "remove_weight_norm",
+    "streaming",
 ]
 
 
@@ -83,6 +85,7 @@ __getattr__ = lazily(
         "load": "runtime.session",
         "registry": "runtime.session",
         "remove_weight_norm": "conv.weight_norm",
+        "streaming": "streaming.graph",
     },
 )
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, ops
+from max.graph import BufferValue, DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, ops
 
 from .checks import Operands
 from .dispatch import Form, Layer, choose
@@ -56,7 +56,7 @@ def conv1d(
             (an input shorter than the filter) are raised by the kernel when the graph runs.
 
     >>> from max.dtype import DType
-    >>> from max.graph import DeviceRef, Graph, TensorType
+    >>> from max.graph import BufferValue, DeviceRef, Graph, TensorType
     >>> x = TensorType(DType.float32, ["batch", "length", 80], DeviceRef.CPU())
     >>> w = TensorType(DType.float32, [3, 80, 384], DeviceRef.CPU())
     >>> with Graph("stem", input_types=[x, w]) as graph:
@@ -115,7 +115,7 @@ def conv_transpose1d(
             (padding that leaves no output) are raised by the kernel when the graph runs.
 
     >>> from max.dtype import DType
-    >>> from max.graph import DeviceRef, Graph, TensorType
+    >>> from max.graph import BufferValue, DeviceRef, Graph, TensorType
     >>> x = TensorType(DType.float32, ["batch", 100, 512], DeviceRef.CPU())
     >>> w = TensorType(DType.float32, [16, 256, 512], DeviceRef.CPU())
     >>> with Graph("upsample", input_types=[x, w]) as graph:
@@ -152,14 +152,19 @@ def _convolve(given: Operands, geometry: Geometry | TransposedGeometry, outputs:
     )
     x = in_graph(given.x)
     x = x if given.batched else ops.unsqueeze(x, 0)
+    read = geometry
+    if graph is not None:
+        x, read, outputs = graph.layer_input(x, geometry, given.layout, outputs)
     filter, order = filter_operand(given.filter, given.filter_layout, layer, choice.kernel)
     bias = ops.constant([], x.dtype, device=x.device) if given.bias is None else in_graph(given.bias)
     length = int(outputs) if isinstance(outputs, StaticDim) else None
     form = Form.of(layer, choice.kernel, order)
     record(Emitted(weight_name(given.filter), layer, choice.kernel, length, form=form))
-    numbers = ops.constant(np.array(layer.numbers, np.int64), DType.int64, device=DeviceRef.CPU())
+    numbers = ops.constant(np.array(Layer.of(read, given.layout, *sizes).numbers, np.int64), DType.int64, device=DeviceRef.CPU())
     axes = {"N": given.batch, "L": outputs, "C": Dim(given.filters)}
     y = emit(x, filter, bias, numbers, [axes[axis] for axis in layer.layout], form)
+    if graph is not None:
+        graph.layer_output(y)
     return y if given.batched else ops.squeeze(y, 0)
 
 
@@ -194,13 +199,18 @@ def emit(
 def custom_op(
     name: str,
     device: DeviceRef,
-    operands: Sequence[TensorValue],
+    operands: Sequence[TensorValue | BufferValue],
     results: Sequence[TensorType],
     parameters: Mapping[str, str | int | bool] | None = None,
 ) -> list[TensorValue]:
-    """Emits one of this package's kernels into the current graph, and the kernel library if the graph lacks it."""
+    """Emits one of this package's kernels into the current graph, and the kernel library if the graph lacks it.
+
+    An operation with a buffer among its operands may write to it.
+    """
     graph = Graph.current
     library = kernel_library()
     if library not in graph.kernel_libraries_paths:
         graph._import_kernels([library])
-    return [value.tensor for value in ops.custom(name, device, operands, results, parameters)]
+    in_place = any(isinstance(operand, BufferValue) for operand in operands)
+    emit_op = ops.inplace_custom if in_place else ops.custom
+    return [value.tensor for value in emit_op(name, device, operands, results, parameters)]

@@ -8,6 +8,7 @@ it is.
 import platform
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,9 +18,10 @@ import numpy as np
 from max import nn
 from max.driver import CPU, Buffer
 from max.dtype import DType
-from max.graph import DeviceRef, Graph, KernelLibrary, TensorValue, Weight
+from max.graph import DeviceRef, Dim, Graph, KernelLibrary, TensorValue, Weight
 
 from .dispatch import PANEL, PANELS, Form, Layer, quad_products, tap_groups
+from .geometry import Geometry, TransposedGeometry
 from .layouts import by_group, permute
 
 LINE = 64
@@ -195,6 +197,10 @@ class _Kernels(KernelLibrary):
             super().verify_custom_op(custom_op)
 
 
+graph_class: ContextVar[Callable[[], "PackedGraph"] | None] = ContextVar("graph_class", default=None)
+"""Where it is set, it makes the instance for every `PackedGraph(...)`: `streaming` lets a network's code build its graphs."""
+
+
 class PackedGraph(Graph):
     """A graph whose layers use weights derived from their own (packed, folded), which `max_conv.compile` makes once.
 
@@ -214,6 +220,10 @@ class PackedGraph(Graph):
     exact: bool
     derived: dict[str, Derived]
     emitted: list[tuple[Emitted, ...]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "PackedGraph":
+        make = graph_class.get()
+        return make() if make else super().__new__(cls)
 
     def __init__(self, *args: Any, exact: bool = False, **kwargs: Any) -> None:
         self.exact = exact
@@ -236,6 +246,15 @@ class PackedGraph(Graph):
             same = weight if name == weight.name else Weight(name, weight.dtype, weight.shape, weight.device)
             known = self._named[name] = (weight, same, layer)
         return known[1]
+
+    def layer_input(
+        self, x: TensorValue, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
+    ) -> tuple[TensorValue, Geometry | TransposedGeometry, Dim]:
+        """Returns what a layer reads instead of `x`, its geometry then, and its output's length."""
+        return x, geometry, outputs
+
+    def layer_output(self, y: TensorValue) -> None:
+        """Takes the output of the layer whose input was the last."""
 
     def loaded(self) -> dict[str, Any]:
         """Returns the values that the layers in this graph have loaded themselves, by the names that they have in it."""

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..streaming.stream import Chunk
+
 LARGEST = 1 << 31
 """The largest size that the search for the least valid size tries."""
 
@@ -21,6 +23,15 @@ class Port:
 
     def __str__(self) -> str:
         return f"({', '.join(str(size) for size in self.shape)})"
+
+
+def live_array(port: Port, axis: int, tick: int = 1) -> Chunk:
+    """Returns what a stream has to know of an input or output: without the axis that counts the ticks of one."""
+    shape: list[Any] = [None if isinstance(size, str) else size for size in port.shape]
+    if tick > 1:
+        del shape[axis]
+    shape[0] = shape[axis] = None
+    return Chunk(port.name, port.dtype, tuple(shape), axis)
 
 
 def check_inputs(inputs: Sequence[Port], outputs: Sequence[Port], given: Sequence[tuple[Any, Sequence[int]]]) -> None:

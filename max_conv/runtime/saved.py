@@ -19,10 +19,11 @@ from max.engine import read as read_mef
 from ..cache import whole_file
 from ..conv.arrays import bytes_of
 from ..conv.packing import aligned, cpu_features
+from ..streaming.timing import Timing
 from .kinds import Alone, from_json, to_json
 from .ports import Port
 
-FORMAT = 2
+FORMAT = 3
 PIECE = 1 << 20
 """Bytes of a saved model that are read at a time."""
 
@@ -35,6 +36,7 @@ def write(
     outputs: Sequence[Port],
     alone: Alone | None,
     number: int,
+    timing: Timing | None,
 ) -> None:
     """Writes a compiled model with its weights to one file: first to a temporary file next to `path`, then renamed."""
     path = Path(path)
@@ -49,6 +51,7 @@ def write(
         "outputs": [asdict(port) for port in outputs],
         "alone": alone and to_json(alone),
         "graph": number,
+        "timing": timing and timing.to_json(),
         "weights": [{"name": n, "dtype": w.dtype.name, "shape": list(w.shape)} for n, w in weights.items()],
     }
     with whole_file(path) as whole:
@@ -63,7 +66,7 @@ def write(
 
 def read(
     path: str | os.PathLike,
-) -> tuple[Any, dict[str, Buffer], list[Port], list[Port], Alone | None, int]:
+) -> tuple[Any, dict[str, Buffer], list[Port], list[Port], Alone | None, int, Timing | None]:
     """Reads a file that `write` wrote: returns what `write` was given.
 
     Raises:
@@ -88,10 +91,11 @@ def read(
                 for key in ("inputs", "outputs")
             ]
             alone, number = meta["alone"] and from_json(meta["alone"]), meta["graph"]
+            timing = meta["timing"] and Timing.from_json(meta["timing"])
             compiled = read_mef(io.BytesIO(file.read("model.mef")))
     except (zipfile.BadZipFile, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
         raise ValueError(f"load: {path} is not a model that max_conv saved, or is damaged ({error}).") from None
-    return compiled, weights, inputs, outputs, alone, number
+    return compiled, weights, inputs, outputs, alone, number, timing
 
 
 def _check_machine(path: Any, meta: Mapping[str, Any]) -> None:

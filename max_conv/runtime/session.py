@@ -14,6 +14,8 @@ from max.graph import Graph, TensorType, Weight
 from ..conv.arrays import ARRAYS, buffer_of
 from ..conv.folding import weight_norm_names
 from ..conv.packing import PackedGraph
+from ..streaming.stream import Stream
+from ..streaming.timing import Timing
 from . import kinds, saved
 from .compiled import compiled
 from .devices import accelerators, device_of, port_of, session_of
@@ -21,7 +23,7 @@ from .fork import check_fork
 from .idle import first_run
 from .kinds import Alone
 from .notice import slow_compile
-from .ports import Port, check_inputs
+from .ports import Port, check_inputs, live_array
 
 # Importing MAX exports this variable, which `os.environ` does not show: new processes would leave the environment.
 if "PYTHONEXECUTABLE" not in os.environ:
@@ -36,6 +38,7 @@ class Model:
     Attributes:
         inputs: Name, dtype and shape of every input.
         outputs: Name, dtype and shape of every output.
+        timing: For a live graph, when it has what; otherwise None.
     """
 
     def __init__(
@@ -46,8 +49,10 @@ class Model:
         outputs: Sequence[Port],
         alone: Alone | None = None,
         number: int = 0,
+        timing: Timing | None = None,
     ) -> None:
         """Starts a compiled graph; `number` tells which, where several were compiled together."""
+        self.timing = timing
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self._compiled = compiled
@@ -108,12 +113,52 @@ class Model:
             results = [r if r.dtype in NOT_IN_NUMPY else r.to_numpy() for r in results]
         return results[0] if len(results) == 1 else tuple(results)
 
+    def stream(self, batch: int = 1, state: Mapping[str, Any] | None = None) -> Stream:
+        """Returns new live signals, which are pushed chunk by chunk. Any number of streams can share a model.
+
+        Args:
+            batch: How many signals there are.
+            state: What `Stream.state` returned, to go on from there, in this process or another one.
+
+        Raises:
+            TypeError: If the model was not compiled from a live graph, `max_conv.streaming(...)`.
+            ValueError: If the state is that of another model.
+
+        >>> import numpy as np
+        >>> from max.dtype import DType
+        >>> import max_conv
+        >>> layer = max_conv.Conv1D(3, 1, 1, DType.float32, padding=1)
+        >>> layer.load_state_dict({"weight": np.ones((3, 1, 1), np.float32)})
+        >>> stream = max_conv.compile(max_conv.streaming(layer)).stream()
+        >>> stream.push(np.ones((1, 3, 1), np.float32)).ravel(), stream.flush().ravel()
+        (array([2., 3.], dtype=float32), array([2.], dtype=float32))
+        """
+        if self.timing is None:
+            raise TypeError(
+                "model: was not compiled from a live graph; compile max_conv.streaming(...) of the network to stream."
+            )
+        if state is not None:
+            batch = len(state["ticks"])
+        chunks = [
+            live_array(port, axis, self.timing.tick)
+            for port, axis in zip(self.inputs, self.timing.axes, strict=False)
+        ]
+        results = [
+            live_array(port, signal.axis) for port, signal in zip(self.outputs, self.timing.outputs, strict=False)
+        ]
+        stream = Stream(self, self.timing, chunks, results, batch)
+        if state is not None:
+            stream.put(range(batch), state)
+        return stream
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes the compiled model with its weights to one file, which `load` reads without compiling.
 
         A temporary file next to `path` is written first and then renamed, so `path` is never half a model.
         """
-        saved.write(path, self._compiled, self._weights, self.inputs, self.outputs, self._alone, self._number)
+        saved.write(
+            path, self._compiled, self._weights, self.inputs, self.outputs, self._alone, self._number, self.timing
+        )
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{port.name}: {port.dtype}{port}" for port in self.inputs)
@@ -190,7 +235,8 @@ def compile(
             return session_of(devices).compile(graph)
 
     found = compiled(graph, compile_now)
-    return Model(found.compiled, buffers, ports, outputs, number=found.number)
+    timing = getattr(graph, "timing", None)
+    return Model(found.compiled, buffers, ports, outputs, number=found.number, timing=timing)
 
 
 def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:

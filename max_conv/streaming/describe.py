@@ -106,9 +106,12 @@ def describe(graph: PackedGraph, window: int = 1, hop: int = 1) -> Description:
     layers = []
     answer = begin
     for operation in block.operations:
-        own = operation.name == "mo.custom" and "max_conv." in str(operation.attributes["symbol"])
+        symbol = str(operation.attributes["symbol"]) if operation.name == "mo.custom" else ""
+        window = "max_conv.window" in symbol
+        own = "max_conv." in symbol and not window
         # A layer's data is its first operand. Computed filters and biases are not counted: they have no positions.
-        operands = [operation.operands[0]] if own else operation.operands
+        # The first operand of a live layer's window is the state.
+        operands = [operation.operands[int(window)]] if own or window else operation.operands
         seen = [spans[value] for value in operands if value in spans]
         if not seen:
             continue
@@ -121,7 +124,7 @@ def describe(graph: PackedGraph, window: int = 1, hop: int = 1) -> Description:
                 span = layers[-1].span
         elif operation.name == "rmo.matmul" and len(seen) == 2 and _over_positions(operation):
             span = Span(span.step, None, None)
-        for result in operation.results:
+        for result in operation.results[:1] if window else operation.results:
             spans[result] = span
     return Description(tuple(layers), _parameters(graph), answer)
 

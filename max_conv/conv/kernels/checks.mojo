@@ -32,30 +32,35 @@ def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
             "; pass what the graph was built for.",
         )
     var reach = (g.kernel - 1) * g.dilation + 1
-    var padded = g.length + g.pad_left + pad_right
-    if padded < reach:
+    check_room(g.length, g.pad_left, pad_right, reach, g.mode)
+    var outputs = (g.length + g.pad_left + pad_right - reach) // g.stride + 1
+    if g.out_length != outputs:
+        raise Error("conv1d: the output has ", g.out_length, " positions, not ", outputs, ".")
+
+
+def check_room(length: Int, left: Int, right: Int, reach: Int, mode: Int) raises:
+    """Raises where an input is too short for a filter that reaches over `reach` positions, or for its padding."""
+    if length + left + right < reach:
         raise Error(
             "conv1d: the filter reaches over ",
             counted(reach),
             ", but the padded input has only ",
-            padded,
+            length + left + right,
             "; pad more or pass a longer input.",
         )
-    if g.out_length != (padded - reach) // g.stride + 1:
-        raise Error("conv1d: the output has ", g.out_length, " positions, not ", (padded - reach) // g.stride + 1, ".")
     # A reflection leaves out the edge itself, a circle does not, and an edge to repeat needs an input.
-    var pad = max(g.pad_left, pad_right)
+    var pad = max(left, right)
     var wide = (
-        (g.mode == REFLECT and pad >= g.length)
-        or (g.mode == CIRCULAR and pad > g.length)
-        or (g.mode == REPLICATE and pad > 0 and g.length == 0)
+        (mode == REFLECT and pad >= length)
+        or (mode == CIRCULAR and pad > length)
+        or (mode == REPLICATE and pad > 0 and length == 0)
     )
     if wide:
         raise Error(
             "conv1d: padding of ",
             pad,
             " with values of the input needs more than its ",
-            counted(g.length),
+            counted(length),
             "; pad less or pass a longer input.",
         )
 

@@ -6,6 +6,25 @@ comptime REPLICATE = 2
 comptime CIRCULAR = 3
 
 
+@always_inline
+def source(mode: Int, length: Int, p: Int) -> Int:
+    """Returns the row of a signal of `length` rows that is at position `p` of the padded one, or -1 for zeros."""
+    var q = p
+    if mode == REFLECT:
+        if q < 0:
+            q = -q
+        if q >= length:
+            q = 2 * (length - 1) - q
+    elif mode == REPLICATE:
+        q = max(0, min(q, length - 1))
+    elif mode == CIRCULAR:
+        if q < 0:
+            q += length
+        elif q >= length:
+            q -= length
+    return q if q >= 0 and q < length else -1
+
+
 @fieldwise_init
 struct Geometry(ImplicitlyCopyable, TrivialRegisterPassable):
     """Sizes of one convolution. Groups slice channels and filters alike."""
@@ -38,20 +57,7 @@ struct Geometry(ImplicitlyCopyable, TrivialRegisterPassable):
         Positions past both the input and its padding (lanes that are computed but never stored) are zero
         as well, so that no caller can read outside the input.
         """
-        var q = p
-        if self.mode == REFLECT:
-            if q < 0:
-                q = -q
-            if q >= self.length:
-                q = 2 * (self.length - 1) - q
-        elif self.mode == REPLICATE:
-            q = max(0, min(q, self.length - 1))
-        elif self.mode == CIRCULAR:
-            if q < 0:
-                q += self.length
-            elif q >= self.length:
-                q -= self.length
-        return q if q >= 0 and q < self.length else -1
+        return source(self.mode, self.length, p)
 
     @always_inline
     def first_tap(self, first: Int, count: Int) -> Int:

@@ -1,7 +1,7 @@
 """Registers the operations that graphs call. Run-time sizes are checked before any memory is touched."""
 
 import extensibility
-from extensibility import InputTensor, _FusedOutputTensor as FusedOutputTensor
+from extensibility import InputTensor, OutputTensor, _MutableInputTensor as MutableInputTensor, _FusedOutputTensor as FusedOutputTensor
 from std.utils.index import IndexList
 from max.gpu.host import DeviceContext
 from max.gpu.host.info import is_cpu
@@ -12,6 +12,7 @@ from .dispatch import convolve
 from .geometry import Geometry
 from .gpu import conv1d_gpu, conv_transpose1d_gpu
 from .lanes import Operands
+from .signals import Plan, Signals
 from .tensors import DataAxes, FilterAxes, Numbers, memory
 from .transposed import LANES, Transposed
 
@@ -155,3 +156,42 @@ struct ConvTranspose1d:
         else:
             comptime assert not made
             conv_transpose1d_gpu[write, data.nlc](t, steps, group_step, o, ctx)
+
+
+@extensibility.register("max_conv.window")
+struct SignalWindow:
+    """The rows that a layer reads of signals that come chunk by chunk; `state` then holds what later chunks need.
+
+    `state` has a row of bytes for each signal, `ticks` says how much of a signal came before, `ends` how long it is.
+    """
+
+    @staticmethod
+    def execute[
+        target: StaticString, layout: StaticString
+    ](
+        output: OutputTensor[rank=3, ...],
+        state: MutableInputTensor[dtype=DType.uint8, rank=2, ...],
+        x: InputTensor[dtype=output.dtype, rank=3, ...],
+        ticks: InputTensor[dtype=DType.int64, rank=1, ...],
+        ends: InputTensor[dtype=DType.int64, rank=1, ...],
+        plan: InputTensor[dtype=DType.int64, rank=1, ...],
+        ctx: DeviceContext,
+    ) raises:
+        comptime data = DataAxes[layout]
+        var batch = x.dim_size(0)
+        if state.dim_size(0) != batch or ticks.dim_size(0) != batch or ends.dim_size(0) != batch:
+            raise Error("stream: ticks, ends and state must have as many rows as the chunk, ", batch, ".")
+        var signals = Signals[output.dtype, data.nlc](
+            Plan(memory(plan)),
+            memory(x),
+            memory(state),
+            state.dim_size(1),
+            memory(ticks),
+            memory(ends),
+            batch,
+            x.dim_size(data.length),
+            x.dim_size(data.channel),
+        )
+        comptime assert is_cpu[target]()
+        signals.check()
+        signals.lay_out(memory(output), output.dim_size(data.length))

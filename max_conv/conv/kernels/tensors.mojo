@@ -28,13 +28,13 @@ struct Numbers(TrivialRegisterPassable):
 
     @always_inline
     def __init__(out self, memory: Memory[DType.int64]):
-        self.stride = Int(memory[0])
-        self.dilation = Int(memory[1])
-        self.pad_left = Int(memory[2])
-        self.pad_right = Int(memory[3])
-        self.mode = Int(memory[4])
-        self.groups = Int(memory[5])
-        self.kernel_size = Int(memory[6])
+        self.stride = Int(memory[unsafe_offset=0])
+        self.dilation = Int(memory[unsafe_offset=1])
+        self.pad_left = Int(memory[unsafe_offset=2])
+        self.pad_right = Int(memory[unsafe_offset=3])
+        self.mode = Int(memory[unsafe_offset=4])
+        self.groups = Int(memory[unsafe_offset=5])
+        self.kernel_size = Int(memory[unsafe_offset=6])
 
 
 struct DataAxes[layout: StaticString]:

@@ -1,0 +1,320 @@
+"""`Stream`: signals that are pushed through a compiled live graph, chunk by chunk."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from max.driver import CPU, Buffer
+from max.dtype import DType
+
+from ..conv.arrays import buffer_of
+from .lines import ENDLESS
+from .timing import Signal, Timing
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """An input or output of a live model: its name, dtype and shape, with None for batch and positions."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+    axis: int
+    """Of the positions."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One signal: its ticks so far, its positions so far, whether it has ended, and what waits for the next tick."""
+
+    ticks: int
+    seen: int
+    ended: bool
+    held: tuple[np.ndarray, ...]
+
+
+class Stream:
+    """Live signals, one for each row of a batch. Made by `Model.stream`; any number can share one model.
+
+    Each row begins, ends and begins again when it likes, and no row sees another. A stream is used by one thread at a time,
+    different streams by different threads. What a call computes is kept only after it has succeeded, so a call that failed
+    can be repeated.
+
+    Attributes:
+        timing: When the network has what.
+        lengths: How many positions the last answer has in each row, for the first output. Zeros follow them.
+
+    Source: the idea of one state for all layers, https://github.com/kyutai-labs/moshi
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Sequence[Any]],
+        timing: Timing,
+        chunks: Sequence[Chunk],
+        results: Sequence[Chunk],
+        batch: int = 1,
+    ) -> None:
+        """Starts a batch of signals.
+
+        Args:
+            run: Computes: takes the network's inputs in ticks, `ticks`, `ends` and `state`; returns the network's outputs
+                and the state.
+            timing: When the network has what.
+            chunks, results: The network's inputs and outputs.
+            batch: The number of signals.
+        """
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"stream: batch must be a number of signals from 1 on, but is {batch!r}.")
+        self.timing, self._run, self._chunks, self._results = timing, run, tuple(chunks), tuple(results)
+        self._rows = [self._fresh() for _ in range(batch)]
+        self._state = np.zeros((batch, timing.state), np.uint8)
+        self.lengths = np.zeros(batch, np.int64)
+
+    @property
+    def batch(self) -> int:
+        """The number of signals."""
+        return len(self._rows)
+
+    def push(self, *chunks: Any, reset: Any = None, last: Any = None, lengths: Any = None) -> Any:
+        """Takes the next positions of every signal, and returns what can be computed.
+
+        Args:
+            chunks: An array for each input of the network, (batch, positions, ...); any number of positions, also 0.
+            reset: For each row, whether a new signal begins with this chunk.
+            last: For each row, whether its signal ends with this chunk: then the rest of it is returned, too.
+            lengths: For each row, how many positions of the chunk belong to it; None means all.
+
+        Returns:
+            An array for each output of the network, alone if there is one: the next positions, maybe 0. Where rows have
+            different numbers of them, `lengths` tells how many.
+
+        Raises:
+            TypeError, ValueError: If a chunk has another dtype or shape, a row has ended, or a signal is too short for the
+                network. Nothing has changed then.
+        """
+        given, arrays = self._checked(chunks)
+        counts = [given] * self.batch if lengths is None else self._counts(lengths, given)
+        begins, ends = self._mask("reset", reset), self._mask("last", last)
+        rows = []
+        for n, row in enumerate(self._rows):
+            row = self._fresh() if begins[n] else row
+            if row.ended and (counts[n] or ends[n]):
+                raise ValueError(
+                    f"stream: {'the signal' if self.batch == 1 else f'row {n}'} was flushed; call reset() first, or push "
+                    "with reset=."
+                )
+            rows.append(self._longer(row, n, counts[n], ends[n], arrays))
+        return self._advance(rows)
+
+    def flush(self) -> Any:
+        """Ends every signal that has not ended, and returns the rest of them."""
+        ended = [row.ended for row in self._rows]
+        if all(ended):
+            raise ValueError("stream: was flushed; call reset() first.")
+        return self._advance([replace(row, ended=True) for row in self._rows])
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Lets new signals begin, in all rows or in some."""
+        for n in range(self.batch) if rows is None else rows:
+            self._rows[n] = self._fresh()
+
+    def state(self) -> dict[str, Any]:
+        """Returns all that is known of the signals, as NumPy arrays; `Model.stream(state=...)` goes on from there."""
+        return self.take(range(self.batch))
+
+    def take(self, rows: Sequence[int]) -> dict[str, Any]:
+        """Returns the state of some rows, as copies: `state`, `ticks`, `seen`, `ended` and `held`."""
+        picked = [self._rows[n] for n in rows]
+        return {
+            "state": self._state[list(rows)].copy(),
+            "ticks": np.array([row.ticks for row in picked], np.int64),
+            "seen": np.array([row.seen for row in picked], np.int64),
+            "ended": np.array([row.ended for row in picked], bool),
+            "held": [[array.copy() for array in row.held] for row in picked],
+        }
+
+    def put(self, rows: Sequence[int], state: Mapping[str, Any]) -> None:
+        """Replaces some rows by what `take` or `state` returned.
+
+        Raises:
+            ValueError: If it is the state of another model, or of another number of rows.
+        """
+        held = np.asarray(state["state"], np.uint8)
+        if held.shape != (len(rows), self.timing.state):
+            raise ValueError(
+                f"stream: the state has shape {held.shape}, but {len(rows)} rows of this model have "
+                f"({len(rows)}, {self.timing.state})."
+            )
+        if not self._state.flags.writeable:
+            self._state = self._state.copy()
+        for i, n in enumerate(rows):
+            self._state[n] = held[i]
+            waiting = tuple(np.array(array) for array in state["held"][i])
+            self._rows[n] = _Row(int(state["ticks"][i]), int(state["seen"][i]), bool(state["ended"][i]), waiting)
+
+    def _fresh(self) -> _Row:
+        shapes = ([size or 0 for size in chunk.shape[1:]] for chunk in self._chunks)
+        return _Row(0, 0, False, tuple(np.zeros(s, _bits(c)) for s, c in zip(shapes, self._chunks, strict=True)))
+
+    def _checked(self, chunks: Sequence[Any]) -> tuple[int, list[np.ndarray]]:
+        """Returns the number of positions, and the arrays; bfloat16 as bits."""
+        if len(chunks) != len(self._chunks):
+            names = ", ".join(chunk.name for chunk in self._chunks)
+            raise TypeError(f"stream: takes {len(self._chunks)} inputs ({names}), but got {len(chunks)}.")
+        arrays, given = [], set()
+        for value, chunk in zip(chunks, self._chunks, strict=True):
+            buffer = buffer_of(value, "stream: input", chunk.name)
+            shape = tuple(buffer.shape)
+            if buffer.dtype.name != chunk.dtype:
+                raise TypeError(
+                    f"stream: input {chunk.name!r} must be {chunk.dtype}, but is {buffer.dtype.name}; cast it first."
+                )
+            if len(shape) != len(chunk.shape) or any(
+                want not in (None, size) for want, size in zip(chunk.shape, shape, strict=True)
+            ):
+                want = ", ".join("any" if size is None else str(size) for size in (self.batch, *chunk.shape[1:]))
+                raise ValueError(f"stream: input {chunk.name!r} must have shape ({want}), but has {shape}.")
+            if shape[0] != self.batch:
+                raise ValueError(
+                    f"stream: input {chunk.name!r} has {shape[0]} rows, but the stream was made for {self.batch}."
+                )
+            given.add(shape[chunk.axis])
+            arrays.append(_numpy(buffer))
+        if len(given) > 1:
+            raise ValueError(f"stream: all inputs must have equally many positions, but have {sorted(given)}.")
+        return given.pop(), arrays
+
+    def _counts(self, lengths: Any, given: int) -> list[int]:
+        counts = np.asarray(lengths)
+        if counts.shape != (self.batch,) or counts.dtype.kind not in "iu":
+            raise ValueError(f"stream: lengths must be {self.batch} integers, one for each row, but are {lengths!r}.")
+        if counts.min() < 0 or counts.max() > given:
+            raise ValueError(f"stream: lengths must be 0 to the chunk's {given} positions, but are {counts.tolist()}.")
+        return counts.tolist()
+
+    def _mask(self, name: str, mask: Any) -> list[bool]:
+        if mask is None:
+            return [False] * self.batch
+        values = np.broadcast_to(np.asarray(mask), (self.batch,)) if np.ndim(mask) == 0 else np.asarray(mask)
+        if values.shape != (self.batch,) or values.dtype != bool:
+            raise ValueError(f"stream: {name} must be {self.batch} booleans, one for each row, but is {mask!r}.")
+        return values.tolist()
+
+    def _longer(self, row: _Row, n: int, count: int, end: bool, arrays: Sequence[np.ndarray]) -> _Row:
+        """Returns a row with the first `count` positions of row n of the arrays."""
+        held = []
+        for waiting, array, chunk in zip(row.held, arrays, self._chunks, strict=True):
+            new = _cut(array[n], chunk.axis - 1, 0, count)
+            held.append(new if waiting.shape[chunk.axis - 1] == 0 else np.concatenate([waiting, new], chunk.axis - 1))
+        return replace(row, seen=row.seen + count, ended=row.ended or end, held=tuple(held))
+
+    def _ready(self, row: _Row) -> int:
+        """Returns how many ticks of a row can be computed."""
+        if not row.ended:
+            ready = (row.seen - row.ticks * self.timing.tick) // self.timing.tick
+            return ready if row.ticks or ready >= self.timing.first else 0
+        if row.seen == 0:
+            return 0
+        all_in = -(-row.seen // self.timing.tick)
+        return max(self.timing.ticks(row.seen), all_in) - row.ticks
+
+    def _advance(self, rows: list[_Row]) -> Any:
+        """Computes what is ready, keeps the rows, and returns the answers."""
+        groups: dict[int, list[int]] = {}
+        for n, row in enumerate(rows):
+            if (ticks := self._ready(row)) > 0:
+                groups.setdefault(ticks, []).append(n)
+        outputs = self.timing.outputs
+        answers: list[list[np.ndarray]] = [[] for _ in outputs]
+        order: list[int] = []
+        state = self._state
+        for ticks, members in groups.items():
+            picked = [rows[n] for n in members]
+            whole = members == list(range(self.batch))
+            *values, new = self._compute(picked, ticks, state if whole else self._state[members])
+            if whole:
+                state = new
+            else:
+                state = state.copy() if state is self._state else state
+                state[members] = new
+            order += members
+            for i, (signal, value) in enumerate(zip(outputs, values, strict=True)):
+                answers[i] += self._valid(picked, ticks, signal, _numpy(value))
+            for n in members:
+                rows[n] = self._later(rows[n], ticks)
+        self._rows, self._state = rows, state
+        made = [self._together(i, order, answers[i]) for i in range(len(outputs))]
+        return made[0] if len(made) == 1 else tuple(made)
+
+    def _compute(self, rows: Sequence[_Row], ticks: int, state: np.ndarray) -> Sequence[Any]:
+        """Runs some rows for some ticks. Ended rows are filled up with zeros, which no output depends on."""
+        size = ticks * self.timing.tick
+        inputs = []
+        for i, chunk in enumerate(self._chunks):
+            axis = chunk.axis - 1
+            first = rows[0].held[i]
+            batch = np.zeros((len(rows), *first.shape[:axis], size, *first.shape[axis + 1 :]), first.dtype)
+            for row, target in zip(rows, batch, strict=True):
+                have = min(size, row.held[i].shape[axis])
+                _cut(target, axis, 0, have)[...] = _cut(row.held[i], axis, 0, have)
+            if self.timing.tick > 1:
+                batch = batch.reshape(*batch.shape[: axis + 1], ticks, self.timing.tick, *batch.shape[axis + 2 :])
+            inputs.append(_buffer(batch, chunk.dtype))
+        counts = np.array([row.ticks for row in rows], np.int64)
+        ends = np.array([row.seen if row.ended else ENDLESS for row in rows], np.int64)
+        return self._run(*inputs, counts, ends, state)
+
+    def _valid(self, rows: Sequence[_Row], ticks: int, signal: Signal, values: np.ndarray) -> list[np.ndarray]:
+        """Returns each row's positions that lie in its signal, of an output of some ticks."""
+        found = []
+        for row, value in zip(rows, values, strict=True):
+            first = row.ticks * signal.line.per_tick - signal.line.delay
+            length = signal.line.length(row.seen if row.ended else ENDLESS)
+            end = min(ticks * signal.line.per_tick, length - first)
+            found.append(_cut(value, signal.axis - 1, max(0, -first), max(0, -first, end)))
+        return found
+
+    def _later(self, row: _Row, ticks: int) -> _Row:
+        size = ticks * self.timing.tick
+        held = [_cut(h, chunk.axis - 1, size, None) for h, chunk in zip(row.held, self._chunks, strict=True)]
+        # A copy lets go of the chunk that the rest was a part of.
+        return replace(row, ticks=row.ticks + ticks, held=tuple(array.copy() for array in held))
+
+    def _together(self, number: int, order: Sequence[int], found: Sequence[np.ndarray]) -> Any:
+        """Returns the rows' positions of an output in one array."""
+        spec, axis = self._results[number], self.timing.outputs[number].axis
+        counts = np.zeros(self.batch, np.int64)
+        for n, value in zip(order, found, strict=True):
+            counts[n] = value.shape[axis - 1]
+        if number == 0:
+            self.lengths = counts
+        shape = [self.batch if i == 0 else int(counts.max()) if i == axis else size for i, size in enumerate(spec.shape)]
+        result = np.zeros(shape, _bits(spec))
+        for n, value in zip(order, found, strict=True):
+            _cut(result[n], axis - 1, 0, int(counts[n]))[...] = value
+        return _buffer(result, spec.dtype)
+
+
+def _bits(chunk: Chunk) -> np.dtype:
+    """Returns NumPy's dtype for the values; bfloat16, which it lacks, are bits."""
+    return np.dtype(np.uint16 if chunk.dtype == "bfloat16" else chunk.dtype)
+
+
+def _numpy(value: Any) -> np.ndarray:
+    """Returns values, or the bits of bfloat16."""
+    if not isinstance(value, Buffer):
+        return np.asarray(value)
+    value = value.to(CPU())
+    return value.view(DType.uint16, value.shape).to_numpy() if value.dtype == DType.bfloat16 else value.to_numpy()
+
+
+def _buffer(values: np.ndarray, dtype: str) -> Any:
+    """Returns values as MAX takes them: bits as bfloat16."""
+    return Buffer.from_numpy(values).view(DType.bfloat16, list(values.shape)) if dtype == "bfloat16" else values
+
+
+def _cut(values: np.ndarray, axis: int, start: int, stop: int | None) -> np.ndarray:
+    """Returns some positions, along an axis."""
+    return values[(slice(None),) * axis + (slice(start, stop),)]
