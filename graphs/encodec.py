@@ -19,6 +19,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
+from max_conv.conv import as_long_as
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
@@ -189,7 +190,7 @@ def build(
         sound = graph.inputs[0].tensor
         codes = _quantize(config, w, _encode(config, w, sound))
         # The last frame may reach past the end.
-        graph.output(_decode(config, w, _entries(w, codes))[:, : sound.shape[1]])
+        graph.output(as_long_as(_decode(config, w, _entries(w, codes)), sound))
     return graph
 
 

@@ -24,7 +24,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorType, TensorValue, Weight, ops
 
 from max_conv import PackedGraph, conv1d, conv_transpose1d
-from max_conv.conv import as_buffer, derived, lstm
+from max_conv.conv import as_buffer, derived, lstm, run_after
 from max_conv.weights import LayerMap, read_native
 
 
@@ -85,13 +85,11 @@ class Weights:
     def conv(self, x: TensorValue, name: str, *, after: TensorValue | None = None, **options: Any) -> TensorValue:
         """Convolves with the filter `name.weight` and the bias `name.bias`, if there is one; options are `conv1d`'s.
 
-        `after`, (N, L, F), is computed first. MAX interleaves independent branches, so all their buffers are live at once;
-        with `after`, branches run one after another: a zero that is computed from it is added to the bias.
+        `after`, (N, L, F), is computed first: branches run one after another, so that not all of their buffers are live.
         """
         bias = self._bias(name)
         if after is not None and bias is not None:
-            # Nothing is larger than infinity: these are zeros, but MAX must compute `after` to know it.
-            bias = bias + ops.cast(after[0, 0, :] > float("inf"), bias.dtype)
+            bias = run_after(bias, after)
         return conv1d(x, self[f"{name}.weight"], bias, **options)
 
     def conv_transpose(self, x: TensorValue, name: str, **options: Any) -> TensorValue:
@@ -114,13 +112,10 @@ class Weights:
 
     def lstm(self, x: TensorValue, layer: int = 0) -> TensorValue:
         """Runs layer `layer` of a `torch.nn.LSTM` over the whole sequence, from a memory of zeros."""
-        suffix = f"_l{layer}"
-        units = self.shape(f"weight_hh{suffix}")[1]
-        nothing = ops.broadcast_to(ops.constant(0, x.dtype, device=x.device), [x.shape[0], units])
-        return self.lstm_from(x, nothing, nothing, suffix)[0]
+        return self.lstm_from(x, suffix=f"_l{layer}")[0]
 
     def lstm_from(
-        self, x: TensorValue, hidden: TensorValue, cell: TensorValue, suffix: str = ""
+        self, x: TensorValue, hidden: TensorValue | None = None, cell: TensorValue | None = None, suffix: str = ""
     ) -> tuple[TensorValue, TensorValue, TensorValue]:
         """Runs an LSTM from a given memory; returns its outputs and its memory after the last step."""
         w_ih, w_hh = (self.transposed(f"{name}{suffix}") for name in ("weight_ih", "weight_hh"))

@@ -16,6 +16,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d, conv_transpose1d
+from max_conv.conv import ones_like
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
@@ -145,8 +146,7 @@ def _sound(config: Config, w: Weights, x: TensorValue) -> TensorValue:
     window = "head.istft.window"
     sound = conv_transpose1d(spectrum, w.make("head.istft.waves", _waves, window), **options)
     # Where windows overlap their squares add up: to a constant inside, to less at the ends.
-    ones = ops.broadcast_to(ops.constant(1, DType.float32, device=x.device), [1, x.shape[1], 1])
-    overlap = conv_transpose1d(ones, w.make("head.istft.squares", _squares, window), **options)
+    overlap = conv_transpose1d(ones_like(x), w.make("head.istft.squares", _squares, window), **options)
     return ops.squeeze(sound / overlap, 2)
 
 

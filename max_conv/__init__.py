@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import frontends
     from .conv.dispatch import explain
+    from .conv.graph import PackedGraph
     from .conv.nn import Conv1D, ConvTranspose1D, ConvTranspose1d
     from .conv.ops import conv1d, conv_transpose1d
-    from .conv.packing import PackedGraph
     from .conv.weight_norm import (
         WeightNormConv1D,
         WeightNormConvTranspose1D,
@@ -73,7 +73,7 @@ __getattr__ = lazily(
         "ConvTranspose1D": "conv.nn",
         "ConvTranspose1d": "conv.nn",
         "Model": "runtime.session",
-        "PackedGraph": "conv.packing",
+        "PackedGraph": "conv.graph",
         "WeightNormConv1D": "conv.weight_norm",
         "WeightNormConvTranspose1D": "conv.weight_norm",
         "WeightNormConvTranspose1d": "conv.weight_norm",

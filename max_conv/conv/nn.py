@@ -10,9 +10,9 @@ from max.graph import DeviceRef, TensorType, TensorValue, Weight
 from .arrays import buffer_of
 from .checks import check_dtype
 from .geometry import Geometry, Padding, TransposedGeometry, positive
+from .graph import packed_graph
 from .layouts import FilterLayout, Layout, TransposedFilterLayout
 from .ops import conv1d, conv_transpose1d
-from .packing import packed_graph
 
 
 class ConvolutionLayer(nn.Module):

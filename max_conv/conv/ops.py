@@ -10,9 +10,10 @@ from max.graph import BufferValue, DeviceRef, Dim, Graph, StaticDim, TensorType,
 from .checks import Operands
 from .dispatch import Form, Layer, choose
 from .geometry import Geometry, Padding, TransposedGeometry, positive
+from .graph import Emitted, in_graph, packed_graph, record, weight_name
 from .layouts import FilterLayout, Layout, TransposedFilterLayout
 from .library import kernel_library
-from .packing import Emitted, filter_operand, held, in_graph, packable, packed_graph, record, weight_name
+from .packing import filter_operand, held, packable
 
 
 def conv1d(
@@ -160,7 +161,9 @@ def _convolve(given: Operands, geometry: Geometry | TransposedGeometry, outputs:
     length = int(outputs) if isinstance(outputs, StaticDim) else None
     form = Form.of(layer, choice.kernel, order)
     record(Emitted(weight_name(given.filter), layer, choice.kernel, length, form=form))
-    numbers = ops.constant(np.array(Layer.of(read, given.layout, *sizes).numbers, np.int64), DType.int64, device=DeviceRef.CPU())
+    numbers = ops.constant(
+        np.array(Layer.of(read, given.layout, *sizes).numbers, np.int64), DType.int64, device=DeviceRef.CPU()
+    )
     axes = {"N": given.batch, "L": outputs, "C": Dim(given.filters)}
     y = emit(x, filter, bias, numbers, [axes[axis] for axis in layer.layout], form)
     if graph is not None:

@@ -6,8 +6,8 @@ from max.dtype import DType
 from max.graph import StaticDim, TensorType, TensorValue, ops
 
 from .checks import DTYPES
+from .graph import Emitted, packed_graph, record, weight_name
 from .ops import conv1d, custom_op
-from .packing import Emitted, record, weight_name
 
 _GATES = 4
 
@@ -17,8 +17,8 @@ def lstm(
     w_ih: TensorValue,
     w_hh: TensorValue,
     bias: TensorValue,
-    hidden: TensorValue,
-    cell: TensorValue,
+    hidden: TensorValue | None = None,
+    cell: TensorValue | None = None,
 ) -> tuple[TensorValue, TensorValue, TensorValue]:
     """Runs an NLC sequence through an LSTM, in one operation after one projection of the whole sequence.
 
@@ -30,8 +30,8 @@ def lstm(
         w_ih: (C, 4H): the transpose of PyTorch's `weight_ih`. The gates are in the order i, f, g, o, as in PyTorch.
         w_hh: (H, 4H): the transpose of PyTorch's `weight_hh`.
         bias: (4H,): the sum of PyTorch's `bias_ih` and `bias_hh`.
-        hidden: (N, H), before the first step.
-        cell: (N, H), before the first step.
+        hidden: (N, H), before the first step; None means zeros, and in a live graph what the call before left.
+        cell: The same.
 
     Returns:
         The hidden state after every step, (N, T, H), and the hidden and the cell state after the last, (N, H), in the
@@ -51,15 +51,27 @@ def lstm(
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     """
     names = ("x", "w_ih", "w_hh", "bias", "hidden", "cell")
+    graph = packed_graph()
+    live = graph is not None and graph.live
+    if live and hidden is not None:
+        raise ValueError("streaming: an LSTM with hidden= and cell= starts anew in every call; leave them out.")
+    places = []
+    if hidden is None or cell is None:
+        x, w_hh = TensorValue(x), TensorValue(w_hh)
+        (hidden, place), (cell, other) = (_before(x, int(w_hh.shape[0])) for _ in range(2))
+        places = [place, other]
     operands = [TensorValue(value) for value in (x, w_ih, w_hh, bias, hidden, cell)]
-    x = operands[0]
+    given = x = operands[0]
     units = _check(dict(zip(names, operands, strict=True)))
     dtype = x.dtype
     if dtype.size_in_bytes < 4:
         operands = [ops.cast(value, DType.float32) for value in operands]
     x, w_ih, w_hh, bias, hidden, cell = operands
-    # A row of padding at the end allows an empty sequence, which a convolution would not accept.
-    gates = conv1d(x, ops.unsqueeze(w_ih, 0), bias, padding=(0, 1))
+    # A row of padding at the end allows an empty sequence, which a convolution would not accept; no live one is empty.
+    gates = conv1d(x, ops.unsqueeze(w_ih, 0), bias, padding=(0, 0 if live else 1))
+    if live:
+        # Zero gates keep a memory of zeros until the signal begins.
+        gates = graph.inside(gates)
     batch, steps, _ = x.shape
     state = TensorType(x.dtype, [batch, units], x.device)
     record(Emitted(weight_name(w_hh), units=units))
@@ -69,8 +81,20 @@ def lstm(
         [gates, w_hh, hidden, cell],
         [TensorType(x.dtype, [batch, steps, units], x.device), state, state],
     )
+    if graph is not None:
+        graph.same_positions(results[0], given)
     outputs, hidden, cell = (ops.cast(value, dtype) for value in results)
+    if live:
+        for value, place in zip((hidden, cell), places, strict=True):
+            graph.keep(value, place)
     return outputs, hidden, cell
+
+
+def _before(x: TensorValue, units: int) -> tuple[TensorValue, Any]:
+    """Returns the memory before the first step, and where it is kept."""
+    if graph := packed_graph():
+        return graph.recall(x, units)
+    return ops.broadcast_to(ops.constant(0, x.dtype, device=x.device), [x.shape[0], units]), None
 
 
 def _check(values: dict[str, TensorValue]) -> int:

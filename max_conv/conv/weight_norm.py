@@ -15,10 +15,10 @@ from max.graph import TensorValue, Weight, ops
 
 from .arrays import as_buffer, as_float64
 from .folding import fold_weight_norm, weight_norm_names
+from .graph import derived, in_graph
 from .layouts import permutation, permute
 from .nn import Conv1D, ConvolutionLayer, ConvTranspose1D
 from .nn import ConvTranspose1d as PlainConvTranspose1d
-from .packing import derived, in_graph
 
 TORCH = {"SCF": "FCS", "SFC": "CFS"}
 """PyTorch's axis order of native filters, in which `dim` counts."""

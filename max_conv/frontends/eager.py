@@ -10,8 +10,8 @@ from max.graph import DeviceRef, TensorValue
 
 from ..conv.arrays import ARRAYS, as_buffer, buffer_of
 from ..conv.geometry import Padding
+from ..conv.graph import PackedGraph
 from ..conv.nn import Conv1D, ConvolutionLayer, ConvTranspose1D
-from ..conv.packing import PackedGraph
 from ..runtime.session import Model, compile
 
 

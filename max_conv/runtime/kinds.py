@@ -18,9 +18,9 @@ from max.mlir import StringAttr
 
 from ..conv.dispatch import LEAST_OUTPUTS, Form, Layer
 from ..conv.geometry import Geometry, TransposedGeometry
+from ..conv.graph import PackedGraph
 from ..conv.library import kernel_library
 from ..conv.ops import emit
-from ..conv.packing import PackedGraph
 from . import compiled
 from .devices import session_of
 from .notice import slow_compile

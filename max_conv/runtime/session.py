@@ -1,6 +1,5 @@
 """Compiled models, which are called on arrays, saved and loaded."""
 
-import inspect
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from max.graph import Graph, TensorType, Weight
 
 from ..conv.arrays import ARRAYS, buffer_of
 from ..conv.folding import weight_norm_names
-from ..conv.packing import PackedGraph
+from ..conv.graph import PackedGraph, argument_names
 from ..streaming.stream import Stream
 from ..streaming.timing import Timing
 from . import kinds, saved
@@ -140,8 +139,7 @@ class Model:
         if state is not None:
             batch = len(state["ticks"])
         chunks = [
-            live_array(port, axis, self.timing.tick)
-            for port, axis in zip(self.inputs, self.timing.axes, strict=False)
+            live_array(port, axis, self.timing.tick) for port, axis in zip(self.inputs, self.timing.axes, strict=False)
         ]
         results = [
             live_array(port, signal.axis) for port, signal in zip(self.outputs, self.timing.outputs, strict=False)
@@ -313,7 +311,7 @@ def _trace(model: Any, inputs: Any, weights: Any, exact: bool) -> tuple[Graph, l
             raise TypeError(f"compile: {name} needs the types of its inputs; pass inputs={{'x': TensorType(...)}}.")
         inputs = model.input_types()
     types = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
-    names = list(inputs) if isinstance(inputs, Mapping) else _argument_names(model, len(types))
+    names = list(inputs) if isinstance(inputs, Mapping) else argument_names(model, len(types))
     if isinstance(model, nn.Module):
         if weights is None:
             weights = _own_weights(name, model)
@@ -323,12 +321,6 @@ def _trace(model: Any, inputs: Any, weights: Any, exact: bool) -> tuple[Graph, l
         weights = model.state_dict(auto_initialize=False)
     graph = PackedGraph(name, model, input_types=types, exact=exact)
     return graph, names, graph.loaded() | dict(weights or {})
-
-
-def _argument_names(function: Callable[..., Any], count: int) -> list[str]:
-    parameters = list(inspect.signature(function).parameters.values())[:count]
-    plain = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    return plain if len(plain) == count else [f"input{i}" for i in range(count)]
 
 
 def _own_weights(name: str, model: nn.Module) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from fractions import Fraction
 from math import prod
 from typing import Any
 
-from ..conv.packing import Emitted, PackedGraph
+from ..conv.graph import Emitted, PackedGraph
 from .span import Span
 
 

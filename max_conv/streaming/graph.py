@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -9,11 +10,11 @@ import numpy as np
 from max import _core, nn
 from max._mlir import ir
 from max.dtype import DType
-from max.graph import BufferType, BufferValue, DeviceRef, Dim, StaticDim, TensorType, TensorValue, ops
+from max.graph import BufferType, DeviceRef, Dim, StaticDim, TensorType, TensorValue, ops
 
 from ..conv.geometry import Geometry, TransposedGeometry
+from ..conv.graph import PackedGraph, graph_class
 from ..conv.ops import custom_op
-from ..conv.packing import PackedGraph, graph_class
 from .describe import describe
 from .lines import Line, Window
 from .positions import check, where
@@ -67,7 +68,7 @@ def streaming(
         kwargs["exact"] = True
     tick = 1
     while True:
-        token = graph_class.set(lambda: StreamingGraph._of(tick, rate))
+        token = graph_class.set(partial(StreamingGraph._of, tick, rate))
         try:
             if plain:
                 name = getattr(network, "__name__", type(network).__name__)
@@ -97,6 +98,7 @@ class StreamingGraph(PackedGraph):
     """
 
     timing: Timing
+    live = True
 
     @classmethod
     def _of(cls, tick: int, rate: int | None) -> "StreamingGraph":
@@ -193,6 +195,43 @@ class StreamingGraph(PackedGraph):
         self._lines[_raw(y)] = self._after
         self._skip()
 
+    def same_positions(self, value: TensorValue, x: TensorValue) -> None:
+        """Takes note that a value, which was emitted last, has the positions of `x`."""
+        self._lines[_raw(value)] = self._lines[_raw(x)]
+        self._skip()
+
+    def same_length(self, value: TensorValue, y: TensorValue, x: TensorValue) -> None:
+        """Takes note that a value, which was emitted last, has the positions of `y`, as many as `x` has."""
+        self._look()
+        self._lines[_raw(value)] = replace(self._lines[_raw(y)], steps=self._lines[_raw(x)].steps)
+
+    def inside(self, x: TensorValue) -> TensorValue:
+        """Returns an NLC value, with zeros for what is no position of its signals."""
+        line = self._line(x)
+        if line.delay == 0:
+            return x
+        value = self._read(Window(line, 0, 0), x, "NLC")
+        self.same_positions(value, x)
+        return value
+
+    def recall(self, x: TensorValue, size: int) -> tuple[TensorValue, Any]:
+        """Returns a value of the call before, (N, size) in the dtype of `x`, zeros at first, and what `keep` needs."""
+        self._look()
+        place = self._state_size
+        none = ops.broadcast_to(ops.constant(0, x.dtype, device=x.device), [x.shape[0], 0, size])
+        value = self._read(Window(Line(1), 1, 1), none, "NLC", size=Dim(1))
+        value = ops.reshape(value, [x.shape[0], size])
+        self._skip()
+        return value, place
+
+    def keep(self, value: TensorValue, place: Any) -> None:
+        """Keeps a value, (N, size), for the next call."""
+        self._look()
+        size, self._state_size = self._state_size, place
+        self._read(Window(Line(1), 0, 1), ops.unsqueeze(value, 1), "NLC", size=Dim(0))
+        self._state_size = size
+        self._skip()
+
     def _line(self, x: TensorValue) -> Line:
         self._look()
         line = self._lines.get(_raw(x))
@@ -224,8 +263,7 @@ class StreamingGraph(PackedGraph):
 
     def _look(self) -> None:
         """Gives lines to what has been emitted since the last look."""
-        block = self._mlir_op.regions[0].blocks[0]
-        for operation in list(block.operations)[self._done :]:
+        for operation in self._since(self._last):
             results = [_value(result) for result in operation.results]
             seen = [(i, value) for i, value in enumerate(operation.operands) if value in self._lines]
             if str(operation.name) in SIZES:
@@ -250,8 +288,7 @@ class StreamingGraph(PackedGraph):
 
     def _late(self, operation: Any, value: TensorValue, line: Line, positions: int) -> Any:
         """Emits, before an operation, a value that is some positions later."""
-        block = self._mlir_op.regions[0].blocks[0]
-        before = len(list(block.operations))
+        last = self._operations()[-1]
         (axis,) = where(value, self._size(line))
         shape = list(value.shape)
         if axis not in (1, len(shape) - 1):
@@ -260,7 +297,7 @@ class StreamingGraph(PackedGraph):
         channels = int(np.prod([int(size) for size in other], dtype=int))
         flat = [shape[0], shape[axis], channels] if layout == "NLC" else [shape[0], channels, shape[axis]]
         late = ops.reshape(self._read(Window.delay(line, positions), ops.reshape(value, flat), layout), shape)
-        for new in list(block.operations)[before:]:
+        for new in self._since(last):
             new.move_before(operation)
         return _raw(late)
 
@@ -274,8 +311,16 @@ class StreamingGraph(PackedGraph):
                     "max_conv.conv.ones_like."
                 )
 
+    def _operations(self) -> list[Any]:
+        return list(self._mlir_op.regions[0].blocks[0].operations)
+
+    def _since(self, last: Any) -> list[Any]:
+        """Returns the operations after one. Weights are put before all others, so a number would not do."""
+        operations = self._operations()
+        return operations[len(operations) - operations[::-1].index(last) :]
+
     def _skip(self) -> None:
-        self._done = len(list(self._mlir_op.regions[0].blocks[0].operations))
+        self._last = self._operations()[-1]
 
 
 def _axis(number: int, type_: TensorType) -> int:

@@ -290,7 +290,9 @@ class Stream:
             counts[n] = value.shape[axis - 1]
         if number == 0:
             self.lengths = counts
-        shape = [self.batch if i == 0 else int(counts.max()) if i == axis else size for i, size in enumerate(spec.shape)]
+        shape = [
+            self.batch if i == 0 else int(counts.max()) if i == axis else size for i, size in enumerate(spec.shape)
+        ]
         result = np.zeros(shape, _bits(spec))
         for n, value in zip(order, found, strict=True):
             _cut(result[n], axis - 1, 0, int(counts[n]))[...] = value
