@@ -138,7 +138,16 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    graph, w = begin("crepe", [["batch", "samples"]], config.shapes(), weights, device, dtype, exact=exact)
+    graph, w = begin(
+        "crepe",
+        {"sound": ["batch", "samples"]},
+        config.shapes(),
+        weights,
+        device,
+        dtype,
+        outputs=["activations"],
+        exact=exact,
+    )
     with graph:
         sound = graph.inputs[0].tensor
         batch, frames = sound.shape[0], (sound.shape[1] - config.window) // config.hop + 1

@@ -162,7 +162,7 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    graph, w = _begin("dac", config, weights, device, dtype, exact, DType.float32, ["batch", "samples"])
+    graph, w = _begin("dac", config, weights, device, dtype, exact)
     with graph:
         codes = _quantize(config, w, _encode(config, w, graph.inputs[0].tensor))
         graph.output(_decode(config, w, _entries(w, codes)))
@@ -185,7 +185,7 @@ def build_encoder(
         codes: (batch, quantizers, frames), int64.
         embeddings: (batch, frames, hidden), float32: the sum of the codes' entries.
     """
-    graph, w = _begin("dac_encoder", config, weights, device, dtype, exact, DType.float32, ["batch", "samples"])
+    graph, w = _begin("dac_encoder", config, weights, device, dtype, exact)
     with graph:
         embeddings = _encode(config, w, graph.inputs[0].tensor)
         codes = ops.stack(_quantize(config, w, embeddings), axis=1)
@@ -205,8 +205,7 @@ def build_decoder(
 
     Arguments and errors are as for `build`.
     """
-    sizes = ["batch", config.quantizers, "frames"]
-    graph, w = _begin("dac_decoder", config, weights, device, dtype, exact, DType.int64, sizes)
+    graph, w = _begin("dac_decoder", config, weights, device, dtype, exact)
     with graph:
         codes = graph.inputs[0].tensor
         graph.output(_decode(config, w, _entries(w, [codes[:, i] for i in range(config.quantizers)])))
@@ -220,13 +219,14 @@ def _begin(
     device: DeviceRef | None,
     dtype: DType,
     exact: bool,
-    given: DType,
-    sizes: Sequence[Any],
 ) -> tuple[PackedGraph, Weights]:
-    """Returns an empty graph of one input, and the weights in it."""
+    """Returns an empty graph, of the codec or of a half of it, and the weights in it."""
     if not 1 <= config.quantizers <= config.codebooks:
         raise ValueError(f"dac: quantizers must be 1 to {config.codebooks}, but are {config.quantizers}.")
-    return begin(name, [sizes], config.shapes(), weights, device, dtype, given=given, exact=exact)
+    sound, codes = {"sound": ["batch", "samples"]}, {"codes": ["batch", config.quantizers, "frames"]}
+    inputs, given = (codes, DType.int64) if name == "dac_decoder" else (sound, DType.float32)
+    outputs = ["codes", "embeddings"] if name == "dac_encoder" else ["sound"]
+    return begin(name, inputs, config.shapes(), weights, device, dtype, outputs=outputs, given=given, exact=exact)
 
 
 def _encode(config: Config, w: Weights, sound: TensorValue) -> TensorValue:

@@ -19,7 +19,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
-from max_conv.conv import as_long_as
+from max_conv.conv import signals
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
@@ -185,12 +185,12 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    graph, w = _begin("encodec", config, weights, device, dtype, exact, DType.float32, ["batch", "samples"])
+    graph, w = _begin("encodec", config, weights, device, dtype, exact)
     with graph:
         sound = graph.inputs[0].tensor
         codes = _quantize(config, w, _encode(config, w, sound))
         # The last frame may reach past the end.
-        graph.output(as_long_as(_decode(config, w, _entries(w, codes)), sound))
+        graph.output(signals().as_long_as(_decode(config, w, _entries(w, codes)), sound))
     return graph
 
 
@@ -211,7 +211,7 @@ def build_encoder(
         codes: (batch, quantizers, frames), int64.
         embeddings: (batch, frames, hidden), float32: the sum of the codes' entries.
     """
-    graph, w = _begin("encodec_encoder", config, weights, device, dtype, exact, DType.float32, ["batch", "samples"])
+    graph, w = _begin("encodec_encoder", config, weights, device, dtype, exact)
     with graph:
         embeddings = _encode(config, w, graph.inputs[0].tensor)
         codes = ops.stack(_quantize(config, w, embeddings), axis=1)
@@ -231,8 +231,7 @@ def build_decoder(
 
     Arguments and errors are as for `build`. There must be at least 7 frames.
     """
-    sizes = ["batch", config.quantizers, "frames"]
-    graph, w = _begin("encodec_decoder", config, weights, device, dtype, exact, DType.int64, sizes)
+    graph, w = _begin("encodec_decoder", config, weights, device, dtype, exact)
     with graph:
         codes = graph.inputs[0].tensor
         graph.output(_decode(config, w, _entries(w, [codes[:, i] for i in range(config.quantizers)])))
@@ -246,13 +245,14 @@ def _begin(
     device: DeviceRef | None,
     dtype: DType,
     exact: bool,
-    given: DType,
-    sizes: Sequence[Any],
 ) -> tuple[PackedGraph, Weights]:
-    """Returns an empty graph of one input, and the weights in it."""
+    """Returns an empty graph, of the codec or of a half of it, and the weights in it."""
     if not 1 <= config.quantizers <= config.codebooks:
         raise ValueError(f"encodec: quantizers must be 1 to {config.codebooks}, but are {config.quantizers}.")
-    return begin(name, [sizes], config.shapes(), weights, device, dtype, given=given, exact=exact)
+    sound, codes = {"sound": ["batch", "samples"]}, {"codes": ["batch", config.quantizers, "frames"]}
+    inputs, given = (codes, DType.int64) if name == "encodec_decoder" else (sound, DType.float32)
+    outputs = ["codes", "embeddings"] if name == "encodec_encoder" else ["sound"]
+    return begin(name, inputs, config.shapes(), weights, device, dtype, outputs=outputs, given=given, exact=exact)
 
 
 def _padding(config: Config, taps: int, stride: int = 1) -> tuple[int, int]:

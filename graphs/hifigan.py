@@ -124,7 +124,14 @@ def build(
         ValueError: If the weights do not fit the config.
     """
     graph, w = begin(
-        "hifigan", [["batch", "frames", config.mels]], config.shapes(), weights, device, dtype, exact=exact
+        "hifigan",
+        {"mels": ["batch", "frames", config.mels]},
+        config.shapes(),
+        weights,
+        device,
+        dtype,
+        outputs=["sound"],
+        exact=exact,
     )
     with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)

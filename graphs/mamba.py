@@ -126,7 +126,14 @@ def build(
         ValueError: If the weights do not fit the config.
     """
     graph, w = begin(
-        "mamba", [["batch", "length", config.hidden]], config.shapes(), weights, device, dtype, exact=exact
+        "mamba",
+        {"hidden": ["batch", "length", config.hidden]},
+        config.shapes(),
+        weights,
+        device,
+        dtype,
+        outputs=["value", "gate"],
+        exact=exact,
     )
     w = w / "layers" / config.layer
     with graph:

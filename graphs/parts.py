@@ -24,7 +24,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorType, TensorValue, Weight, ops
 
 from max_conv import PackedGraph, conv1d, conv_transpose1d
-from max_conv.conv import as_buffer, derived, lstm, run_after
+from max_conv.conv import as_buffer, derived, lstm, signals
 from max_conv.weights import LayerMap, read_native
 
 
@@ -89,7 +89,7 @@ class Weights:
         """
         bias = self._bias(name)
         if after is not None and bias is not None:
-            bias = run_after(bias, after)
+            bias = signals().run_after(bias, after)
         return conv1d(x, self[f"{name}.weight"], bias, **options)
 
     def conv_transpose(self, x: TensorValue, name: str, **options: Any) -> TensorValue:
@@ -147,12 +147,13 @@ def load(
 
 def begin(
     name: str,
-    inputs: Sequence[Sequence[str | int]],
+    inputs: Mapping[str, Sequence[str | int]],
     shapes: Mapping[str, tuple[int, ...]],
     arrays: Mapping[str, np.ndarray],
     device: DeviceRef | None,
     dtype: DType,
     *,
+    outputs: Sequence[str],
     given: DType = DType.float32,
     exact: bool = False,
 ) -> tuple[PackedGraph, Weights]:
@@ -160,9 +161,10 @@ def begin(
 
     Args:
         name: The name of the graph, which begins error messages.
-        inputs: The shapes of its inputs.
+        inputs: The shapes of its inputs, by name.
         shapes: The shapes of the weights.
         arrays, device, dtype: As for `build`.
+        outputs: The names of its outputs.
         given: The dtype of the inputs.
         exact: As for `build`.
 
@@ -171,8 +173,9 @@ def begin(
     """
     check_weights(name, arrays, shapes)
     device = device or DeviceRef.CPU()
-    types = [TensorType(given, shape, device) for shape in inputs]
+    types = [TensorType(given, shape, device) for shape in inputs.values()]
     graph = PackedGraph(name, input_types=types, exact=exact)
+    graph.input_names, graph.output_names = tuple(inputs), tuple(outputs)
     return graph, Weights(arrays, device, dtype)
 
 

@@ -181,7 +181,16 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    graph, w = begin("pesto", [["batch", "samples"]], config.shapes(), weights, device, dtype, exact=exact)
+    graph, w = begin(
+        "pesto",
+        {"sound": ["batch", "samples"]},
+        config.shapes(),
+        weights,
+        device,
+        dtype,
+        outputs=["pitch", "confidence", "volume", "activations"],
+        exact=exact,
+    )
     full = Weights(weights, w.device, DType.float32)
     with graph:
         sound = ops.unsqueeze(graph.inputs[0].tensor, 2)

@@ -27,7 +27,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorType, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
-from max_conv.conv import PANEL, Emitted, Geometry, Layer, custom_op, record
+from max_conv.conv import PANEL, Emitted, Geometry, Layer, custom_op, is_live, record, signals
 from max_conv.serving import Task
 from max_conv.sound import as_signals
 from max_conv.weights import LayerMap, read_onnx, resolve, to_native
@@ -176,16 +176,33 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    state: list[str | int] = ["batch", config.state]
+    live = is_live()
+    inputs: dict[str, list[str | int]] = {"chunks": ["batch", "time", config.hop], "state": ["batch", config.state]}
+    if live:
+        inputs = {"sound": ["batch", "samples"]}
     graph, w = begin(
-        "silero_vad", [["batch", "time", config.hop], state], config.shapes(), weights, device, dtype, exact=exact
+        "silero_vad",
+        inputs,
+        config.shapes(),
+        weights,
+        device,
+        dtype,
+        outputs=["probability"] if live else ["probability", "state"],
+        exact=exact,
     )
     with graph:
-        values = [value.tensor for value in graph.inputs]
+        if live:
+            chunks = signals().whole_frames(graph.inputs[0].tensor, config.hop)
+            state, place = signals().recall(chunks, config.state)
+        else:
+            chunks, state = (value.tensor for value in graph.inputs)
         panels = all(filters % PANEL == 0 for filters in (*(f for f, _ in config.layers), 4 * config.units))
         panels &= config.window % (2 * PANEL) == 0 and _mirrored(weights["stft_conv.weight"])
         in_one = w.device.is_cpu() and dtype == DType.float32 and panels
-        graph.output(*(_in_one(config, w, *values) if in_one else _in_layers(config, w, *values)))
+        probability, last = (_in_one if in_one else _in_layers)(config, w, chunks, state)
+        if live:
+            signals().keep(last, place)
+        graph.output(*([probability] if live else [probability, last]))
     return graph
 
 
@@ -280,7 +297,8 @@ def _in_one(config: Config, w: Weights, chunks: TensorValue, state: TensorValue)
     )
     results = [TensorType(DType.float32, chunks.shape[:2], w.device), state.type]
     operands = [chunks, state, numbers[0], panels, w_hh, head, numbers[1]]
-    return custom_op("max_conv.silero_vad", w.device, operands, results)
+    probability, last = custom_op("max_conv.silero_vad", w.device, operands, results)
+    return [signals().same_positions(probability, chunks), last]
 
 
 def _mirrored(spectrum: np.ndarray) -> bool:

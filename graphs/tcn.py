@@ -125,7 +125,16 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    graph, w = begin("tcn", [["batch", "length", config.inputs]], config.shapes(), weights, device, dtype, exact=exact)
+    graph, w = begin(
+        "tcn",
+        {"x": ["batch", "length", config.inputs]},
+        config.shapes(),
+        weights,
+        device,
+        dtype,
+        outputs=["y"],
+        exact=exact,
+    )
     with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)
         total = None

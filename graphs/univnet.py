@@ -18,6 +18,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
+from max_conv.conv import signals
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
@@ -132,7 +133,16 @@ def build(
         ValueError: If the weights do not fit the config.
     """
     mels, noise = (("batch", "frames", size) for size in (config.mels, config.noise))
-    graph, w = begin("univnet", [mels, noise], config.shapes(), weights, device, dtype, exact=exact)
+    graph, w = begin(
+        "univnet",
+        {"mels": mels, "noise": noise},
+        config.shapes(),
+        weights,
+        device,
+        dtype,
+        outputs=["sound"],
+        exact=exact,
+    )
     with graph:
         spectrogram, x = (ops.cast(value.tensor, dtype) for value in graph.inputs)
         x = w.conv(x, "conv_pre", padding=3, padding_mode="reflect")
@@ -195,14 +205,11 @@ def _biases_of(array: np.ndarray, layer: int, layers: int) -> np.ndarray:
 
 def _varied(x: TensorValue, filters: TensorValue, bias: TensorValue, hop: int, taps: int) -> TensorValue:
     """Convolves each frame of (batch, frames * hop, C) with its own filters; past its edges are its neighbours' samples."""
-    (batch, length, channels), frames = x.shape, filters.shape[1]
-    pad = taps // 2
-    padded = ops.pad(x, [0, 0, pad, pad, 0, 0])
-    ends = [None if tap == 2 * pad else tap - 2 * pad for tap in range(taps)]
-    seen = [padded[:, (slice(tap, end), length)] for tap, end in enumerate(ends)]
-    windows = ops.reshape(ops.concat(seen, axis=2), [batch, frames, hop, taps * channels])
+    (batch, frames, _), channels = filters.shape, int(x.shape[2])
+    seen = signals().neighbours(x, taps // 2, taps // 2)
+    windows = signals().in_frames(ops.concat(seen, axis=2), hop, filters)
     matrices = ops.reshape(filters, [batch, frames, taps * channels, 2 * channels])
-    return ops.reshape(windows @ matrices + ops.unsqueeze(bias, 2), [batch, length, 2 * channels])
+    return signals().from_frames(windows @ matrices + ops.unsqueeze(bias, 2))
 
 
 def speak(model: Callable[..., Any], mels: np.ndarray, config: Config = Config(), *, seed: int = 0) -> Any:

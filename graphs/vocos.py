@@ -16,7 +16,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d, conv_transpose1d
-from max_conv.conv import ones_like
+from max_conv.conv import signals
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
@@ -114,7 +114,16 @@ def build(
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    graph, w = begin("vocos", [["batch", "frames", config.mels]], config.shapes(), weights, device, dtype, exact=exact)
+    graph, w = begin(
+        "vocos",
+        {"mels": ["batch", "frames", config.mels]},
+        config.shapes(),
+        weights,
+        device,
+        dtype,
+        outputs=["sound"],
+        exact=exact,
+    )
     with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)
         backbone = w / "backbone"
@@ -146,7 +155,7 @@ def _sound(config: Config, w: Weights, x: TensorValue) -> TensorValue:
     window = "head.istft.window"
     sound = conv_transpose1d(spectrum, w.make("head.istft.waves", _waves, window), **options)
     # Where windows overlap their squares add up: to a constant inside, to less at the ends.
-    overlap = conv_transpose1d(ones_like(x), w.make("head.istft.squares", _squares, window), **options)
+    overlap = conv_transpose1d(signals().ones_like(x), w.make("head.istft.squares", _squares, window), **options)
     return ops.squeeze(sound / overlap, 2)
 
 

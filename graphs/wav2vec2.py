@@ -178,7 +178,7 @@ def build(
         x = x + _positional(config, w, x)
         return x if config.stable else w.layer_norm(x, "encoder.layer_norm", config.epsilon)
 
-    return _graph("wav2vec2", ["batch", "samples"], whole, config, weights, device, dtype, exact)
+    return _graph("wav2vec2", {"sound": ["batch", "samples"]}, whole, config, weights, device, dtype, exact)
 
 
 def build_features(
@@ -194,7 +194,7 @@ def build_features(
     def features(w: Weights, sound: TensorValue) -> TensorValue:
         return _features(config, w / "feature_extractor.conv_layers", sound)
 
-    return _graph("wav2vec2_features", ["batch", "samples"], features, config, weights, device, dtype, exact)
+    return _graph("wav2vec2_features", {"sound": ["batch", "samples"]}, features, config, weights, device, dtype, exact)
 
 
 def build_positional(
@@ -211,13 +211,20 @@ def build_positional(
         return _positional(config, w, x)
 
     return _graph(
-        "wav2vec2_positions", ["batch", "frames", config.hidden], positional, config, weights, device, dtype, exact
+        "wav2vec2_positions",
+        {"x": ["batch", "frames", config.hidden]},
+        positional,
+        config,
+        weights,
+        device,
+        dtype,
+        exact,
     )
 
 
 def _graph(
     name: str,
-    shape: list[str | int],
+    inputs: Mapping[str, list[str | int]],
     network: Callable[[Weights, TensorValue], TensorValue],
     config: Config,
     weights: Mapping[str, np.ndarray],
@@ -225,7 +232,7 @@ def _graph(
     dtype: DType,
     exact: bool,
 ) -> PackedGraph:
-    graph, w = begin(name, [shape], config.shapes(), weights, device, dtype, exact=exact)
+    graph, w = begin(name, inputs, config.shapes(), weights, device, dtype, outputs=["vectors"], exact=exact)
     with graph:
         graph.output(ops.cast(network(w, ops.cast(graph.inputs[0].tensor, dtype)), DType.float32))
     return graph

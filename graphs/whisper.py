@@ -118,7 +118,14 @@ def build(
         ValueError: If the weights do not fit the config.
     """
     graph, w = begin(
-        "whisper", [["batch", "frames", config.mels]], config.shapes(), weights, device, dtype, exact=exact
+        "whisper",
+        {"mels": ["batch", "frames", config.mels]},
+        config.shapes(),
+        weights,
+        device,
+        dtype,
+        outputs=["vectors"],
+        exact=exact,
     )
     with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)

@@ -85,7 +85,7 @@ __getattr__ = lazily(
         "load": "runtime.session",
         "registry": "runtime.session",
         "remove_weight_norm": "conv.weight_norm",
-        "streaming": "streaming.graph",
+        "streaming": "streaming",
     },
 )
 

@@ -111,7 +111,8 @@ def compile_together(*graphs: tuple[Graph, Mapping[str, Any]]) -> list[max_conv.
     for number, (graph, _) in enumerate(graphs):
         inputs = [port_of(f"input{i}", value.type) for i, value in enumerate(graph.inputs)]
         outputs = [port_of(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
-        models.append(max_conv.Model(compiled, values, inputs, outputs, number=number))
+        timing = getattr(graph, "timing", None)
+        models.append(max_conv.Model(compiled, values, inputs, outputs, number=number, timing=timing))
     return models
 
 

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from .arrays import as_buffer
     from .dispatch import BYTES, PANEL, Layer
     from .geometry import Geometry, Padding, TransposedGeometry
-    from .graph import Emitted, derived, record
+    from .graph import Emitted, derived, is_live, record
     from .layouts import FilterLayout, Layout, TransposedFilterLayout, permute
     from .ops import custom_op
     from .recurrent import lstm
     from .reference import conv1d_ref, conv_transpose1d_ref
-    from .signals import as_long_as, is_live, ones_like, run_after
+    from .whole import signals
 
 __all__ = [
     "BYTES",
@@ -30,17 +30,15 @@ __all__ = [
     "TransposedFilterLayout",
     "TransposedGeometry",
     "as_buffer",
-    "as_long_as",
     "conv1d_ref",
     "conv_transpose1d_ref",
     "custom_op",
     "derived",
     "is_live",
     "lstm",
-    "ones_like",
     "permute",
     "record",
-    "run_after",
+    "signals",
 ]
 __getattr__ = lazily(
     __name__,
@@ -56,16 +54,14 @@ __getattr__ = lazily(
         "TransposedFilterLayout": "layouts",
         "TransposedGeometry": "geometry",
         "as_buffer": "arrays",
-        "as_long_as": "signals",
         "conv1d_ref": "reference",
         "conv_transpose1d_ref": "reference",
         "custom_op": "ops",
         "derived": "graph",
-        "is_live": "signals",
+        "is_live": "graph",
         "lstm": "recurrent",
-        "ones_like": "signals",
         "permute": "layouts",
         "record": "graph",
-        "run_after": "signals",
+        "signals": "whole",
     },
 )

@@ -8,10 +8,10 @@ from typing import Any
 
 from max import nn
 from max.driver import Buffer
-from max.graph import Dim, Graph, KernelLibrary, TensorValue, Weight, ops
+from max.graph import Graph, KernelLibrary, TensorValue, Weight
 
 from .dispatch import Form, Layer
-from .geometry import Geometry, TransposedGeometry
+from .whole import Signals
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class PackedGraph(Graph):
 
     Attributes:
         input_names, output_names: The names of its inputs and outputs in a model, where its builder gave them.
-        live: Whether its signals come chunk by chunk, or have lengths of their own.
+        signals: What is known of its signals.
         derived: The weights to make, by name.
         emitted: The layers of this package's operations, in order.
     """
 
     input_names: Sequence[str] = ()
     output_names: Sequence[str] = ()
-    live = False
+    signals = Signals()
     exact: bool
     derived: dict[str, Derived]
     emitted: list[tuple[Emitted, ...]]
@@ -107,32 +107,6 @@ class PackedGraph(Graph):
             known = self._named[name] = (weight, same, layer)
         return known[1]
 
-    def layer_input(
-        self, x: TensorValue, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
-    ) -> tuple[TensorValue, Geometry | TransposedGeometry, Dim]:
-        """Returns what a layer reads instead of `x`, its geometry then, and its output's length."""
-        return x, geometry, outputs
-
-    def layer_output(self, y: TensorValue) -> None:
-        """Takes the output of the layer whose input was the last."""
-
-    def same_positions(self, value: TensorValue, x: TensorValue) -> None:
-        """Takes note that a value has the positions of `x`."""
-
-    def same_length(self, value: TensorValue, y: TensorValue, x: TensorValue) -> None:
-        """Takes note that a value has the positions of `y`, as many as `x` has."""
-
-    def inside(self, x: TensorValue) -> TensorValue:
-        """Returns an NLC value, with zeros for what is no position of its signals."""
-        return x
-
-    def recall(self, x: TensorValue, size: int) -> tuple[TensorValue, Any]:
-        """Returns a value of the call before, (N, size) in the dtype of `x`, zeros at first, and what `keep` needs."""
-        return ops.broadcast_to(ops.constant(0, x.dtype, device=x.device), [x.shape[0], size]), None
-
-    def keep(self, value: TensorValue, place: Any) -> None:
-        """Keeps a value, (N, size), for the next call."""
-
     def loaded(self) -> dict[str, Any]:
         """Returns the values that the layers in this graph have loaded themselves, by the names that they have in it."""
         values = {}
@@ -144,6 +118,11 @@ class PackedGraph(Graph):
     def __enter__(self) -> "PackedGraph":
         super().__enter__()
         return self
+
+
+def is_live() -> bool:
+    """Returns whether the next graph will be a live one."""
+    return graph_class.get() is not None
 
 
 def packed_graph() -> PackedGraph | None:

@@ -14,6 +14,7 @@ from .graph import Emitted, in_graph, packed_graph, record, weight_name
 from .layouts import FilterLayout, Layout, TransposedFilterLayout
 from .library import kernel_library
 from .packing import filter_operand, held, packable
+from .whole import signals
 
 
 def conv1d(
@@ -153,9 +154,7 @@ def _convolve(given: Operands, geometry: Geometry | TransposedGeometry, outputs:
     )
     x = in_graph(given.x)
     x = x if given.batched else ops.unsqueeze(x, 0)
-    read = geometry
-    if graph is not None:
-        x, read, outputs = graph.layer_input(x, geometry, given.layout, outputs)
+    x, read, outputs = signals().layer_input(x, geometry, given.layout, outputs)
     filter, order = filter_operand(given.filter, given.filter_layout, layer, choice.kernel)
     bias = ops.constant([], x.dtype, device=x.device) if given.bias is None else in_graph(given.bias)
     length = int(outputs) if isinstance(outputs, StaticDim) else None
@@ -166,8 +165,7 @@ def _convolve(given: Operands, geometry: Geometry | TransposedGeometry, outputs:
     )
     axes = {"N": given.batch, "L": outputs, "C": Dim(given.filters)}
     y = emit(x, filter, bias, numbers, [axes[axis] for axis in layer.layout], form)
-    if graph is not None:
-        graph.layer_output(y)
+    signals().layer_output(y)
     return y if given.batched else ops.squeeze(y, 0)
 
 

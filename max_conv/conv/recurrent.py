@@ -6,8 +6,9 @@ from max.dtype import DType
 from max.graph import StaticDim, TensorType, TensorValue, ops
 
 from .checks import DTYPES
-from .graph import Emitted, packed_graph, record, weight_name
+from .graph import Emitted, record, weight_name
 from .ops import conv1d, custom_op
+from .whole import signals
 
 _GATES = 4
 
@@ -51,14 +52,13 @@ def lstm(
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     """
     names = ("x", "w_ih", "w_hh", "bias", "hidden", "cell")
-    graph = packed_graph()
-    live = graph is not None and graph.live
-    if live and hidden is not None:
+    now = signals()
+    if now.live and hidden is not None:
         raise ValueError("streaming: an LSTM with hidden= and cell= starts anew in every call; leave them out.")
     places = []
     if hidden is None or cell is None:
         x, w_hh = TensorValue(x), TensorValue(w_hh)
-        (hidden, place), (cell, other) = (_before(x, int(w_hh.shape[0])) for _ in range(2))
+        (hidden, place), (cell, other) = (now.recall(x, int(w_hh.shape[0])) for _ in range(2))
         places = [place, other]
     operands = [TensorValue(value) for value in (x, w_ih, w_hh, bias, hidden, cell)]
     given = x = operands[0]
@@ -68,10 +68,9 @@ def lstm(
         operands = [ops.cast(value, DType.float32) for value in operands]
     x, w_ih, w_hh, bias, hidden, cell = operands
     # A row of padding at the end allows an empty sequence, which a convolution would not accept; no live one is empty.
-    gates = conv1d(x, ops.unsqueeze(w_ih, 0), bias, padding=(0, 0 if live else 1))
-    if live:
-        # Zero gates keep a memory of zeros until the signal begins.
-        gates = graph.inside(gates)
+    gates = conv1d(x, ops.unsqueeze(w_ih, 0), bias, padding=(0, 0 if now.live else 1))
+    # Zero gates keep a memory of zeros until a live signal begins.
+    gates = now.inside(gates)
     batch, steps, _ = x.shape
     state = TensorType(x.dtype, [batch, units], x.device)
     record(Emitted(weight_name(w_hh), units=units))
@@ -81,20 +80,11 @@ def lstm(
         [gates, w_hh, hidden, cell],
         [TensorType(x.dtype, [batch, steps, units], x.device), state, state],
     )
-    if graph is not None:
-        graph.same_positions(results[0], given)
+    now.same_positions(results[0], given)
     outputs, hidden, cell = (ops.cast(value, dtype) for value in results)
-    if live:
-        for value, place in zip((hidden, cell), places, strict=True):
-            graph.keep(value, place)
+    for value, place in zip((hidden, cell), places, strict=False):
+        now.keep(value, place)
     return outputs, hidden, cell
-
-
-def _before(x: TensorValue, units: int) -> tuple[TensorValue, Any]:
-    """Returns the memory before the first step, and where it is kept."""
-    if graph := packed_graph():
-        return graph.recall(x, units)
-    return ops.broadcast_to(ops.constant(0, x.dtype, device=x.device), [x.shape[0], units]), None
 
 
 def _check(values: dict[str, TensorValue]) -> int:

@@ -160,7 +160,7 @@ class Model:
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{port.name}: {port.dtype}{port}" for port in self.inputs)
-        outputs = ", ".join(f"{port.dtype}{port}" for port in self.outputs)
+        outputs = ", ".join(f"{port.name}: {port.dtype}{port}" for port in self.outputs)
         return f"Model({inputs}) -> {outputs}"
 
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -183,6 +183,7 @@ def compile(
     model: nn.Module | Callable[..., Any] | Graph,
     inputs: Mapping[str, TensorType] | Sequence[TensorType] | Sequence[str] | None = None,
     *,
+    outputs: Sequence[str] | None = None,
     weights: Mapping[str, Any] | None = None,
     exact: bool = False,
     specialise: bool = False,
@@ -196,6 +197,7 @@ def compile(
         model: A `max.nn.Module`; a function from graph values to one or several; or a finished `Graph`.
         inputs: The types of the inputs, by name or in order. Not needed for a module with a method `input_types()`,
             such as `Conv1D`: its batch and length are symbolic. For a `Graph`, optionally the names of its inputs.
+        outputs: The names of the outputs; by default those that the graph's builder gave, or output0, output1 and so on.
         weights: Arrays by weight name. Not needed for layers of this package that have loaded their weights, whether
             alone, in a function, in a `PackedGraph` or inside another module. The model keeps the arrays alive.
         exact: Whether all layers get direct kernels, as with `conv1d(..., exact=True)`. In a finished `Graph` the
@@ -220,13 +222,18 @@ def compile(
     check_fork("compile")
     graph, names, weights = _trace(model, inputs, weights, exact)
     ports = [port_of(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
-    outputs = [port_of(f"output{i}", type_) for i, type_ in enumerate(graph.output_types)]
+    names = list(
+        outputs or getattr(graph, "output_names", ()) or [f"output{i}" for i in range(len(graph.output_types))]
+    )
+    if len(names) != len(graph.output_types) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"compile: the graph has {len(graph.output_types)} outputs; pass as many names, not {names}.")
+    results = [port_of(name, type_) for name, type_ in zip(names, graph.output_types, strict=True)]
     buffers = registry(graph, weights)
-    devices = accelerators(*ports, *outputs)
+    devices = accelerators(*ports, *results)
     layer = None if specialise or devices else kinds.alone(graph)
     if layer:
         kind = kinds.ready(layer.kind)[0]
-        return Model(kind.compiled, buffers, ports, outputs, layer, kind.number)
+        return Model(kind.compiled, buffers, ports, results, layer, kind.number)
 
     def compile_now() -> Any:
         with slow_compile(graph.name):
@@ -234,7 +241,7 @@ def compile(
 
     found = compiled(graph, compile_now)
     timing = getattr(graph, "timing", None)
-    return Model(found.compiled, buffers, ports, outputs, number=found.number, timing=timing)
+    return Model(found.compiled, buffers, ports, results, number=found.number, timing=timing)
 
 
 def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:
@@ -297,7 +304,8 @@ def _trace(model: Any, inputs: Any, weights: Any, exact: bool) -> tuple[Graph, l
             raise TypeError(
                 "compile: a finished Graph has its kernels already; build it with exact=True, as a PackedGraph or by its layers."
             )
-        names = list(inputs or [f"input{i}" for i in range(len(model.inputs))])
+        own = list(getattr(model, "input_names", ()))
+        names = list(inputs or own or [f"input{i}" for i in range(len(model.inputs))])
         if len(names) != len(model.inputs) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"compile: a Graph knows its inputs' types; pass {len(model.inputs)} names, not {names}.")
         loaded = model.loaded() if isinstance(model, PackedGraph) else {}

@@ -1,4 +1,11 @@
-"""Signals that come chunk by chunk: live graphs, their latency, and the receptive field of any graph."""
+"""Signals that come chunk by chunk: live graphs, their latency, and the receptive field of any graph.
+
+`max_conv.streaming(...)` calls this module: it is the function `streaming`.
+"""
+
+import sys
+from types import ModuleType
+from typing import Any
 
 from .describe import describe
 from .graph import StreamingGraph, streaming
@@ -14,3 +21,14 @@ __all__ = [
     "describe",
     "streaming",
 ]
+
+
+class _Callable(ModuleType):
+    """A module that is called as the function of its name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> StreamingGraph:
+        return streaming(*args, **kwargs)
+
+
+_Callable.__call__.__doc__ = streaming.__doc__
+sys.modules[__name__].__class__ = _Callable

@@ -64,7 +64,9 @@ def check(operation: Any, seen: Sequence[tuple[int, TensorValue]], results: Sequ
     elif name in OVER_CHANNELS:
         apart &= seen[0][0] == 0 and axis != len(value.shape) - 1
     elif name in ONE_SIGNAL:
-        apart &= len(seen) == 1
+        # In a product of matrices, positions can also be matrices of their own.
+        own = name == "rmo.matmul" and all(found == [axis] for found in axes) and axis < len(value.shape) - 2
+        apart &= len(seen) == 1 or own
     elif name == "rmo.reshape":
         apart &= all(_before(value, axis) == _before(result, where(result, size)[0]) for result in results if apart)
     if not apart:

@@ -4,7 +4,7 @@ A tile of positions by two vectors of output channels stays in registers while t
 reads the filter's vectors straight from SCF and broadcasts one input value a row.
 """
 
-from std.math import ceildiv
+from std.math import ceildiv, gcd
 from std.sys.info import simd_width_of, size_of
 
 from .geometry import Geometry
@@ -119,12 +119,17 @@ def tile[
             total[i] = w.sums.unsafe_offset(i * width).unsafe_load[width=width]()
 
     var channels = g.group_channels()
-    var first_tap = max(g.first_tap(part.first, rows), w.first_tap)
+    # Whole blocks of terms are skipped, so that an output has the same bits next to an edge as elsewhere.
+    var in_row = g.dilation == 1 and (g.groups == 1 or dtype != acc) and g.stride <= g.kernel
+    comptime if short:
+        in_row = x.tap_step == channels
+    var unit = 1 if short else SUM_TERMS // (gcd(channels, SUM_TERMS) if in_row else min(channels, SUM_TERMS))
+    var first_tap = w.first_tap + max(0, g.first_tap(part.first, rows) - w.first_tap) // unit * unit
     var end_tap = min(g.end_tap(part.first), w.end_tap)
     var taps = max(0, end_tap - first_tap)
     var from_ = Rows(x.data.unsafe_offset(first_tap * x.tap_step), x.output_step, x.tap_step)
     var wt = w.data.unsafe_offset((first_tap - w.first_tap) * channels * w.row_size)
-    if x.tap_step == channels:  # taps and channels are one long row
+    if in_row:  # taps and channels are one long row
         channels *= taps
         taps = min(taps, 1)
     var by = Taps(wt, channels * w.row_size, w.row_size)

@@ -51,7 +51,8 @@ def tile[
     var lanes = part.lanes()
     var total = Array[SIMD[acc, width], rows](fill=o.bias_at[acc, width](part.filter, lanes))
     var end_tap = g.end_tap(part.first)
-    for tap in range(g.first_tap(part.first, rows), end_tap, SUM_TERMS):
+    # Whole blocks of terms are skipped, so that an output has the same bits next to an edge as elsewhere.
+    for tap in range(g.first_tap(part.first, rows) // SUM_TERMS * SUM_TERMS, end_tap, SUM_TERMS):
         var sum = Array[SIMD[acc, width], rows](fill=SIMD[acc, width](0))
         for k in range(tap, min(tap + SUM_TERMS, end_tap)):
             var wk = load[acc, width, partial](o.w.unsafe_offset(k * g.filters + part.filter), lanes)

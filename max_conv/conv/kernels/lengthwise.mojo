@@ -134,12 +134,14 @@ def tile[
                 total[i * vectors + j] = b
 
     var channels = g.group_channels()
-    var first_tap = g.first_tap(part.first, vectors * width)
+    # Whole blocks of terms are skipped, so that an output has the same bits next to an edge as elsewhere.
+    var tap_block = min(g.kernel, SUM_TERMS)
+    var first_tap = g.first_tap(part.first, vectors * width) // tap_block * tap_block
     var end_tap = g.end_tap(part.first)
     var tap_step = steps.tap
     if g.kernel == 1:  # the inner loop runs over channels, of which there are more
         first_tap, end_tap, tap_step, channels = 0, channels, steps.channel, 1
-    var tap_block = min(max(1, end_tap), SUM_TERMS)
+        tap_block = min(end_tap, SUM_TERMS)
     var channel_block = SUM_TERMS // tap_block
     for channel in range(0, channels, channel_block):
         for tap in range(first_tap, end_tap, tap_block):

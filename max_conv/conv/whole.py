@@ -1,0 +1,86 @@
+"""What a network's code says of its signals, so that the same code builds whole graphs and live ones.
+
+In a whole graph these are plain arithmetic, as written here. A live graph has a `Signals` of its own, which knows the
+positions of every value; see `streaming/live.py`.
+"""
+
+from typing import Any
+
+from max.graph import Dim, Graph, TensorValue, ops
+
+from .geometry import Geometry, TransposedGeometry
+
+
+class Signals:
+    """The signals of a whole graph. Values are NLC: (N, L, C)."""
+
+    live = False
+    """Whether signals come chunk by chunk."""
+
+    def layer_input(
+        self, x: TensorValue, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
+    ) -> tuple[TensorValue, Geometry | TransposedGeometry, Dim]:
+        """Returns what a layer reads instead of `x`, its geometry then, and its output's length."""
+        return x, geometry, outputs
+
+    def layer_output(self, y: TensorValue) -> None:
+        """Takes the output of the layer whose input was the last."""
+
+    def same_positions(self, value: TensorValue, x: TensorValue) -> TensorValue:
+        """Returns a value that an operation of one's own has just made, and whose positions are those of `x`."""
+        return value
+
+    def ones_like(self, x: TensorValue) -> TensorValue:
+        """Returns a one for every position, (1, L, 1), or (N, L, 1) if signals differ in length."""
+        return ops.broadcast_to(ops.constant(1, x.dtype, device=x.device), [1, x.shape[1], 1])
+
+    def as_long_as(self, y: TensorValue, x: TensorValue) -> TensorValue:
+        """Returns the first positions of `y`, as many as `x` has."""
+        return y[:, : x.shape[1]]
+
+    def inside(self, x: TensorValue) -> TensorValue:
+        """Returns a value with zeros for what is no position of its signals."""
+        return x
+
+    def run_after(self, value: TensorValue, before: TensorValue) -> TensorValue:
+        """Returns a value that MAX computes after another one.
+
+        MAX interleaves independent branches, so the buffers of all are live at once.
+        """
+        # Nothing is larger than infinity: these are zeros, but MAX must compute `before` to know it.
+        return value + ops.cast(before[0, 0, :] > float("inf"), value.dtype)
+
+    def neighbours(self, x: TensorValue, before: int, after: int) -> list[TensorValue]:
+        """Returns what is at each position, from `before` positions before it to `after` after it, zeros outside."""
+        length, reach = x.shape[1], before + after
+        padded = ops.pad(x, [0, 0, before, after, 0, 0])
+        return [padded[:, (slice(i, i - reach if i < reach else None), length)] for i in range(reach + 1)]
+
+    def in_frames(self, x: TensorValue, size: int, frames: TensorValue) -> TensorValue:
+        """Returns a value in frames of `size` positions, (N, T, size, C), for `frames`, (N, T, ...)."""
+        return ops.reshape(x, [x.shape[0], frames.shape[1], size, x.shape[2]])
+
+    def whole_frames(self, x: TensorValue, size: int) -> TensorValue:
+        """Returns (N, L) in frames of `size` positions, (N, T, size); zeros fill up the last one."""
+        frames = (x.shape[1] + (size - 1)) // size
+        padded = ops.pad(x, [0, 0, 0, size - 1])[:, (slice(0, frames * size), frames * size)]
+        return ops.reshape(padded, [x.shape[0], frames, size])
+
+    def from_frames(self, x: TensorValue) -> TensorValue:
+        """Returns the positions of all frames, (N, T * size, C), of (N, T, size, C)."""
+        return ops.reshape(x, [x.shape[0], x.shape[1] * x.shape[2], x.shape[3]])
+
+    def recall(self, x: TensorValue, size: int) -> tuple[TensorValue, Any]:
+        """Returns a value of the call before, (N, size) in the dtype of `x`, zeros at first; and what `keep` needs."""
+        return ops.broadcast_to(ops.constant(0, x.dtype, device=x.device), [x.shape[0], size]), None
+
+    def keep(self, value: TensorValue, place: Any) -> None:
+        """Keeps a value, (N, size), for the next call."""
+
+
+def signals() -> Signals:
+    """Returns the signals of the graph that is being built."""
+    return getattr(Graph.current, "signals", _WHOLE)
+
+
+_WHOLE = Signals()

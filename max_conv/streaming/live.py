@@ -1,0 +1,279 @@
+"""The signals of a live graph: which positions every value has, and what a layer reads in each call."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import gcd, prod
+from typing import Any
+
+import numpy as np
+from max import _core
+from max._mlir import ir
+from max.dtype import DType
+from max.graph import BufferValue, DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, ops
+
+from ..conv.geometry import Geometry, TransposedGeometry
+from ..conv.ops import custom_op
+from ..conv.whole import Signals
+from .lines import Line, Window, chained
+from .positions import check, where
+
+ALIGNMENT = 64
+"""Bytes: the rows of each window begin on a cache line of the state."""
+SIZES = ("rmo.shape_to_tensor",)
+"""Operations that read only the shape of a value."""
+
+
+class Longer(Exception):
+    """The tick has to be a multiple of `tick`: what it brings now cannot be divided by a stride or a frame."""
+
+    def __init__(self, tick: int) -> None:
+        self.tick = tick
+
+
+class LiveSignals(Signals):
+    """The signals of a graph that takes them in ticks.
+
+    While a network is traced, every operation is looked at: its results have the positions of its operands. Where values of
+    different delay meet, the earlier ones are delayed, in place. What does not keep positions apart is refused.
+
+    Attributes:
+        state_size: Bytes of the state of one signal, of the windows so far.
+    """
+
+    live = True
+
+    def __init__(
+        self, graph: Graph, tick: int, ticks: Dim, counts: tuple[TensorValue, TensorValue], state: BufferValue
+    ) -> None:
+        """Begins to look at a graph.
+
+        Args:
+            graph: The graph, in which nothing but its inputs has been made.
+            tick: Input positions of a tick.
+            ticks: The size that counts the ticks of a call.
+            counts: For each signal, how many ticks came before, and its length.
+            state: The state of every signal.
+        """
+        self.state_size = 0
+        self._graph, self._tick, self._ticks, self._counts, self._state = graph, tick, ticks, counts, state
+        self._lines: dict[Any, Line] = {}
+        self._after = Line(tick)
+        self._skip()
+
+    def begin(self, inputs: Sequence[TensorValue]) -> None:
+        """Takes the network's inputs."""
+        self._lines = {raw(value): Line(self._tick) for value in inputs}
+        self._skip()
+
+    def line(self, x: TensorValue) -> Line:
+        """Returns when the positions of a value are there.
+
+        Raises:
+            ValueError: If it has no positions.
+        """
+        self._look()
+        line = self._lines.get(raw(x))
+        if line is None:
+            raise ValueError("streaming: a value that must be a signal has no positions; compute it outside the graph.")
+        return line
+
+    def size(self, line: Line) -> Dim:
+        """Returns how many positions a call brings."""
+        return self._ticks if line.per_tick == 1 else self._ticks * line.per_tick
+
+    def layer_input(
+        self, x: TensorValue, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
+    ) -> tuple[TensorValue, Geometry | TransposedGeometry, Dim]:
+        """Returns a window of `x`, the geometry of a layer that computes the same from it, and its output's length."""
+        line = self.line(x)
+        if isinstance(geometry, Geometry):
+            if geometry.padding_mode == "circular":
+                raise ValueError(
+                    'streaming: padding_mode="circular" puts the end of a signal before its begin; use another mode.'
+                )
+            self._divide(line, geometry.stride)
+        if isinstance(outputs, StaticDim):
+            raise ValueError("streaming: output_size fixes the length of a signal; use output_padding.")
+        self._after = line.through(geometry)
+        size = self.size(self._after)
+        if isinstance(geometry, Geometry) and geometry.reach == geometry.stride == 1 + geometry.left + geometry.right:
+            return x, geometry, size  # it reads one position
+        window = Window.of(line, geometry)
+        assert window.emitted is not None, "a layer's window has its geometry"
+        return self._read(window, x, layout), window.emitted, size
+
+    def layer_output(self, y: TensorValue) -> None:
+        """Takes the output of the layer whose input was the last."""
+        self._take(y, self._after)
+
+    def same_positions(self, value: TensorValue, x: TensorValue) -> TensorValue:
+        """Returns a value that an operation of one's own has just made, and whose positions are those of `x`."""
+        return self._take(value, self._lines[raw(x)])
+
+    def ones_like(self, x: TensorValue) -> TensorValue:
+        """Returns a one for every position, (N, L, 1)."""
+        line = self.line(x)
+        ones = ops.broadcast_to(ops.constant(1, x.dtype, device=x.device), [x.shape[0], self.size(line), 1])
+        return self._take(ones, line)
+
+    def as_long_as(self, y: TensorValue, x: TensorValue) -> TensorValue:
+        """Returns the first positions of `y`, as many as `x` has."""
+        line = replace(self.line(y), steps=self.line(x).steps)
+        return self._take(ops.rebind(y, y.shape), line)
+
+    def inside(self, x: TensorValue) -> TensorValue:
+        """Returns a value with zeros for what is no position of its signals."""
+        line = self.line(x)
+        return x if line.delay == 0 else self._take(self._read(Window(line, 0, 0), x, "NLC"), line)
+
+    def run_after(self, value: TensorValue, before: TensorValue) -> TensorValue:
+        """Returns a value as it is: chunks are small."""
+        return value
+
+    def neighbours(self, x: TensorValue, before: int, after: int) -> list[TensorValue]:
+        """Returns what is at each position, from `before` positions before it to `after` after it, zeros outside."""
+        line = self.line(x)
+        later = replace(line, delay=line.delay + after)
+        rows = [after - shift for shift in range(-before, after + 1)]
+        return [self._take(self._read(Window(line, count, count), x, "NLC"), later) for count in rows]
+
+    def in_frames(self, x: TensorValue, size: int, frames: TensorValue) -> TensorValue:
+        """Returns a value in frames of `size` positions, (N, T, size, C), for `frames`, (N, T, ...)."""
+        own, theirs = self.line(x), self.line(frames)
+        delay = max(theirs.delay, -(-own.delay // size))
+        if own.delay < delay * size:
+            x = self._read(Window.delay(own, delay * size - own.delay), x, "NLC")
+        framed = ops.reshape(x, [x.shape[0], self.size(theirs), size, x.shape[2]])
+        return self._take(framed, replace(theirs, delay=delay, first=max(own.first, theirs.first)))
+
+    def whole_frames(self, x: TensorValue, size: int) -> TensorValue:
+        """Returns (N, L) in frames of `size` positions, (N, T, size); zeros fill up the last one."""
+        line = self.line(x)
+        self._divide(line, size)
+        assert line.delay == 0, "frames begin with the signal"
+        own = self._read(Window(line, 0, 0), ops.unsqueeze(x, 2), "NLC")
+        later = Line(line.per_tick // size, 0, chained(line.steps, (1, size - 1, size)), line.first)
+        return self._take(ops.reshape(own, [x.shape[0], self.size(later), size]), later)
+
+    def from_frames(self, x: TensorValue) -> TensorValue:
+        """Returns the positions of all frames, (N, T * size, C), of (N, T, size, C)."""
+        line, size = self.line(x), int(x.shape[2])
+        flat = Line(line.per_tick * size, line.delay * size, chained(line.steps, (size, 0, 1)), line.first)
+        return self._take(ops.reshape(x, [x.shape[0], self.size(flat), x.shape[3]]), flat)
+
+    def recall(self, x: TensorValue, size: int) -> tuple[TensorValue, Any]:
+        """Returns a value of the call before, (N, size) in the dtype of `x`, zeros at first; and what `keep` needs."""
+        self._look()
+        place = self.state_size
+        none = ops.broadcast_to(ops.constant(0, x.dtype, device=x.device), [x.shape[0], 0, size])
+        # The value after t ticks is position t - 1, so there is none before the first.
+        value = ops.reshape(self._read(Window(Line(1), 1, 1), none, "NLC", Dim(1)), [x.shape[0], size])
+        self._skip()
+        return value, place
+
+    def keep(self, value: TensorValue, place: Any) -> None:
+        """Keeps a value, (N, size), for the next call."""
+        self._look()
+        size, self.state_size = self.state_size, place
+        self._read(Window(Line(1), 0, 1), ops.unsqueeze(value, 1), "NLC", Dim(0))
+        self.state_size = size
+        self._skip()
+
+    def _divide(self, line: Line, by: int) -> None:
+        """Makes the tick longer unless a number divides the positions of a tick."""
+        if line.per_tick % by:
+            raise Longer(self._tick * by // gcd(line.per_tick, by))
+
+    def _take(self, value: TensorValue, line: Line) -> TensorValue:
+        """Returns a value that has just been made, and has this line."""
+        self._lines[raw(value)] = line
+        self._skip()
+        return value
+
+    def _read(self, window: Window, x: TensorValue, layout: str, size: Dim | None = None) -> TensorValue:
+        """Emits a window of `x`, (N, L, C) or (N, C, L), whose rows in the state come next."""
+        if len(x.shape) != 3:
+            raise ValueError("streaming: a layer's input must have a batch axis.")
+        length, channels = (1, 2) if layout == "NLC" else (2, 1)
+        row = int(x.shape[channels]) * x.dtype.size_in_bytes
+        plan = ops.constant(np.array(window.numbers(self.state_size), np.int64), DType.int64, device=DeviceRef.CPU())
+        self.state_size += -(-window.kept * row // ALIGNMENT) * ALIGNMENT
+        shape = list(x.shape)
+        shape[length] = Dim(window.size(self._ticks)) if size is None else size
+        (y,) = custom_op(
+            "max_conv.window",
+            x.device,
+            [self._state, x, *self._counts, plan],
+            [TensorType(x.dtype, shape, x.device)],
+            {"layout": layout},
+        )
+        return y
+
+    def _look(self) -> None:
+        """Gives lines to what has been made since the last look."""
+        for operation in self._since(self._last):
+            if str(operation.name) in SIZES:
+                continue
+            results = [as_value(result) for result in operation.results]
+            seen = [(i, value) for i, value in enumerate(operation.operands) if value in self._lines]
+            if not seen:
+                self._check_made(operation, results)
+                continue
+            lines = [self._lines[value] for _, value in seen]
+            if len({line.per_tick for line in lines}) > 1:
+                rates = " and ".join(str(rate) for rate in sorted({line.per_tick for line in lines}))
+                raise ValueError(f"streaming: values with {rates} positions a tick meet; they cannot be joined.")
+            operands = [(i, as_value(value)) for i, value in seen]
+            check(operation, operands, results, self.size(lines[0]))
+            latest = max(lines, key=lambda line: line.delay)
+            for (i, value), line in zip(operands, lines, strict=True):
+                if line.delay < latest.delay:
+                    operation.operands[i] = self._late(operation, value, line, latest.delay - line.delay)
+            first = max(line.first for line in lines)
+            for result in operation.results:
+                self._lines[result] = replace(latest, first=first)
+        self._skip()
+
+    def _late(self, operation: Any, value: TensorValue, line: Line, positions: int) -> Any:
+        """Makes, before an operation, a value that is some positions later."""
+        last = self._operations()[-1]
+        (axis,) = where(value, self.size(line))
+        shape = list(value.shape)
+        if axis not in (1, len(shape) - 1):
+            raise ValueError("streaming: a value with positions along a middle axis meets a later one; move the axis.")
+        layout, other = ("NLC", shape[2:]) if axis == 1 else ("NCL", shape[1:-1])
+        channels = prod(int(size) for size in other)
+        flat = [shape[0], shape[axis], channels] if axis == 1 else [shape[0], channels, shape[axis]]
+        late = ops.reshape(self._read(Window.delay(line, positions), ops.reshape(value, flat), layout), shape)
+        for new in self._since(last):
+            new.move_before(operation)
+        return raw(late)
+
+    def _check_made(self, operation: Any, results: Sequence[TensorValue]) -> None:
+        """Raises ValueError if an operation makes positions of what has none."""
+        if any(str(self._ticks) in str(size) for result in results for size in result.shape):
+            name = str(operation.name).split(".")[-1]
+            raise ValueError(
+                f"streaming: {name} makes a value for every position from what is no signal; use signals().ones_like."
+            )
+
+    def _operations(self) -> list[Any]:
+        return list(self._graph._mlir_op.regions[0].blocks[0].operations)
+
+    def _since(self, last: Any) -> list[Any]:
+        """Returns the operations after one. Weights are put before all others, so a number would not do."""
+        operations = self._operations()
+        return operations[len(operations) - operations[::-1].index(last) :]
+
+    def _skip(self) -> None:
+        self._last = self._operations()[-1]
+
+
+def raw(value: TensorValue) -> Any:
+    """Returns the MLIR value of a graph value."""
+    return ir.Value._CAPICreate(value._mlir_value._CAPIPtr)  # type: ignore[attr-defined]
+
+
+def as_value(raw: Any) -> TensorValue:
+    """Returns the graph value of an MLIR value."""
+    return TensorValue.from_mlir(_core.Value._from_cmlir(raw))
