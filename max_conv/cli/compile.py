@@ -32,13 +32,16 @@ class Networks(click.Group):
         @CONFIG
         @click.option("--capacity", metavar="SIZE", help="For a network that has several sizes: tiny or full.")
         @EXACT
+        @click.option("--live", is_flag=True, help="For `max-conv stream`: takes its signal chunk by chunk.")
         @FORCE
         @JSON
-        def network(target: Path, weights: str | None, exact: bool, force: bool, as_json: bool, **sizes: Any) -> None:
+        def network(
+            target: Path, weights: str | None, exact: bool, live: bool, force: bool, as_json: bool, **sizes: Any
+        ) -> None:
             from ..serving import open_network
 
             new_file(target, force)
-            opened = open_network(name, config(name, **sizes), weights=weights, exact=exact, step=step)
+            opened = open_network(name, config(name, **sizes), weights=weights, exact=exact, live=live, step=step)
             _save(opened.model, target, as_json)
 
         return network

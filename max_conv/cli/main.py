@@ -12,6 +12,7 @@ import click
 from .compile import compile_
 from .convert import convert
 from .run import run
+from .stream import stream
 from .terminal import JSON, Commands, step, table
 
 # Importing MAX, NumPy and rich is slow: each command imports what it uses, so that --help is fast.
@@ -23,7 +24,7 @@ def main() -> None:
     """1-D convolution for Modular MAX: right on every shape, complete, and fast."""
 
 
-for command in (compile_, convert, run):
+for command in (compile_, convert, run, stream):
     main.add_command(command)
 
 

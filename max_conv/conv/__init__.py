@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from .arrays import as_buffer
     from .dispatch import BYTES, PANEL, Layer
     from .geometry import Geometry, Padding, TransposedGeometry
-    from .graph import Emitted, derived, is_live, record
+    from .graph import Emitted, custom_op, derived, is_live, record
     from .layouts import FilterLayout, Layout, TransposedFilterLayout, permute
-    from .ops import custom_op
     from .recurrent import lstm
     from .reference import conv1d_ref, conv_transpose1d_ref
     from .whole import signals
@@ -56,7 +55,7 @@ __getattr__ = lazily(
         "as_buffer": "arrays",
         "conv1d_ref": "reference",
         "conv_transpose1d_ref": "reference",
-        "custom_op": "ops",
+        "custom_op": "graph",
         "derived": "graph",
         "is_live": "graph",
         "lstm": "recurrent",

@@ -62,6 +62,17 @@ def check_types(op: str, x: TensorValue, filter: TensorValue, bias: TensorValue 
             raise ValueError(f"{op}: x is on {x.device} but the {name} is on {value.device}; move one to the other.")
 
 
+def check_lengths(given: "Operands", lengths: Any) -> None:
+    """Raises an error unless `lengths` has a number for each signal of the batch."""
+    lengths = graph_value(given.op, "lengths", lengths)
+    if lengths.dtype != DType.int64:
+        raise TypeError(f"{given.op}: lengths must be int64, but is {lengths.dtype.name}; cast it first.")
+    if not given.batched:
+        raise ValueError(f"{given.op}: lengths needs a batch axis in x, which has shape {_shape(given.x)}.")
+    if len(lengths.shape) != 1 or lengths.shape[0] != given.batch:
+        raise ValueError(f"{given.op}: lengths must have shape ({given.batch},), but has {_shape(lengths)}.")
+
+
 @dataclass(frozen=True)
 class Operands:
     """The checked operands of a layer: the values, what their axes mean, and the sizes that follow.

@@ -1,16 +1,17 @@
 """`PackedGraph`: a graph that knows its layers, and weights that are made from others when it is compiled."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from max import nn
 from max.driver import Buffer
-from max.graph import Graph, KernelLibrary, TensorValue, Weight
+from max.graph import BufferValue, DeviceRef, Graph, KernelLibrary, TensorType, TensorValue, Weight, ops
 
 from .dispatch import Form, Layer
+from .library import kernel_library
 from .whole import Signals
 
 
@@ -174,6 +175,26 @@ def in_graph(value: TensorValue) -> TensorValue:
             raise another(value)
         return Graph.current.add_weight(value, force_initial_weight_on_host=not value._has_alias)
     return value
+
+
+def custom_op(
+    name: str,
+    device: DeviceRef,
+    operands: Sequence[TensorValue | BufferValue],
+    results: Sequence[TensorType],
+    parameters: Mapping[str, str | int | bool] | None = None,
+) -> list[TensorValue]:
+    """Emits one of this package's kernels into the current graph, and the kernel library if the graph lacks it.
+
+    An operation with a buffer among its operands may write to it.
+    """
+    graph = Graph.current
+    library = kernel_library()
+    if library not in graph.kernel_libraries_paths:
+        graph._import_kernels([library])
+    in_place = any(isinstance(operand, BufferValue) for operand in operands)
+    emit_op = ops.inplace_custom if in_place else ops.custom
+    return [value.tensor for value in emit_op(name, device, operands, results, parameters)]
 
 
 def argument_names(function: Callable[..., Any], count: int) -> list[str]:

@@ -1,19 +1,20 @@
 """`conv1d` and `conv_transpose1d`: check the arguments, compute the geometry, emit the operation into the graph."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import BufferValue, DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, ops
+from max.graph import DeviceRef, Dim, StaticDim, TensorType, TensorValue, ops
 
-from .checks import Operands
+from .checks import Operands, check_lengths
 from .dispatch import Form, Layer, choose
 from .geometry import Geometry, Padding, TransposedGeometry, positive
-from .graph import Emitted, in_graph, packed_graph, record, weight_name
+from .graph import Emitted, custom_op, in_graph, packed_graph, record, weight_name
 from .layouts import FilterLayout, Layout, TransposedFilterLayout
-from .library import kernel_library
+from .lines import WHOLE
 from .packing import filter_operand, held, packable
+from .ragged import inside, ragged_input
 from .whole import signals
 
 
@@ -29,6 +30,7 @@ def conv1d(
     padding_mode: str = "zeros",
     layout: Layout = "NLC",
     filter_layout: FilterLayout = "SCF",
+    lengths: TensorValue | None = None,
     exact: bool = False,
 ) -> TensorValue:
     """Convolves an NLC sequence with an SCF filter.
@@ -45,6 +47,8 @@ def conv1d(
         dilation: Input positions from one tap to the next.
         groups: Output channel f depends only on the channels of its group, f // (F / groups).
         padding_mode: The values in the padding: "zeros", "reflect", "replicate" or "circular".
+        lengths: (N,) int64, where signals differ in length: each is computed as if it were alone, to the bit, and zeros
+            follow its own outputs.
         exact: Whether only direct kernels are allowed: then no bit of an output depends on inputs outside its filter's
             reach. Winograd's kernel, which is up to twice as fast, guarantees this for inputs that are not finite or
             exceed 1e16. A smaller input changes neighbouring outputs, which do not depend on it, by about 1e-6 of
@@ -74,7 +78,7 @@ def conv1d(
     length = given.length
     if isinstance(length, StaticDim):
         geometry.check_length(int(length))
-    return _convolve(given, geometry, Dim(geometry.output_length(length)), exact)
+    return _convolve(given, geometry, Dim(geometry.output_length(length)), lengths, exact)
 
 
 def conv_transpose1d(
@@ -90,6 +94,7 @@ def conv_transpose1d(
     output_size: int | None = None,
     layout: Layout = "NLC",
     filter_layout: TransposedFilterLayout = "SFC",
+    lengths: TensorValue | None = None,
     exact: bool = False,
 ) -> TensorValue:
     """Convolves an NLC sequence transposed, with an SFC filter.
@@ -107,6 +112,7 @@ def conv_transpose1d(
         dilation: Outputs from one tap to the next.
         groups: Output channel f depends only on the channels of its group, f // (F / groups).
         output_size: L_out, from which `output_padding` is computed.
+        lengths: As in `conv1d`.
         exact: As in `conv1d`.
 
     Returns:
@@ -138,10 +144,12 @@ def conv_transpose1d(
             geometry = geometry.with_output(int(length), output_size)
         geometry.check_length(int(length))
     outputs = Dim(geometry.output_length(length) if output_size is None else output_size)
-    return _convolve(given, geometry, outputs, exact)
+    return _convolve(given, geometry, outputs, lengths, exact)
 
 
-def _convolve(given: Operands, geometry: Geometry | TransposedGeometry, outputs: Dim, exact: bool) -> TensorValue:
+def _convolve(
+    given: Operands, geometry: Geometry | TransposedGeometry, outputs: Dim, lengths: TensorValue | None, exact: bool
+) -> TensorValue:
     """Chooses the kernel of a layer that has been checked, and emits it."""
     sizes = (given.group_channels, given.group_filters, given.groups, given.x.dtype.name)
     layer = Layer.of(geometry, given.layout, *sizes)
@@ -154,7 +162,11 @@ def _convolve(given: Operands, geometry: Geometry | TransposedGeometry, outputs:
     )
     x = in_graph(given.x)
     x = x if given.batched else ops.unsqueeze(x, 0)
-    x, read, outputs = signals().layer_input(x, geometry, given.layout, outputs)
+    if lengths is None:
+        x, read, outputs = signals().layer_input(x, geometry, given.layout, outputs)
+    else:
+        check_lengths(given, lengths)
+        x, read = ragged_input(x, lengths, geometry, given.layout)
     filter, order = filter_operand(given.filter, given.filter_layout, layer, choice.kernel)
     bias = ops.constant([], x.dtype, device=x.device) if given.bias is None else in_graph(given.bias)
     length = int(outputs) if isinstance(outputs, StaticDim) else None
@@ -165,7 +177,10 @@ def _convolve(given: Operands, geometry: Geometry | TransposedGeometry, outputs:
     )
     axes = {"N": given.batch, "L": outputs, "C": Dim(given.filters)}
     y = emit(x, filter, bias, numbers, [axes[axis] for axis in layer.layout], form)
-    signals().layer_output(y)
+    if lengths is None:
+        signals().layer_output(y)
+    else:
+        y = inside(y, lengths, given.layout.index("L"), WHOLE.through(geometry))
     return y if given.batched else ops.squeeze(y, 0)
 
 
@@ -195,23 +210,3 @@ def emit(
         parameters | {"full": form.full} if form.transposed else parameters,
     )
     return y
-
-
-def custom_op(
-    name: str,
-    device: DeviceRef,
-    operands: Sequence[TensorValue | BufferValue],
-    results: Sequence[TensorType],
-    parameters: Mapping[str, str | int | bool] | None = None,
-) -> list[TensorValue]:
-    """Emits one of this package's kernels into the current graph, and the kernel library if the graph lacks it.
-
-    An operation with a buffer among its operands may write to it.
-    """
-    graph = Graph.current
-    library = kernel_library()
-    if library not in graph.kernel_libraries_paths:
-        graph._import_kernels([library])
-    in_place = any(isinstance(operand, BufferValue) for operand in operands)
-    emit_op = ops.inplace_custom if in_place else ops.custom
-    return [value.tensor for value in emit_op(name, device, operands, results, parameters)]

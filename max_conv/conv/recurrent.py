@@ -6,8 +6,8 @@ from max.dtype import DType
 from max.graph import StaticDim, TensorType, TensorValue, ops
 
 from .checks import DTYPES
-from .graph import Emitted, record, weight_name
-from .ops import conv1d, custom_op
+from .graph import Emitted, custom_op, record, weight_name
+from .ops import conv1d
 from .whole import signals
 
 _GATES = 4

@@ -13,6 +13,7 @@ from max.graph import Graph, TensorType, Weight
 from ..conv.arrays import ARRAYS, buffer_of
 from ..conv.folding import weight_norm_names
 from ..conv.graph import PackedGraph, argument_names
+from ..streaming.graph import StreamingGraph
 from ..streaming.stream import Stream
 from ..streaming.timing import Timing
 from . import kinds, saved
@@ -240,7 +241,7 @@ def compile(
             return session_of(devices).compile(graph)
 
     found = compiled(graph, compile_now)
-    timing = getattr(graph, "timing", None)
+    timing = graph.timing if isinstance(graph, StreamingGraph) else None
     return Model(found.compiled, buffers, ports, results, number=found.number, timing=timing)
 
 

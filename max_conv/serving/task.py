@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -126,6 +127,7 @@ def open_network(
     weights: str | Path | None = None,
     saved: str | Path | None = None,
     exact: bool = False,
+    live: bool = False,
     step: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Network:
     """Returns a network ready to run: read from a saved model, or compiled with the weights of a reference.
@@ -136,6 +138,7 @@ def open_network(
         weights: A reference for the network's `load_weights`; None means the weights that come with it, if any.
         saved: A file that `Model.save` wrote for this network and config. Then nothing is compiled.
         exact: As in `max_conv.conv1d`.
+        live: Whether the network takes its signals chunk by chunk: then use `model.stream()`.
         step: Called with a description of each step; returns a context manager, in which the step runs.
 
     Raises:
@@ -146,16 +149,23 @@ def open_network(
     (32,)
     """
     from ..runtime import compile, load
+    from ..streaming import streaming
 
     module = graph_file(name)
     config = module.Config() if config is None else config
     if saved:
         with step(f"loading {saved}"):
-            return Network(name, module.TASK, config, load(saved))
+            model = load(saved)
+        if live != (model.timing is not None):
+            raise ValueError(
+                f"{name}: {saved} is {'not ' if live else ''}a live model; compile it with{'' if live else 'out'} --live."
+            )
+        return Network(name, module.TASK, config, model)
     if weights is None and signature(module.load_weights).parameters["reference"].default is Parameter.empty:
         raise ValueError(f"{name} comes without weights; pass a checkpoint's, such as hf://ORG/REPO/FILE.")
     with step("fetching the weights"):
         state = module.load_weights(*([weights] if weights else []), config=config)
     with step("compiling"):
-        model = compile(module.build(config, state, exact=exact), weights=state)
+        build = partial(streaming, module.build) if live else module.build
+        model = compile(build(config, state, exact=exact), weights=state)
     return Network(name, module.TASK, config, model)

@@ -74,17 +74,19 @@ class StreamingGraph(PackedGraph):
     """A graph of signals that come in ticks. Made by `streaming`.
 
     Attributes:
+        tick: Input positions of a tick.
         signals: What is known of its signals.
         timing: When the network has what; known when the graph is finished.
     """
 
+    tick: int
     timing: Timing
     signals: LiveSignals
 
     @classmethod
     def _of(cls, tick: int, rate: int | None) -> "StreamingGraph":
         graph = object.__new__(cls)
-        graph._tick, graph._rate = tick, rate
+        graph.tick, graph._rate = tick, rate
         return graph
 
     def __init__(
@@ -97,7 +99,7 @@ class StreamingGraph(PackedGraph):
             raise ValueError(
                 f"streaming: all inputs must have equally many positions, but they are named {sorted(symbols)}."
             )
-        ticks = symbols.pop() if self._tick == 1 else "ticks"
+        ticks = symbols.pop() if self.tick == 1 else "ticks"
         own = [self._in_ticks(type_, axis, ticks) for type_, axis in zip(given, self._axes, strict=True)]
         batch, device = given[0].shape[0], given[0].device
         counts = TensorType(DType.int64, [batch], device)
@@ -111,7 +113,7 @@ class StreamingGraph(PackedGraph):
 
     def _in_ticks(self, type_: TensorType, axis: int, ticks: str) -> TensorType:
         """Returns an input's type with the positions in ticks."""
-        sizes: list[Any] = [ticks] if self._tick == 1 else [ticks, self._tick]
+        sizes: list[Any] = [ticks] if self.tick == 1 else [ticks, self.tick]
         return TensorType(type_.dtype, [*type_.shape[:axis], *sizes, *type_.shape[axis + 1 :]], type_.device)
 
     def _begin(self, given: Sequence[TensorType], ticks: Dim, state: BufferType) -> None:
@@ -119,10 +121,10 @@ class StreamingGraph(PackedGraph):
         *own, before, ends, held = (value.tensor for value in self._arguments)
         self._state = ops.buffer_create(state)
         ops.buffer_store(self._state, held)
-        self.signals = LiveSignals(self, self._tick, ticks, (before, ends), self._state)
-        if self._tick != 1:
+        self.signals = LiveSignals(self, self.tick, ticks, (before, ends), self._state)
+        if self.tick != 1:
             for i, (type_, axis) in enumerate(zip(given, self._axes, strict=True)):
-                shape = [*type_.shape[:axis], ticks * self._tick, *type_.shape[axis + 1 :]]
+                shape = [*type_.shape[:axis], ticks * self.tick, *type_.shape[axis + 1 :]]
                 own[i] = ops.reshape(own[i], shape)
         self.signals.begin(own)
         # What the network's code sees as the graph's inputs.
@@ -138,7 +140,7 @@ class StreamingGraph(PackedGraph):
         super().output(*values, state)
         span, first = describe(self).span, max(line.first for line in lines)
         size = self.signals.state_size
-        self.timing = Timing(self._tick, first, self._axes, tuple(signals), size, span.right, span.field, self._rate)
+        self.timing = Timing(self.tick, first, self._axes, tuple(signals), size, span.right, span.field, self._rate)
 
     def _name(self, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         """Names the inputs and outputs: the network's, and those that are added."""

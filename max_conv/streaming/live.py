@@ -12,9 +12,9 @@ from max.dtype import DType
 from max.graph import BufferValue, DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, ops
 
 from ..conv.geometry import Geometry, TransposedGeometry
-from ..conv.ops import custom_op
+from ..conv.graph import custom_op
+from ..conv.lines import Line, Window, chained
 from ..conv.whole import Signals
-from .lines import Line, Window, chained
 from .positions import check, where
 
 ALIGNMENT = 64
@@ -37,7 +37,8 @@ class LiveSignals(Signals):
     different delay meet, the earlier ones are delayed, in place. What does not keep positions apart is refused.
 
     Attributes:
-        state_size: Bytes of the state of one signal, of the windows so far.
+        windows: The windows so far.
+        state_size: Bytes of the state of one signal, for these windows.
     """
 
     live = True
@@ -54,6 +55,7 @@ class LiveSignals(Signals):
             counts: For each signal, how many ticks came before, and its length.
             state: The state of every signal.
         """
+        self.windows: list[Window] = []
         self.state_size = 0
         self._graph, self._tick, self._ticks, self._counts, self._state = graph, tick, ticks, counts, state
         self._lines: dict[Any, Line] = {}
@@ -196,18 +198,13 @@ class LiveSignals(Signals):
             raise ValueError("streaming: a layer's input must have a batch axis.")
         length, channels = (1, 2) if layout == "NLC" else (2, 1)
         row = int(x.shape[channels]) * x.dtype.size_in_bytes
-        plan = ops.constant(np.array(window.numbers(self.state_size), np.int64), DType.int64, device=DeviceRef.CPU())
+        numbers = window.numbers(self.state_size)
+        plan = ops.constant(np.array(numbers, np.int64), DType.int64, device=DeviceRef.CPU())
+        self.windows.append(window)
         self.state_size += -(-window.kept * row // ALIGNMENT) * ALIGNMENT
         shape = list(x.shape)
         shape[length] = Dim(window.size(self._ticks)) if size is None else size
-        (y,) = custom_op(
-            "max_conv.window",
-            x.device,
-            [self._state, x, *self._counts, plan],
-            [TensorType(x.dtype, shape, x.device)],
-            {"layout": layout},
-        )
-        return y
+        return emit_window(x, self._state, *self._counts, plan, shape, layout)
 
     def _look(self) -> None:
         """Gives lines to what has been made since the last look."""
@@ -267,6 +264,27 @@ class LiveSignals(Signals):
 
     def _skip(self) -> None:
         self._last = self._operations()[-1]
+
+
+def emit_window(
+    x: TensorValue,
+    state: BufferValue,
+    ticks: TensorValue,
+    ends: TensorValue,
+    plan: TensorValue,
+    shape: Sequence[Any],
+    layout: str,
+) -> TensorValue:
+    """Emits the operation that lays out a window of this shape, and keeps what later calls need in the state.
+
+    Args:
+        x: The new rows, (N, L, C) or (N, C, L).
+        state: (N, bytes) uint8, which is changed.
+        ticks, ends: (N,) int64: how many ticks came before, and how long each signal is.
+        plan: `Window.numbers`, int64, on the CPU.
+    """
+    result = TensorType(x.dtype, shape, x.device)
+    return custom_op("max_conv.window", x.device, [state, x, ticks, ends, plan], [result], {"layout": layout})[0]
 
 
 def raw(value: TensorValue) -> Any:

@@ -9,7 +9,7 @@ from max.driver import CPU, Buffer
 from max.dtype import DType
 
 from ..conv.arrays import buffer_of
-from .lines import ENDLESS
+from ..conv.lines import ENDLESS
 from .timing import Signal, Timing
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from .lines import Line
+from ..conv.lines import Line
 
 
 @dataclass(frozen=True)

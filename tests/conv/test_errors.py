@@ -17,8 +17,9 @@ from max_conv.graphs import silero_vad
 import max_conv
 from harness import HOST, compile_together, is_one_sentence, normal
 from max_conv import Conv1D, ConvTranspose1D, ConvTranspose1d, WeightNormConv1D, conv1d, conv_transpose1d
+from max_conv.conv.graph import custom_op
 from max_conv.conv.layouts import permutation
-from max_conv.conv.ops import Form, custom_op, emit
+from max_conv.conv.ops import Form, emit
 from max_conv.conv.recurrent import lstm
 
 PACKAGE = Path(max_conv.__file__).parent / "conv"

@@ -1,5 +1,6 @@
 """The kernels against the reference on random convolutions, half of those that accept each one; see properties.py."""
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import strategies as st
 from max.dtype import DType
 
+from live import check_live
 from max_conv.conv import dispatch
 from max_conv.conv.geometry import PADDING_MODES, Geometry
 from max_conv.conv.packing import Packing
@@ -16,7 +18,9 @@ from properties import (
     BLOCKS,
     CHANNELS,
     EDGES,
+    EPS,
     LARGEST,
+    ROUNDING,
     SHARES,
     SKIPPED,
     Execute,
@@ -51,6 +55,9 @@ WAYS: tuple[Way, ...] = (
     ("paired", "NCL", "packed"),
 )
 """Every kernel, in the layouts that it is for."""
+
+LIVE_SKIPPED = 0.7
+"""The same for live layers."""
 
 
 @dataclass(frozen=True)
@@ -182,3 +189,34 @@ def compare(layer: Layer, dtype: DType) -> None:
 @pytest.mark.parametrize("dtype", list(SHARES), ids=lambda dtype: dtype.name)
 def test_random_layers(dtype: DType, pytestconfig: pytest.Config) -> None:
     run_layers(layers(), compare, dtype, pytestconfig.getoption("configurations"))
+
+
+def compare_live(layer: Layer, dtype: DType) -> None:
+    """Runs some of the kernels that accept the layer live, in random chunks, and compares with the whole signals."""
+    if layer.padding_mode == "circular" or not layer.length:
+        return
+    random = np.random.default_rng(layer.seed)
+    channels, filters = layer.groups * layer.group_channels, layer.groups * layer.group_filters
+    lengths = (layer.length, layer.length + int(random.integers(0, 40)))
+    signals = [to_bits(random.standard_normal((length, channels)), dtype) for length in lengths]
+    w = to_bits(random.standard_normal((layer.kernel_size, layer.group_channels, filters)), dtype)
+    bias = guarded(to_bits(random.standard_normal(filters if layer.bias else 0), dtype), dtype, 0)
+    geometry = Geometry(layer.kernel_size, layer.stride, layer.dilation, *layer.padding, layer.padding_mode)
+    scale = max(np.abs(from_bits(bits, dtype)).max(initial=0) for bits in signals) * np.abs(from_bits(w, dtype)).max()
+    for way in WAYS:
+        if not compiles(way, dtype) or not fits(way, layer) or random.random() < LIVE_SKIPPED:
+            continue
+        kernel, layout, filter_layout = way
+        sizes = (layer.group_channels, layer.group_filters, layer.groups, dtype.name)
+        described = dispatch.Layer.of(geometry, layout, *sizes)
+        filter = Packing("weight", kernel, described, "SCF")(w) if filter_layout == "packed" else w
+        filter = filter.transpose(2, 1, 0) if filter_layout == "FCS" else filter
+        count = layer.kernel_size * max(layer.group_channels, 32)
+        error = (8 * EPS[dtype] * math.sqrt(count) + 2 * ROUNDING[dtype] * count**0.5) * scale * (kernel == "winograd")
+        operands = (guarded(filter, dtype, 0), bias)
+        check_live(f"{' '.join(way)} {layer}", models()[dtype, way], described, operands, signals, random, error)
+
+
+@pytest.mark.parametrize("dtype", list(SHARES), ids=lambda dtype: dtype.name)
+def test_random_live_layers(dtype: DType, pytestconfig: pytest.Config) -> None:
+    run_layers(layers(), compare_live, dtype, pytestconfig.getoption("configurations") // 5)

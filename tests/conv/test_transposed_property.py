@@ -2,6 +2,7 @@
 other's adjoint, `<conv_transpose(x), y> = <x, conv(y)>`. See properties.py.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from max.driver import Buffer
 from max.dtype import DType
 
+from live import check_live
 from max_conv.conv import dispatch
 from max_conv.conv.geometry import TransposedGeometry
 from max_conv.conv.layouts import permute
@@ -202,3 +204,33 @@ def check_adjoint(
 @pytest.mark.parametrize("dtype", list(SHARES), ids=lambda dtype: dtype.name)
 def test_random_layers(dtype: DType, pytestconfig: pytest.Config) -> None:
     run_layers(layers(), compare, dtype, pytestconfig.getoption("configurations"))
+
+
+def compare_live(layer: Layer, dtype: DType) -> None:
+    """Runs some of the kernels that accept the layer live, in random chunks, and compares with the whole signals."""
+    random = np.random.default_rng(layer.seed)
+    geometry, groups = layer.geometry, layer.groups
+    channels, filters = groups * layer.group_channels, groups * layer.group_filters
+    lengths = (layer.length, layer.length + int(random.integers(0, 40)))
+    signals = [to_bits(random.standard_normal((length, channels)), dtype) for length in lengths]
+    w = to_bits(random.standard_normal((geometry.kernel_size, layer.group_filters, channels)), dtype)
+    bias = guarded(to_bits(random.standard_normal(filters if layer.bias else 0), dtype), dtype, 0)
+    scale = max(np.abs(from_bits(bits, dtype)).max(initial=0) for bits in signals) * np.abs(from_bits(w, dtype)).max()
+    for way in WAYS:
+        kernel, layout, filter_layout = way
+        if filter_layout == "FSC" or not compiles(way, dtype) or not fits(way, layer) or random.random() < SKIPPED:
+            continue
+        sizes = (layer.group_channels, layer.group_filters, groups, dtype.name)
+        live = dispatch.Layer.of(geometry, layout, *sizes)
+        filter = permute(w, "SFC", "CFS") if filter_layout == "CFS" else w
+        if filter_layout in ("packed", "phased"):
+            filter = Packing("weight", kernel, live, "SFC")(w)
+        count = layer.taps * max(layer.group_channels, 32)
+        error = (8 * EPS[dtype] * math.sqrt(count) + 2 * ROUNDING[dtype] * count**0.5) * scale * (kernel == "winograd")
+        operands = (guarded(filter, dtype, 0), bias)
+        check_live(f"{' '.join(way)} {layer}", models()[dtype, way], live, operands, signals, random, error)
+
+
+@pytest.mark.parametrize("dtype", list(SHARES), ids=lambda dtype: dtype.name)
+def test_random_live_layers(dtype: DType, pytestconfig: pytest.Config) -> None:
+    run_layers(layers(), compare_live, dtype, pytestconfig.getoption("configurations") // 5)

@@ -17,7 +17,8 @@ def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
     """Raises where the run-time sizes do not make a convolution that this package computes."""
     if g.kernel < 1 or g.stride < 1 or g.dilation < 1 or g.filters < 1 or filter_channels < 1:
         raise Error("conv1d: kernel_size, stride, dilation and the filter's sizes must be at least 1.")
-    if min(g.pad_left, pad_right) < 0:
+    # Windows have rows that no output reads: padding that is negative on the right.
+    if g.pad_left < 0 or pad_right < -g.length:
         raise Error("conv1d: padding must not be negative.")
     if g.groups < 1 or g.groups * filter_channels != g.channels or g.filters % g.groups != 0:
         raise Error(

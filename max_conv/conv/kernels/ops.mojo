@@ -12,7 +12,7 @@ from .dispatch import convolve
 from .geometry import Geometry
 from .gpu import conv1d_gpu, conv_transpose1d_gpu
 from .lanes import Operands
-from .signals import Plan, Signals
+from .signals import Plan, Signals, lay_out
 from .tensors import DataAxes, FilterAxes, Numbers, memory
 from .transposed import LANES, Transposed
 
@@ -192,6 +192,35 @@ struct SignalWindow:
             x.dim_size(data.length),
             x.dim_size(data.channel),
         )
-        comptime assert is_cpu[target]()
-        signals.check()
-        signals.lay_out(memory(output), output.dim_size(data.length))
+        lay_out[target](signals, memory(output), output.dim_size(data.length), ctx)
+
+
+@extensibility.register("max_conv.ragged_window")
+struct RaggedWindow:
+    """The rows that a layer reads of whole signals, of which each has a length of its own."""
+
+    @staticmethod
+    def execute[
+        target: StaticString, layout: StaticString
+    ](
+        output: OutputTensor[rank=3, ...],
+        x: InputTensor[dtype=output.dtype, rank=3, ...],
+        lengths: InputTensor[dtype=DType.int64, rank=1, ...],
+        plan: InputTensor[dtype=DType.int64, rank=1, ...],
+        ctx: DeviceContext,
+    ) raises:
+        comptime data = DataAxes[layout]
+        if lengths.dim_size(0) != x.dim_size(0):
+            raise Error("conv1d: lengths must have a value for each of the ", x.dim_size(0), " signals.")
+        var signals = Signals[output.dtype, data.nlc](
+            Plan(memory(plan)),
+            memory(x),
+            memory(lengths).unsafe_bitcast[Scalar[DType.uint8]](),  # no state is kept
+            0,
+            memory(lengths),
+            memory(lengths),
+            x.dim_size(0),
+            x.dim_size(data.length),
+            x.dim_size(data.channel),
+        )
+        lay_out[target](signals, memory(output), output.dim_size(data.length), ctx)

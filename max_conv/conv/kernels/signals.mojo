@@ -9,21 +9,28 @@ from std.math import ceildiv
 from std.memory import unsafe_memcpy
 from std.sys.info import size_of
 
+from max.gpu import global_idx
+from max.gpu.host import DeviceContext
+from max.gpu.host.info import is_cpu
+
 from .checks import check_room
 from .geometry import source
 from .lanes import Memory
 from .tasks import phases, workers
 
+comptime MOST_STEPS = 8
+"""The most steps of a length; also in `max_conv/conv/lines.py`."""
 comptime ENDLESS = 1 << 40
-"""The length of a signal whose end is not known; also `ENDLESS` in `max_conv/streaming/lines.py`."""
+"""The length of a signal whose end is not known; also `ENDLESS` in `max_conv/conv/lines.py`."""
 comptime BLOCK_BYTES = 64 * 1024
 """Bytes that a task copies."""
+comptime THREADS = 256
 comptime PER_BYTE = 4
 """Multiplications that take as long as the copy of a byte."""
 
 
 struct Plan(ImplicitlyCopyable, TrivialRegisterPassable):
-    """What `WindowPlan.numbers` in `max_conv/streaming/lines.py` writes, in this order."""
+    """What `WindowPlan.numbers` in `max_conv/conv/lines.py` writes, in this order."""
 
     var offset: Int
     """Bytes before this window's rows in a row of the state."""
@@ -42,8 +49,8 @@ struct Plan(ImplicitlyCopyable, TrivialRegisterPassable):
     var reach: Int
     """Of the layer, 0 where there is none."""
     var steps: Int
-    var lengths: Memory[DType.int64]
-    """Each step of the length: factor, summand and divisor."""
+    var lengths: SIMD[DType.int64, 4 * MOST_STEPS]
+    """Each step of the length: factor, summand and divisor. Not memory, so that a GPU has them, too."""
 
     @always_inline
     def __init__(out self, memory: Memory[DType.int64]):
@@ -56,16 +63,17 @@ struct Plan(ImplicitlyCopyable, TrivialRegisterPassable):
         self.left = Int(memory[unsafe_offset=6])
         self.right = Int(memory[unsafe_offset=7])
         self.reach = Int(memory[unsafe_offset=8])
-        self.steps = Int(memory[unsafe_offset=9])
-        self.lengths = memory.unsafe_offset(10)
+        self.steps = min(Int(memory[unsafe_offset=9]), MOST_STEPS)
+        self.lengths = SIMD[DType.int64, 4 * MOST_STEPS](0)
+        for i in range(3 * self.steps):
+            self.lengths[i] = memory[unsafe_offset=10 + i]
 
     @always_inline
     def length(self, end: Int) -> Int:
         """Returns how many positions a signal has here that has `end` of them in the network's input."""
         var length = end
         for i in range(self.steps):
-            var step = self.lengths.unsafe_offset(3 * i)
-            length = (length * Int(step[unsafe_offset=0]) + Int(step[unsafe_offset=1])) // Int(step[unsafe_offset=2])
+            length = (length * Int(self.lengths[3 * i]) + Int(self.lengths[3 * i + 1])) // Int(self.lengths[3 * i + 2])
         return length
 
 
@@ -102,6 +110,15 @@ struct Line[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
             to = to.unsafe_offset(there * self.row)
             at += there
         _ = zero(to, (end - at) * self.row)
+
+    def keep_value(self, i: Int):
+        """Writes value i of the newest rows into the state, the oldest first, as its new place may hold an old row."""
+        for r in range(self.kept):
+            var at = r + self.size - self.kept
+            var value = self.chunk[unsafe_offset=at * self.row + i] if at >= 0 else self.state[
+                unsafe_offset=(r + self.size) * self.row + i
+            ]
+            self.state[unsafe_offset=r * self.row + i] = value
 
     def keep(self):
         """Writes the newest rows into the state."""
@@ -207,11 +224,59 @@ struct Signals[dtype: DType, nlc: Bool](ImplicitlyCopyable, TrivialRegisterPassa
 
         phases(copy, lines * blocks, keep, lines if self.plan.kept > 0 else 0, threads)
 
+    @always_inline
+    def value(self, line: Line[Self.dtype], n: Int, r: Int, i: Int) -> Scalar[Self.dtype]:
+        """Returns one value of row r of a line's window."""
+        var start = self.start(n)
+        var length = self.plan.length(Int(self.ends[unsafe_offset=n]))
+        var at = source(self.plan.mode, length, start - self.plan.rows + r) - start
+        if at + start < 0 or at < -line.kept or at >= line.size:
+            return 0
+        if at < 0:
+            return line.state[unsafe_offset=(line.kept + at) * line.row + i]
+        return line.chunk[unsafe_offset=at * line.row + i]
+
     def check(self) raises:
-        """Raises where a layer cannot pad a signal that has ended, as it does for a whole signal."""
-        if self.plan.reach == 0:
-            return
+        """Raises where lengths do not fit, or a layer cannot pad a signal, as it does not for one whole signal."""
         for n in range(self.batch):
             var end = Int(self.ends[unsafe_offset=n])
-            if end < ENDLESS:
+            if end < 0 or (self.plan.per_tick == 0 and self.plan.length(end) > self.length):
+                raise Error("conv1d: a signal of the batch cannot have ", end, " positions; pass its length in lengths.")
+            if self.plan.reach > 0 and end < ENDLESS:
                 check_room(self.plan.length(end), self.plan.left, self.plan.right, self.plan.reach, self.plan.mode)
+
+
+def lay_out[
+    dtype: DType, nlc: Bool, //, target: StaticString
+](s: Signals[dtype, nlc], output: Memory[dtype], rows: Int, ctx: DeviceContext) raises:
+    """Writes the windows of all signals, `rows` rows each, and then the state."""
+    comptime if is_cpu[target]():
+        s.check()
+        s.lay_out(output, rows)
+    else:
+        var row = s.row()
+        var lines = s.batch * s.lines()
+
+        @__parameter
+        def copy(size: Int64):
+            var index = Int(global_idx.x)
+            if index < Int(size):
+                var i = index % row
+                var r = index // row % rows
+                var line = index // (row * rows)
+                var n = line // s.lines()
+                output[unsafe_offset=index] = s.value(s.line(n, line % s.lines()), n, r, i)
+
+        @__parameter
+        def keep(size: Int64):
+            var index = Int(global_idx.x)
+            if index < Int(size):
+                var line = index // row
+                s.line(line // s.lines(), line % s.lines()).keep_value(index % row)
+
+        var size = lines * rows * row
+        if size > 0:
+            ctx.enqueue_function[copy](Int64(size), grid_dim=ceildiv(size, THREADS), block_dim=THREADS)
+        size = lines * row
+        if size > 0 and s.plan.kept > 0:
+            ctx.enqueue_function[keep](Int64(size), grid_dim=ceildiv(size, THREADS), block_dim=THREADS)

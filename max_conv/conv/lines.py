@@ -8,7 +8,7 @@ geometries; no graph is needed.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..conv.geometry import PADDING_MODES, Geometry, TransposedGeometry
+from .geometry import PADDING_MODES, Geometry, TransposedGeometry
 
 ENDLESS = 1 << 40
 """The length of a signal whose end is not known yet; also in `kernels/signals.mojo`."""
@@ -66,10 +66,14 @@ class Line:
             )
         delay = max(0, -(-(self.delay + g.reach - g.left) // g.stride) - 1)
         first = self.first
-        if g.padding_mode == "reflect" and g.left:
+        if g.padding_mode == "reflect" and g.left and self.per_tick:
             first = max(first, -(-(g.left + 1 + self.delay) // self.per_tick))
         steps = chained(self.steps, (1, g.left + g.right - g.reach + g.stride, g.stride))
         return Line(self.per_tick // g.stride, delay, steps, first)
+
+
+WHOLE = Line(0)
+"""Of signals that come at once: there are no ticks."""
 
 
 def chained(steps: tuple[Step, ...], step: Step) -> tuple[Step, ...]:

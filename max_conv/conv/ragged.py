@@ -1,0 +1,70 @@
+"""Ragged batches: signals of different length in one tensor, each computed as if it were alone."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from max.dtype import DType
+from max.graph import DeviceRef, Dim, TensorType, TensorValue, ops
+
+from .geometry import Geometry, TransposedGeometry
+from .graph import custom_op
+from .lines import WHOLE, Line, Window
+
+QUAD = 4
+"""Outputs that Winograd's kernel computes together."""
+
+
+def ragged_input(
+    x: TensorValue,
+    lengths: TensorValue,
+    geometry: Geometry | TransposedGeometry,
+    layout: str,
+    line: Line = WHOLE,
+) -> tuple[TensorValue, Geometry | TransposedGeometry]:
+    """Returns what a layer reads so that each signal is padded at its own end, and the geometry to read it with.
+
+    Args:
+        x: (N, L, C) or (N, C, L).
+        lengths: (N,) int64: the positions of each signal, in the network's input.
+        geometry: The layer's.
+        layout: "NLC" or "NCL".
+        line: How the lengths here follow from those in the network's input.
+    """
+    size = x.shape[layout.index("L")]
+    if isinstance(geometry, TransposedGeometry):
+        return laid_out(x, lengths, Window(line, 0, 0), size, layout), geometry
+    if geometry.padding_mode == "zeros":
+        return laid_out(x, lengths, Window(line, 0, 0, None, geometry), size, layout), geometry
+    # As many rows more as a quad reads after its last output: there, too, are the values that a signal alone has.
+    spare = QUAD * geometry.stride * geometry.dilation + geometry.reach
+    window = Window(line, geometry.left, 0, None, geometry)
+    rows = laid_out(x, lengths, window, size + (geometry.left + geometry.right + spare), layout)
+    return rows, replace(geometry, left=0, right=-spare, padding_mode="zeros")
+
+
+def inside(x: TensorValue, lengths: TensorValue, axis: int, line: Line = WHOLE) -> TensorValue:
+    """Returns a value of any shape with zeros after each signal's own positions, which are along an axis."""
+    shape = list(x.shape)
+    before, after = (_product(sizes) for sizes in (shape[1:axis], shape[axis + 1 :]))
+    if before == 1:
+        flat, layout = [shape[0], shape[axis], after], "NLC"
+    elif after == 1:
+        flat, layout = [shape[0], before, shape[axis]], "NCL"
+    else:
+        raise ValueError("conv1d: the positions of a ragged value must be its first axis after the batch, or its last.")
+    own = laid_out(ops.reshape(x, flat), lengths, Window(line, 0, 0), shape[axis], layout)
+    return ops.reshape(own, shape)
+
+
+def laid_out(x: TensorValue, lengths: TensorValue, window: Window, size: Dim, layout: str) -> TensorValue:
+    """Emits the operation that lays out `size` rows of every signal."""
+    plan = ops.constant(np.array(window.numbers(0), np.int64), DType.int64, device=DeviceRef.CPU())
+    shape = [size if axis == "L" else x.shape[i] for i, axis in enumerate(layout)]
+    result = TensorType(x.dtype, shape, x.device)
+    return custom_op("max_conv.ragged_window", x.device, [x, lengths, plan], [result], {"layout": layout})[0]
+
+
+def _product(sizes: Sequence[Any]) -> int:
+    return int(np.prod([int(size) for size in sizes], dtype=int))
