@@ -123,6 +123,7 @@ def build(
     dtype: DType = DType.float32,
     *,
     exact: bool = False,
+    ragged: bool = False,
 ) -> PackedGraph:
     """Builds the graph: sound (batch, samples) to pitch activations (batch, frames, 360), 0 to 1.
 
@@ -134,6 +135,7 @@ def build(
         device: Where the graph runs; None is the CPU.
         dtype: The dtype of the network's computation. Input and output are float32.
         exact: As in `max_conv.conv1d`.
+        ragged: Whether signals differ in length: then the last input is `lengths`, (batch,) int64.
 
     Raises:
         ValueError: If the weights do not fit the config.
@@ -147,6 +149,7 @@ def build(
         dtype,
         outputs=["activations"],
         exact=exact,
+        ragged=ragged,
     )
     with graph:
         sound = graph.inputs[0].tensor

@@ -147,6 +147,7 @@ def build(
     dtype: DType = DType.float32,
     *,
     exact: bool = False,
+    ragged: bool = False,
 ) -> PackedGraph:
     """Builds the whole codec: sound (batch, samples) to decoded sound (batch, samples // hop * hop).
 
@@ -158,11 +159,12 @@ def build(
         device: Where the graph runs; None is the CPU.
         dtype: The dtype of the computation. Sound is float32.
         exact: As in `max_conv.conv1d`.
+        ragged: Whether signals differ in length: then the last input is `lengths`, (batch,) int64.
 
     Raises:
         ValueError: If the weights do not fit the config.
     """
-    graph, w = _begin("dac", config, weights, device, dtype, exact)
+    graph, w = _begin("dac", config, weights, device, dtype, exact, ragged)
     with graph:
         codes = _quantize(config, w, _encode(config, w, graph.inputs[0].tensor))
         graph.output(_decode(config, w, _entries(w, codes)))
@@ -176,6 +178,7 @@ def build_encoder(
     dtype: DType = DType.float32,
     *,
     exact: bool = False,
+    ragged: bool = False,
 ) -> PackedGraph:
     """Builds the encoder: sound (batch, samples), -1 to 1, to codes and embeddings.
 
@@ -185,7 +188,7 @@ def build_encoder(
         codes: (batch, quantizers, frames), int64.
         embeddings: (batch, frames, hidden), float32: the sum of the codes' entries.
     """
-    graph, w = _begin("dac_encoder", config, weights, device, dtype, exact)
+    graph, w = _begin("dac_encoder", config, weights, device, dtype, exact, ragged)
     with graph:
         embeddings = _encode(config, w, graph.inputs[0].tensor)
         codes = ops.stack(_quantize(config, w, embeddings), axis=1)
@@ -200,12 +203,13 @@ def build_decoder(
     dtype: DType = DType.float32,
     *,
     exact: bool = False,
+    ragged: bool = False,
 ) -> PackedGraph:
     """Builds the decoder: codes (batch, quantizers, frames), int64, to sound (batch, frames * hop), -1 to 1.
 
     Arguments and errors are as for `build`.
     """
-    graph, w = _begin("dac_decoder", config, weights, device, dtype, exact)
+    graph, w = _begin("dac_decoder", config, weights, device, dtype, exact, ragged)
     with graph:
         codes = graph.inputs[0].tensor
         graph.output(_decode(config, w, _entries(w, [codes[:, i] for i in range(config.quantizers)])))
@@ -219,6 +223,7 @@ def _begin(
     device: DeviceRef | None,
     dtype: DType,
     exact: bool,
+    ragged: bool,
 ) -> tuple[PackedGraph, Weights]:
     """Returns an empty graph, of the codec or of a half of it, and the weights in it."""
     if not 1 <= config.quantizers <= config.codebooks:
@@ -226,7 +231,9 @@ def _begin(
     sound, codes = {"sound": ["batch", "samples"]}, {"codes": ["batch", config.quantizers, "frames"]}
     inputs, given = (codes, DType.int64) if name == "dac_decoder" else (sound, DType.float32)
     outputs = ["codes", "embeddings"] if name == "dac_encoder" else ["sound"]
-    return begin(name, inputs, config.shapes(), weights, device, dtype, outputs=outputs, given=given, exact=exact)
+    return begin(
+        name, inputs, config.shapes(), weights, device, dtype, outputs=outputs, given=given, exact=exact, ragged=ragged
+    )
 
 
 def _encode(config: Config, w: Weights, sound: TensorValue) -> TensorValue:

@@ -108,6 +108,7 @@ def build(
     dtype: DType = DType.float32,
     *,
     exact: bool = False,
+    ragged: bool = False,
 ) -> PackedGraph:
     """Builds the graph of one layer: hidden states (batch, length, hidden) to the inputs of its scan.
 
@@ -121,6 +122,7 @@ def build(
         device: Where the graph runs; None is the CPU.
         dtype: The dtype of the computation. Input and outputs are float32.
         exact: As in `max_conv.conv1d`.
+        ragged: Whether signals differ in length: then the last input is `lengths`, (batch,) int64.
 
     Raises:
         ValueError: If the weights do not fit the config.
@@ -134,6 +136,7 @@ def build(
         dtype,
         outputs=["value", "gate"],
         exact=exact,
+        ragged=ragged,
     )
     w = w / "layers" / config.layer
     with graph:

@@ -25,6 +25,7 @@ from max.graph import DeviceRef, TensorType, TensorValue, Weight, ops
 
 from max_conv import PackedGraph, conv1d, conv_transpose1d
 from max_conv.conv import as_buffer, derived, lstm, signals
+from max_conv.streaming import RaggedGraph
 from max_conv.weights import LayerMap, read_native
 
 
@@ -156,6 +157,7 @@ def begin(
     outputs: Sequence[str],
     given: DType = DType.float32,
     exact: bool = False,
+    ragged: bool = False,
 ) -> tuple[PackedGraph, Weights]:
     """Returns a model's graph, still empty, and the weights in it.
 
@@ -166,7 +168,7 @@ def begin(
         arrays, device, dtype: As for `build`.
         outputs: The names of its outputs.
         given: The dtype of the inputs.
-        exact: As for `build`.
+        exact, ragged: As for `build`.
 
     Raises:
         ValueError: If the arrays do not fit the shapes.
@@ -174,7 +176,7 @@ def begin(
     check_weights(name, arrays, shapes)
     device = device or DeviceRef.CPU()
     types = [TensorType(given, shape, device) for shape in inputs.values()]
-    graph = PackedGraph(name, input_types=types, exact=exact)
+    graph = (RaggedGraph if ragged else PackedGraph)(name, input_types=types, exact=exact)
     graph.input_names, graph.output_names = tuple(inputs), tuple(outputs)
     return graph, Weights(arrays, device, dtype)
 

@@ -162,6 +162,7 @@ def build(
     dtype: DType = DType.float32,
     *,
     exact: bool = False,
+    ragged: bool = False,
 ) -> PackedGraph:
     """Builds the graph: sound (batch, samples) of at least 1065 samples to the pitch of each frame.
 
@@ -177,6 +178,7 @@ def build(
         device: Where the graph runs; None is the CPU.
         dtype: The dtype of the network's computation; the transform is always float32.
         exact: As in `max_conv.conv1d`.
+        ragged: Whether signals differ in length: then the last input is `lengths`, (batch,) int64.
 
     Raises:
         ValueError: If the weights do not fit the config.
@@ -190,6 +192,7 @@ def build(
         dtype,
         outputs=["pitch", "confidence", "volume", "activations"],
         exact=exact,
+        ragged=ragged,
     )
     full = Weights(weights, w.device, DType.float32)
     with graph:

@@ -112,6 +112,7 @@ def build(
     dtype: DType = DType.float32,
     *,
     exact: bool = False,
+    ragged: bool = False,
 ) -> PackedGraph:
     """Builds the graph: (batch, length, inputs) to (batch, length, outputs), no output sees what comes after it.
 
@@ -121,6 +122,7 @@ def build(
         device: Where the graph runs; None is the CPU.
         dtype: The dtype of the computation. Input and output are float32.
         exact: As in `max_conv.conv1d`.
+        ragged: Whether signals differ in length: then the last input is `lengths`, (batch,) int64.
 
     Raises:
         ValueError: If the weights do not fit the config.
@@ -134,6 +136,7 @@ def build(
         dtype,
         outputs=["y"],
         exact=exact,
+        ragged=ragged,
     )
     with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)

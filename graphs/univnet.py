@@ -117,6 +117,7 @@ def build(
     dtype: DType = DType.float32,
     *,
     exact: bool = False,
+    ragged: bool = False,
 ) -> PackedGraph:
     """Builds the graph: a spectrogram (batch, frames, mels) and noise (batch, frames, 64) to (batch, frames * hop), -1 to 1.
 
@@ -128,6 +129,7 @@ def build(
         device: Where the graph runs; None is the CPU.
         dtype: The dtype of the computation. Inputs and output are float32.
         exact: As in `max_conv.conv1d`.
+        ragged: Whether signals differ in length: then the last input is `lengths`, (batch,) int64.
 
     Raises:
         ValueError: If the weights do not fit the config.
@@ -142,6 +144,7 @@ def build(
         dtype,
         outputs=["sound"],
         exact=exact,
+        ragged=ragged,
     )
     with graph:
         spectrogram, x = (ops.cast(value.tensor, dtype) for value in graph.inputs)

@@ -101,6 +101,7 @@ def build(
     dtype: DType = DType.float32,
     *,
     exact: bool = False,
+    ragged: bool = False,
 ) -> PackedGraph:
     """Builds the graph: a log mel spectrogram (batch, frames, mels) to sound (batch, samples), about -1 to 1.
 
@@ -110,6 +111,7 @@ def build(
         device: Where the graph runs; None is the CPU.
         dtype: What it computes in; the Fourier transform is computed in float32. Input and output are float32.
         exact: As in `max_conv.conv1d`.
+        ragged: Whether signals differ in length: then the last input is `lengths`, (batch,) int64.
 
     Raises:
         ValueError: If the weights do not fit the config.
@@ -123,6 +125,7 @@ def build(
         dtype,
         outputs=["sound"],
         exact=exact,
+        ragged=ragged,
     )
     with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)

@@ -154,6 +154,7 @@ def build(
     dtype: DType = DType.float32,
     *,
     exact: bool = False,
+    ragged: bool = False,
 ) -> PackedGraph:
     """Builds the graph: sound (batch, samples) to the input of the first transformer layer, (batch, frames, hidden).
 
@@ -165,6 +166,7 @@ def build(
         device: Where the graph runs; None is the CPU.
         dtype: The dtype of the computation. Input and output are float32.
         exact: As in `max_conv.conv1d`.
+        ragged: Whether signals differ in length: then the last input is `lengths`, (batch,) int64.
 
     Raises:
         ValueError: If the weights do not fit the config.
@@ -178,7 +180,7 @@ def build(
         x = x + _positional(config, w, x)
         return x if config.stable else w.layer_norm(x, "encoder.layer_norm", config.epsilon)
 
-    return _graph("wav2vec2", {"sound": ["batch", "samples"]}, whole, config, weights, device, dtype, exact)
+    return _graph("wav2vec2", {"sound": ["batch", "samples"]}, whole, config, weights, device, dtype, exact, ragged)
 
 
 def build_features(
@@ -188,13 +190,16 @@ def build_features(
     dtype: DType = DType.float32,
     *,
     exact: bool = False,
+    ragged: bool = False,
 ) -> PackedGraph:
     """Builds the feature encoder alone: sound (batch, samples) to (batch, frames, channels). Arguments are `build`'s."""
 
     def features(w: Weights, sound: TensorValue) -> TensorValue:
         return _features(config, w / "feature_extractor.conv_layers", sound)
 
-    return _graph("wav2vec2_features", {"sound": ["batch", "samples"]}, features, config, weights, device, dtype, exact)
+    return _graph(
+        "wav2vec2_features", {"sound": ["batch", "samples"]}, features, config, weights, device, dtype, exact, ragged
+    )
 
 
 def build_positional(
@@ -204,6 +209,7 @@ def build_positional(
     dtype: DType = DType.float32,
     *,
     exact: bool = False,
+    ragged: bool = False,
 ) -> PackedGraph:
     """Builds the positional convolution alone: (batch, frames, hidden) to the same shape. Arguments are `build`'s."""
 
@@ -219,6 +225,7 @@ def build_positional(
         device,
         dtype,
         exact,
+        ragged,
     )
 
 
@@ -231,8 +238,11 @@ def _graph(
     device: DeviceRef | None,
     dtype: DType,
     exact: bool,
+    ragged: bool,
 ) -> PackedGraph:
-    graph, w = begin(name, inputs, config.shapes(), weights, device, dtype, outputs=["vectors"], exact=exact)
+    graph, w = begin(
+        name, inputs, config.shapes(), weights, device, dtype, outputs=["vectors"], exact=exact, ragged=ragged
+    )
     with graph:
         graph.output(ops.cast(network(w, ops.cast(graph.inputs[0].tensor, dtype)), DType.float32))
     return graph

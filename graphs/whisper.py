@@ -101,6 +101,7 @@ def build(
     dtype: DType = DType.float32,
     *,
     exact: bool = False,
+    ragged: bool = False,
 ) -> PackedGraph:
     """Builds the graph: a log-mel spectrogram (batch, frames, mels) to (batch, (frames + 1) // 2, hidden).
 
@@ -113,6 +114,7 @@ def build(
         device: Where the graph runs; None is the CPU.
         dtype: The dtype of the computation. Input and output are float32.
         exact: As in `max_conv.conv1d`.
+        ragged: Whether signals differ in length: then the last input is `lengths`, (batch,) int64.
 
     Raises:
         ValueError: If the weights do not fit the config.
@@ -126,6 +128,7 @@ def build(
         dtype,
         outputs=["vectors"],
         exact=exact,
+        ragged=ragged,
     )
     with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)

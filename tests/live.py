@@ -5,6 +5,7 @@ state before the first tick, and what follows a signal's own positions in a chun
 """
 
 import functools
+import itertools
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from max.graph import BufferType, DeviceRef, Module, TensorType, ops
 
 from max_conv import PackedGraph
 from max_conv.conv.dispatch import Layer
+from max_conv.conv.graph import custom_op
 from max_conv.conv.library import kernel_library
 from max_conv.conv.lines import Line, Window
+from max_conv.conv.ragged import ragged_window
 from max_conv.runtime.devices import session_of
 from max_conv.streaming import Stream, Timing
 from max_conv.streaming.live import emit_window
@@ -28,10 +31,11 @@ LAYOUTS = ("NLC", "NCL")
 
 
 @functools.cache
-def windows() -> dict[tuple[DType, str], Any]:
-    """Returns the functions that lay out windows, by dtype and layout, from one compile."""
-    module, keys = Module(), [(dtype, layout) for dtype in SHARES for layout in LAYOUTS]
-    for dtype, layout in keys:
+def windows() -> dict[tuple[str, DType, str], Any]:
+    """Returns the functions that lay out windows, live and ragged, by dtype and layout, from one compile."""
+    module, keys = Module(), []
+    for dtype, layout in itertools.product(SHARES, LAYOUTS):
+        keys += [("live", dtype, layout), ("ragged", dtype, layout)]
         counts, plan = TensorType(DType.int64, ["n"], HOST), TensorType(DType.int64, ["plan"], HOST)
         state = BufferType(DType.uint8, ["n", "state"], HOST)
         data = TensorType(dtype, [axis.lower() for axis in layout], HOST)
@@ -43,6 +47,14 @@ def windows() -> dict[tuple[DType, str], Any]:
             shape = [rows.shape[0] if axis == "L" else x.shape[i] for i, axis in enumerate(layout)]
             window = emit_window(x, buffer, ticks, ends, numbers, shape, layout)
             graph.output(window, ops.buffer_load(buffer))
+        types = [data, counts, plan, TensorType(DType.int8, ["rows", 0], HOST)]
+        with PackedGraph(f"ragged_{dtype.name}_{layout}", input_types=types, module=module) as graph:
+            x, lengths, numbers, rows = (value.tensor for value in graph.inputs)
+            shape = [rows.shape[0] if axis == "L" else x.shape[i] for i, axis in enumerate(layout)]
+            result = TensorType(dtype, shape, HOST)
+            graph.output(
+                custom_op("max_conv.ragged_window", HOST, [x, lengths, numbers], [result], {"layout": layout})[0]
+            )
     compiled = session_of().compile(module, custom_extensions=[kernel_library()])
     models = session_of().init_all(compiled).values()
     return {key: model._execute_device_tensors for key, model in zip(keys, models, strict=True)}
@@ -72,7 +84,7 @@ def live_answers(
         data = x.view(dtype, shape) if isinstance(x, Buffer) else Buffer.from_numpy(x.reshape(shape))
         rest = [Buffer.from_numpy(np.ascontiguousarray(array)) for array in (*counts, plan)]
         rows = Buffer.from_numpy(np.empty((window.size(ticks), 0), np.int8))
-        read, state = windows()[dtype, layer.layout]([data, *rest, rows])
+        read, state = windows()["live", dtype, layer.layout]([data, *rest, rows])
         (y,) = execute(operands_of(read, filter, bias, numbers, (shape[0], ticks * after.per_tick, filters)))
         return [y, state]
 
@@ -117,6 +129,28 @@ def pushed(
     return [np.concatenate(parts) for parts in found]
 
 
+def alone(execute: Execute, layer: Layer, operands: tuple[Buffer, Buffer], signal: np.ndarray) -> np.ndarray:
+    """Runs a kind on one whole signal, (L, C); returns the output, (L_out, F), in bits."""
+    dtype, given = DType[layer.dtype], layer.transposed or layer.geometry
+    shape = (1, given.output_length(len(signal)), layer.groups * layer.group_filters)
+    return turned(
+        execute(operands_of(held(signal[None], layer.layout, dtype), *operands, layer.numbers, shape))[0], layer
+    )[0]
+
+
+def held(values: np.ndarray, layout: str, dtype: DType) -> Buffer:
+    """Returns (N, L, C) in bits as a buffer in a layout."""
+    given = np.ascontiguousarray(values if layout == "NLC" else values.transpose(0, 2, 1))
+    return Buffer.from_numpy(given).view(dtype, list(given.shape))
+
+
+def turned(result: Buffer, layer: Layer) -> np.ndarray:
+    """Returns an output as (N, L, F), in bits."""
+    dtype = DType[layer.dtype]
+    bits = result.view(DType.uint16 if dtype == DType.bfloat16 else dtype, result.shape).to_numpy()
+    return bits if layer.layout == "NLC" else bits.transpose(0, 2, 1)
+
+
 def check_live(
     name: str,
     execute: Execute,
@@ -127,15 +161,34 @@ def check_live(
     error: float,
 ) -> None:
     """Compares a layer live with itself on the whole signals: to the bit, or within `error` where quads shift."""
-    dtype, given = DType[layer.dtype], layer.transposed or layer.geometry
-    filters = layer.groups * layer.group_filters
+    dtype = DType[layer.dtype]
     for n, got in enumerate(live_answers(execute, layer, *operands, signals, random)):
-        x = signals[n][None] if layer.layout == "NLC" else np.ascontiguousarray(signals[n].T[None])
-        length = given.output_length(len(signals[n]))
-        data = Buffer.from_numpy(x).view(dtype, list(x.shape))
-        (y,) = execute(operands_of(data, *operands, layer.numbers, (1, length, filters)))
-        want = y.view(DType.uint16 if dtype == DType.bfloat16 else dtype, y.shape).to_numpy()[0]
-        want = want if layer.layout == "NLC" else want.T
+        want = alone(execute, layer, operands, signals[n])
         assert got.shape == want.shape, f"{name}, row {n}: {got.shape}, not {want.shape}"
         off = np.abs(from_bits(got, dtype) - from_bits(want, dtype)).max(initial=0)
         assert off <= error, f"{name}, row {n}: off by {off:.2g}, more than {error:.2g}"
+
+
+def check_ragged(
+    name: str, execute: Execute, layer: Layer, operands: tuple[Buffer, Buffer], signals: list[np.ndarray]
+) -> None:
+    """Compares each signal of a ragged batch, with NaN after its end, with the signal alone: to the bit."""
+    dtype, given = DType[layer.dtype], layer.transposed or layer.geometry
+    window, more, emitted = ragged_window(given)
+    longest = max(map(len, signals)) + 3
+    x = np.full((len(signals), longest, signals[0].shape[1]), to_bits(np.array([np.nan]), dtype), signals[0].dtype)
+    for row, signal in zip(x, signals, strict=True):
+        row[: len(signal)] = signal
+    lengths, plan = np.array([len(signal) for signal in signals]), np.array(window.numbers(0), np.int64)
+    rows = np.empty((longest + more, 0), np.int8)
+    (read,) = windows()["ragged", dtype, layer.layout](
+        [held(x, layer.layout, dtype), *(Buffer.from_numpy(array) for array in (lengths, plan, rows))]
+    )
+    sizes = (layer.group_channels, layer.group_filters, layer.groups, layer.dtype)
+    numbers = Layer.of(emitted, layer.layout, *sizes).numbers
+    shape = (len(signals), given.output_length(longest), layer.groups * layer.group_filters)
+    got = turned(execute(operands_of(read, *operands, numbers, shape))[0], layer)
+    for n, signal in enumerate(signals):
+        want = alone(execute, layer, operands, signal)
+        same = got[n, : len(want)].tobytes() == np.ascontiguousarray(want).tobytes()
+        assert same, f"{name}, signal {n} of {lengths.tolist()} positions is not the signal alone"

@@ -21,7 +21,7 @@ class Line:
     """When the positions of a value are there.
 
     Attributes:
-        per_tick: Positions that a tick brings.
+        per_tick: Positions that a tick brings; 0 for signals that come at once.
         delay: How many positions it is late.
         steps: The functions that lead from the length of the network's input to this value's, one after the other:
             (factor, summand, divisor) means `(length * factor + summand) // divisor`.
@@ -55,20 +55,20 @@ class Line:
         """
         g = geometry
         if isinstance(g, TransposedGeometry):
+            step = (g.stride, g.reach + g.output_padding - g.left - g.right - g.stride, 1)
+        else:
+            step = (1, g.left + g.right - g.reach + g.stride, g.stride)
+        steps = chained(self.steps, step)
+        if not self.per_tick:
+            return replace(self, steps=steps)
+        if isinstance(g, TransposedGeometry):
             # Outputs that the end of the signal removes must not leave before the end is known.
             hold = max(0, g.right - (g.reach - g.stride) - g.output_padding)
-            grown = g.reach + g.output_padding - g.left - g.right - g.stride
-            return Line(
-                self.per_tick * g.stride,
-                self.delay * g.stride + g.left + hold,
-                chained(self.steps, (g.stride, grown, 1)),
-                self.first,
-            )
+            return Line(self.per_tick * g.stride, self.delay * g.stride + g.left + hold, steps, self.first)
         delay = max(0, -(-(self.delay + g.reach - g.left) // g.stride) - 1)
         first = self.first
-        if g.padding_mode == "reflect" and g.left and self.per_tick:
+        if g.padding_mode == "reflect" and g.left:
             first = max(first, -(-(g.left + 1 + self.delay) // self.per_tick))
-        steps = chained(self.steps, (1, g.left + g.right - g.reach + g.stride, g.stride))
         return Line(self.per_tick // g.stride, delay, steps, first)
 
 

@@ -16,6 +16,23 @@ QUAD = 4
 """Outputs that Winograd's kernel computes together."""
 
 
+def ragged_window(
+    geometry: Geometry | TransposedGeometry, line: Line = WHOLE
+) -> tuple[Window, int, Geometry | TransposedGeometry]:
+    """Returns the window of a layer, how many rows it has more than its input, and the geometry to read it with.
+
+    Zeros as padding are zeros after a signal's end. Other padding is laid out.
+    """
+    if isinstance(geometry, TransposedGeometry):
+        return Window(line, 0, 0), 0, geometry
+    if geometry.padding_mode == "zeros":
+        return Window(line, 0, 0, None, geometry), 0, geometry
+    # As many rows more as a quad reads after its last output: there, too, are the values that a signal alone has.
+    spare = QUAD * geometry.stride * geometry.dilation + geometry.reach
+    emitted = replace(geometry, left=0, right=-spare, padding_mode="zeros")
+    return Window(line, geometry.left, 0, None, geometry), geometry.left + geometry.right + spare, emitted
+
+
 def ragged_input(
     x: TensorValue,
     lengths: TensorValue,
@@ -32,16 +49,8 @@ def ragged_input(
         layout: "NLC" or "NCL".
         line: How the lengths here follow from those in the network's input.
     """
-    size = x.shape[layout.index("L")]
-    if isinstance(geometry, TransposedGeometry):
-        return laid_out(x, lengths, Window(line, 0, 0), size, layout), geometry
-    if geometry.padding_mode == "zeros":
-        return laid_out(x, lengths, Window(line, 0, 0, None, geometry), size, layout), geometry
-    # As many rows more as a quad reads after its last output: there, too, are the values that a signal alone has.
-    spare = QUAD * geometry.stride * geometry.dilation + geometry.reach
-    window = Window(line, geometry.left, 0, None, geometry)
-    rows = laid_out(x, lengths, window, size + (geometry.left + geometry.right + spare), layout)
-    return rows, replace(geometry, left=0, right=-spare, padding_mode="zeros")
+    window, more, emitted = ragged_window(geometry, line)
+    return laid_out(x, lengths, window, x.shape[layout.index("L")] + more, layout), emitted
 
 
 def inside(x: TensorValue, lengths: TensorValue, axis: int, line: Line = WHOLE) -> TensorValue:

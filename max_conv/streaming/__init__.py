@@ -9,11 +9,13 @@ from typing import Any
 
 from .describe import describe
 from .graph import StreamingGraph, streaming
+from .ragged import RaggedGraph
 from .span import Span
 from .stream import Stream
 from .timing import Timing
 
 __all__ = [
+    "RaggedGraph",
     "Span",
     "Stream",
     "StreamingGraph",

@@ -6,12 +6,12 @@ from typing import Any
 
 from max import nn
 from max.dtype import DType
-from max.graph import BufferType, Dim, StaticDim, TensorType, ops
+from max.graph import BufferType, Dim, TensorType, ops
 
 from ..conv.graph import PackedGraph, argument_names, graph_class
 from .describe import describe
 from .live import LiveSignals, Longer
-from .positions import where
+from .positions import input_axis, where
 from .timing import Signal, Timing
 
 
@@ -93,7 +93,7 @@ class StreamingGraph(PackedGraph):
         self, name: str, forward: Any = None, input_types: Any = (), *args: Any, exact: bool = False, **kwargs: Any
     ) -> None:
         given = list(input_types)
-        self._axes = tuple(_axis(number, type_) for number, type_ in enumerate(given))
+        self._axes = tuple(input_axis("streaming", number, type_) for number, type_ in enumerate(given))
         symbols = {str(type_.shape[axis]) for type_, axis in zip(given, self._axes, strict=True)}
         if len(symbols) != 1:
             raise ValueError(
@@ -146,17 +146,6 @@ class StreamingGraph(PackedGraph):
         """Names the inputs and outputs: the network's, and those that are added."""
         inputs = inputs or [f"input{i}" for i in range(len(self._axes))]
         self.input_names, self.output_names = (*inputs, "ticks", "ends", "state"), (*outputs, "state")
-
-
-def _axis(number: int, type_: TensorType) -> int:
-    """Returns the axis of an input's positions."""
-    axes = [axis for axis, size in enumerate(type_.shape) if axis and not isinstance(size, StaticDim)]
-    if len(axes) != 1:
-        raise ValueError(
-            f"streaming: input {number} must have a batch axis and one other axis of symbolic size, its positions, but "
-            f"has shape ({', '.join(map(str, type_.shape))})."
-        )
-    return axes[0]
 
 
 def _are_types(value: Any) -> bool:

@@ -6,21 +6,17 @@ from math import gcd, prod
 from typing import Any
 
 import numpy as np
-from max import _core
-from max._mlir import ir
 from max.dtype import DType
 from max.graph import BufferValue, DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, ops
 
 from ..conv.geometry import Geometry, TransposedGeometry
 from ..conv.graph import custom_op
 from ..conv.lines import Line, Window, chained
-from ..conv.whole import Signals
-from .positions import check, where
+from .positions import where
+from .traced import TracedSignals, raw
 
 ALIGNMENT = 64
 """Bytes: the rows of each window begin on a cache line of the state."""
-SIZES = ("rmo.shape_to_tensor",)
-"""Operations that read only the shape of a value."""
 
 
 class Longer(Exception):
@@ -30,11 +26,10 @@ class Longer(Exception):
         self.tick = tick
 
 
-class LiveSignals(Signals):
+class LiveSignals(TracedSignals):
     """The signals of a graph that takes them in ticks.
 
-    While a network is traced, every operation is looked at: its results have the positions of its operands. Where values of
-    different delay meet, the earlier ones are delayed, in place. What does not keep positions apart is refused.
+    Where values of different delay meet, the earlier ones are delayed, in place.
 
     Attributes:
         windows: The windows so far.
@@ -57,27 +52,14 @@ class LiveSignals(Signals):
         """
         self.windows: list[Window] = []
         self.state_size = 0
-        self._graph, self._tick, self._ticks, self._counts, self._state = graph, tick, ticks, counts, state
-        self._lines: dict[Any, Line] = {}
+        self._tick, self._ticks, self._counts, self._state = tick, ticks, counts, state
         self._after = Line(tick)
-        self._skip()
+        super().__init__(graph, str(ticks))
 
     def begin(self, inputs: Sequence[TensorValue]) -> None:
         """Takes the network's inputs."""
         self._lines = {raw(value): Line(self._tick) for value in inputs}
         self._skip()
-
-    def line(self, x: TensorValue) -> Line:
-        """Returns when the positions of a value are there.
-
-        Raises:
-            ValueError: If it has no positions.
-        """
-        self._look()
-        line = self._lines.get(raw(x))
-        if line is None:
-            raise ValueError("streaming: a value that must be a signal has no positions; compute it outside the graph.")
-        return line
 
     def size(self, line: Line) -> Dim:
         """Returns how many positions a call brings."""
@@ -108,16 +90,6 @@ class LiveSignals(Signals):
         """Takes the output of the layer whose input was the last."""
         self._take(y, self._after)
 
-    def same_positions(self, value: TensorValue, x: TensorValue) -> TensorValue:
-        """Returns a value that an operation of one's own has just made, and whose positions are those of `x`."""
-        return self._take(value, self._lines[raw(x)])
-
-    def ones_like(self, x: TensorValue) -> TensorValue:
-        """Returns a one for every position, (N, L, 1)."""
-        line = self.line(x)
-        ones = ops.broadcast_to(ops.constant(1, x.dtype, device=x.device), [x.shape[0], self.size(line), 1])
-        return self._take(ones, line)
-
     def as_long_as(self, y: TensorValue, x: TensorValue) -> TensorValue:
         """Returns the first positions of `y`, as many as `x` has."""
         line = replace(self.line(y), steps=self.line(x).steps)
@@ -127,10 +99,6 @@ class LiveSignals(Signals):
         """Returns a value with zeros for what is no position of its signals."""
         line = self.line(x)
         return x if line.delay == 0 else self._take(self._read(Window(line, 0, 0), x, "NLC"), line)
-
-    def run_after(self, value: TensorValue, before: TensorValue) -> TensorValue:
-        """Returns a value as it is: chunks are small."""
-        return value
 
     def neighbours(self, x: TensorValue, before: int, after: int) -> list[TensorValue]:
         """Returns what is at each position, from `before` positions before it to `after` after it, zeros outside."""
@@ -186,12 +154,6 @@ class LiveSignals(Signals):
         if line.per_tick % by:
             raise Longer(self._tick * by // gcd(line.per_tick, by))
 
-    def _take(self, value: TensorValue, line: Line) -> TensorValue:
-        """Returns a value that has just been made, and has this line."""
-        self._lines[raw(value)] = line
-        self._skip()
-        return value
-
     def _read(self, window: Window, x: TensorValue, layout: str, size: Dim | None = None) -> TensorValue:
         """Emits a window of `x`, (N, L, C) or (N, C, L), whose rows in the state come next."""
         if len(x.shape) != 3:
@@ -205,31 +167,6 @@ class LiveSignals(Signals):
         shape = list(x.shape)
         shape[length] = Dim(window.size(self._ticks)) if size is None else size
         return emit_window(x, self._state, *self._counts, plan, shape, layout)
-
-    def _look(self) -> None:
-        """Gives lines to what has been made since the last look."""
-        for operation in self._since(self._last):
-            if str(operation.name) in SIZES:
-                continue
-            results = [as_value(result) for result in operation.results]
-            seen = [(i, value) for i, value in enumerate(operation.operands) if value in self._lines]
-            if not seen:
-                self._check_made(operation, results)
-                continue
-            lines = [self._lines[value] for _, value in seen]
-            if len({line.per_tick for line in lines}) > 1:
-                rates = " and ".join(str(rate) for rate in sorted({line.per_tick for line in lines}))
-                raise ValueError(f"streaming: values with {rates} positions a tick meet; they cannot be joined.")
-            operands = [(i, as_value(value)) for i, value in seen]
-            check(operation, operands, results, self.size(lines[0]))
-            latest = max(lines, key=lambda line: line.delay)
-            for (i, value), line in zip(operands, lines, strict=True):
-                if line.delay < latest.delay:
-                    operation.operands[i] = self._late(operation, value, line, latest.delay - line.delay)
-            first = max(line.first for line in lines)
-            for result in operation.results:
-                self._lines[result] = replace(latest, first=first)
-        self._skip()
 
     def _late(self, operation: Any, value: TensorValue, line: Line, positions: int) -> Any:
         """Makes, before an operation, a value that is some positions later."""
@@ -245,25 +182,6 @@ class LiveSignals(Signals):
         for new in self._since(last):
             new.move_before(operation)
         return raw(late)
-
-    def _check_made(self, operation: Any, results: Sequence[TensorValue]) -> None:
-        """Raises ValueError if an operation makes positions of what has none."""
-        if any(str(self._ticks) in str(size) for result in results for size in result.shape):
-            name = str(operation.name).split(".")[-1]
-            raise ValueError(
-                f"streaming: {name} makes a value for every position from what is no signal; use signals().ones_like."
-            )
-
-    def _operations(self) -> list[Any]:
-        return list(self._graph._mlir_op.regions[0].blocks[0].operations)
-
-    def _since(self, last: Any) -> list[Any]:
-        """Returns the operations after one. Weights are put before all others, so a number would not do."""
-        operations = self._operations()
-        return operations[len(operations) - operations[::-1].index(last) :]
-
-    def _skip(self) -> None:
-        self._last = self._operations()[-1]
 
 
 def emit_window(
@@ -285,13 +203,3 @@ def emit_window(
     """
     result = TensorType(x.dtype, shape, x.device)
     return custom_op("max_conv.window", x.device, [state, x, ticks, ends, plan], [result], {"layout": layout})[0]
-
-
-def raw(value: TensorValue) -> Any:
-    """Returns the MLIR value of a graph value."""
-    return ir.Value._CAPICreate(value._mlir_value._CAPIPtr)  # type: ignore[attr-defined]
-
-
-def as_value(raw: Any) -> TensorValue:
-    """Returns the graph value of an MLIR value."""
-    return TensorValue.from_mlir(_core.Value._from_cmlir(raw))

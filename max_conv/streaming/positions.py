@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from max.graph import Dim, StaticDim, TensorValue
+from max.graph import Dim, StaticDim, TensorType, TensorValue
 
 ELEMENTWISE = {
     *("mo.cast", "rmo.add", "rmo.sub", "rmo.mul", "rmo.div", "rmo.max", "rmo.min", "rmo.pow", "rmo.mod"),
@@ -38,10 +38,28 @@ def where(value: TensorValue, size: Dim) -> list[int]:
     return [axis for axis, dim in enumerate(value.shape) if dim == size]
 
 
-def check(operation: Any, seen: Sequence[tuple[int, TensorValue]], results: Sequence[TensorValue], size: Dim) -> None:
+def input_axis(op: str, number: int, type_: TensorType) -> int:
+    """Returns the axis of the positions of an input.
+
+    Raises:
+        ValueError: If it is not clear which one it is.
+    """
+    axes = [axis for axis, size in enumerate(type_.shape) if axis and not isinstance(size, StaticDim)]
+    if len(axes) != 1:
+        raise ValueError(
+            f"{op}: input {number} must have a batch axis and one other axis of symbolic size, its positions, but has shape "
+            f"({', '.join(map(str, type_.shape))})."
+        )
+    return axes[0]
+
+
+def check(
+    op: str, operation: Any, seen: Sequence[tuple[int, TensorValue]], results: Sequence[TensorValue], size: Dim
+) -> None:
     """Raises ValueError unless an operation keeps positions apart.
 
     Args:
+        op: What error messages begin with.
         operation: The MLIR operation.
         seen: Its operands that have positions: the number of each, and the operand.
         results: Its results.
@@ -51,11 +69,11 @@ def check(operation: Any, seen: Sequence[tuple[int, TensorValue]], results: Sequ
     word = WORDS.get(name, name.split(".")[-1])
     axes = [where(value, size) for _, value in seen]
     if any(len(found) != 1 for found in axes):
-        raise ValueError(f"streaming: {word} gets a value whose positions are not along one axis; it cannot run live.")
+        raise ValueError(f"{op}: {word} gets a value whose positions are not along one axis; it cannot be computed so.")
     known = ELEMENTWISE | OTHER_AXES | ALONG | OVER_CHANNELS | ONE_SIGNAL | {"rmo.reshape"}
     if name not in known:
         raise ValueError(
-            f"streaming: {word} is not known to keep positions apart; compute it on the whole signal, outside the graph."
+            f"{op}: {word} is not known to keep positions apart; compute it on the whole signal, outside the graph."
         )
     (axis, *_), value = axes[0], seen[0][1]
     apart = all(len(where(result, size)) == 1 for result in results)
@@ -70,7 +88,7 @@ def check(operation: Any, seen: Sequence[tuple[int, TensorValue]], results: Sequ
     elif name == "rmo.reshape":
         apart &= all(_before(value, axis) == _before(result, where(result, size)[0]) for result in results if apart)
     if not apart:
-        raise ValueError(f"streaming: {word} goes over positions; it needs the whole signal.")
+        raise ValueError(f"{op}: {word} goes over positions; it needs the whole signal.")
 
 
 def _before(value: TensorValue, axis: int) -> tuple[int, list[str]]:

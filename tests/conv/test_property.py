@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 from max.dtype import DType
 
-from live import check_live
+from live import check_live, check_ragged
 from max_conv.conv import dispatch
 from max_conv.conv.geometry import PADDING_MODES, Geometry
 from max_conv.conv.packing import Packing
@@ -192,7 +192,10 @@ def test_random_layers(dtype: DType, pytestconfig: pytest.Config) -> None:
 
 
 def compare_live(layer: Layer, dtype: DType) -> None:
-    """Runs some of the kernels that accept the layer live, in random chunks, and compares with the whole signals."""
+    """Runs some of the kernels that accept the layer live, in random chunks, and on a ragged batch.
+
+    Both are compared with the whole signals, one by one.
+    """
     if layer.padding_mode == "circular" or not layer.length:
         return
     random = np.random.default_rng(layer.seed)
@@ -215,6 +218,7 @@ def compare_live(layer: Layer, dtype: DType) -> None:
         error = (8 * EPS[dtype] * math.sqrt(count) + 2 * ROUNDING[dtype] * count**0.5) * scale * (kernel == "winograd")
         operands = (guarded(filter, dtype, 0), bias)
         check_live(f"{' '.join(way)} {layer}", models()[dtype, way], described, operands, signals, random, error)
+        check_ragged(f"ragged {' '.join(way)} {layer}", models()[dtype, way], described, operands, signals)
 
 
 @pytest.mark.parametrize("dtype", list(SHARES), ids=lambda dtype: dtype.name)

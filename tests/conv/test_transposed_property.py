@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from max.driver import Buffer
 from max.dtype import DType
 
-from live import check_live
+from live import check_live, check_ragged
 from max_conv.conv import dispatch
 from max_conv.conv.geometry import TransposedGeometry
 from max_conv.conv.layouts import permute
@@ -207,7 +207,10 @@ def test_random_layers(dtype: DType, pytestconfig: pytest.Config) -> None:
 
 
 def compare_live(layer: Layer, dtype: DType) -> None:
-    """Runs some of the kernels that accept the layer live, in random chunks, and compares with the whole signals."""
+    """Runs some of the kernels that accept the layer live, in random chunks, and on a ragged batch.
+
+    Both are compared with the whole signals, one by one.
+    """
     random = np.random.default_rng(layer.seed)
     geometry, groups = layer.geometry, layer.groups
     channels, filters = groups * layer.group_channels, groups * layer.group_filters
@@ -229,6 +232,7 @@ def compare_live(layer: Layer, dtype: DType) -> None:
         error = (8 * EPS[dtype] * math.sqrt(count) + 2 * ROUNDING[dtype] * count**0.5) * scale * (kernel == "winograd")
         operands = (guarded(filter, dtype, 0), bias)
         check_live(f"{' '.join(way)} {layer}", models()[dtype, way], live, operands, signals, random, error)
+        check_ragged(f"ragged {' '.join(way)} {layer}", models()[dtype, way], live, operands, signals)
 
 
 @pytest.mark.parametrize("dtype", list(SHARES), ids=lambda dtype: dtype.name)

@@ -1,0 +1,132 @@
+"""The signals of a graph whose every operation is looked at while a network's code makes it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from max import _core
+from max._mlir import ir
+from max.graph import Dim, Graph, TensorValue, ops
+
+from ..conv.lines import Line
+from ..conv.whole import Signals
+from .positions import check
+
+SIZES = ("rmo.shape_to_tensor",)
+"""Operations that read only the shape of a value."""
+
+
+class TracedSignals(Signals):
+    """Signals of which every value's positions are known, or that they are none.
+
+    The results of an operation have the positions of its operands. What does not keep positions apart is refused.
+    """
+
+    op = "streaming"
+    """What error messages begin with."""
+
+    def __init__(self, graph: Graph, symbol: str) -> None:
+        """Begins to look at a graph, in which nothing but its inputs has been made.
+
+        Args:
+            symbol: The name of the size that positions have in the graph.
+        """
+        self._graph, self._symbol = graph, symbol
+        self._lines: dict[Any, Line] = {}
+        self._skip()
+
+    def size(self, line: Line) -> Dim:
+        """Returns how many positions a value has in the graph."""
+        raise NotImplementedError
+
+    def line(self, x: TensorValue) -> Line:
+        """Returns when the positions of a value are there.
+
+        Raises:
+            ValueError: If it has no positions.
+        """
+        self._look()
+        line = self._lines.get(raw(x))
+        if line is None:
+            raise ValueError(
+                f"{self.op}: a value that must be a signal has no positions; compute it outside the graph."
+            )
+        return line
+
+    def same_positions(self, value: TensorValue, x: TensorValue) -> TensorValue:
+        """Returns a value that an operation of one's own has just made, and whose positions are those of `x`."""
+        return self._take(value, self._lines[raw(x)])
+
+    def ones_like(self, x: TensorValue) -> TensorValue:
+        """Returns a one for every position, (N, L, 1)."""
+        line = self.line(x)
+        ones = ops.broadcast_to(ops.constant(1, x.dtype, device=x.device), [x.shape[0], self.size(line), 1])
+        return self._take(ones, line)
+
+    def run_after(self, value: TensorValue, before: TensorValue) -> TensorValue:
+        """Returns a value as it is."""
+        return value
+
+    def _take(self, value: TensorValue, line: Line) -> TensorValue:
+        """Returns a value that has just been made, and has this line."""
+        self._lines[raw(value)] = line
+        self._skip()
+        return value
+
+    def _look(self) -> None:
+        """Gives lines to what has been made since the last look."""
+        for operation in self._since(self._last):
+            if str(operation.name) in SIZES:
+                continue
+            results = [as_value(result) for result in operation.results]
+            seen = [(i, value) for i, value in enumerate(operation.operands) if value in self._lines]
+            if not seen:
+                self._check_made(operation, results)
+                continue
+            lines = [self._lines[value] for _, value in seen]
+            if len({line.per_tick for line in lines}) > 1:
+                rates = " and ".join(str(rate) for rate in sorted({line.per_tick for line in lines}))
+                raise ValueError(f"{self.op}: values with {rates} positions a tick meet; they cannot be joined.")
+            operands = [(i, as_value(value)) for i, value in seen]
+            check(self.op, operation, operands, results, self.size(lines[0]))
+            latest = max(lines, key=lambda line: line.delay)
+            for (i, value), line in zip(operands, lines, strict=True):
+                if line.delay < latest.delay:
+                    operation.operands[i] = self._late(operation, value, line, latest.delay - line.delay)
+            first = max(line.first for line in lines)
+            for result in operation.results:
+                self._lines[result] = replace(latest, first=first)
+        self._skip()
+
+    def _late(self, operation: Any, value: TensorValue, line: Line, positions: int) -> Any:
+        """Makes, before an operation, a value that is some positions later."""
+        raise NotImplementedError
+
+    def _check_made(self, operation: Any, results: Sequence[TensorValue]) -> None:
+        """Raises ValueError if an operation makes positions of what has none."""
+        if any(self._symbol in str(size) for result in results for size in result.shape):
+            name = str(operation.name).split(".")[-1]
+            raise ValueError(
+                f"{self.op}: {name} makes a value for every position from what is no signal; use signals().ones_like."
+            )
+
+    def _operations(self) -> list[Any]:
+        return list(self._graph._mlir_op.regions[0].blocks[0].operations)
+
+    def _since(self, last: Any) -> list[Any]:
+        """Returns the operations after one. Weights are put before all others, so a number would not do."""
+        operations = self._operations()
+        return operations[len(operations) - operations[::-1].index(last) :]
+
+    def _skip(self) -> None:
+        self._last = self._operations()[-1]
+
+
+def raw(value: TensorValue) -> Any:
+    """Returns the MLIR value of a graph value."""
+    return ir.Value._CAPICreate(value._mlir_value._CAPIPtr)  # type: ignore[attr-defined]
+
+
+def as_value(raw: Any) -> TensorValue:
+    """Returns the graph value of an MLIR value."""
+    return TensorValue.from_mlir(_core.Value._from_cmlir(raw))
