@@ -63,7 +63,7 @@ class Signals:
     def whole_frames(self, x: TensorValue, size: int) -> TensorValue:
         """Returns (N, L) in frames of `size` positions, (N, T, size); zeros fill up the last one."""
         frames = (x.shape[1] + (size - 1)) // size
-        padded = ops.pad(x, [0, 0, 0, size - 1])[:, (slice(0, frames * size), frames * size)]
+        padded = ops.pad(x, [0, 0, 0, size - 1])[:, : frames * size]
         return ops.reshape(padded, [x.shape[0], frames, size])
 
     def from_frames(self, x: TensorValue) -> TensorValue:
