@@ -129,6 +129,11 @@ class Geometry:
         """Input positions that one output depends on, first to last."""
         return self.dilation * (self.kernel_size - 1) + 1
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each output depends on the input at its own position, and on no other."""
+        return self.reach == self.stride == 1 and self.left == self.right == 0
+
     def output_length(self, length: Any) -> Any:
         """Returns the output's length for an input of `length` positions, an int or a symbolic dimension.
 

@@ -80,8 +80,8 @@ class LiveSignals(TracedSignals):
             raise ValueError("streaming: output_size fixes the length of a signal; use output_padding.")
         self._after = line.through(geometry)
         size = self.size(self._after)
-        if isinstance(geometry, Geometry) and geometry.reach == geometry.stride == 1 + geometry.left + geometry.right:
-            return x, geometry, size  # it reads one position
+        if isinstance(geometry, Geometry) and geometry.is_pointwise:
+            return x, geometry, size
         window = Window.of(line, geometry)
         assert window.emitted is not None, "a layer's window has its geometry"
         return self._read(window, x, layout), window.emitted, size

@@ -48,8 +48,8 @@ class RaggedSignals(TracedSignals):
         """Returns what a layer reads instead of `x`, its geometry then, and its output's length."""
         line = self.line(x)
         self._after, self._outputs = line.through(geometry), outputs
-        if isinstance(geometry, Geometry) and geometry.reach == geometry.stride == 1 + geometry.left + geometry.right:
-            return x, geometry, outputs  # it reads one position
+        if isinstance(geometry, Geometry) and geometry.is_pointwise:
+            return x, geometry, outputs
         return *ragged_input(x, self._lengths, geometry, layout, line), outputs
 
     def layer_output(self, y: TensorValue) -> None:

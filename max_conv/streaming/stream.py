@@ -233,7 +233,8 @@ class Stream:
         for ticks, members in groups.items():
             picked = [rows[n] for n in members]
             whole = members == list(range(self.batch))
-            *values, new = self._compute(picked, ticks, state if whole else self._state[members])
+            *values, kept = self._compute(picked, ticks, state if whole else self._state[members])
+            new = _numpy(kept)
             if whole:
                 state = new
             else:
