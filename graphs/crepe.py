@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 from max.dtype import DType
-from max.graph import DeviceRef, Dim, TensorValue, ops
+from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
+from max_conv.conv import signals
 from max_conv.serving import Task
 from max_conv.sound import Pitch, Track, as_signals, viterbi
 from max_conv.weights import LayerMap, as_array, open_checkpoint, read_native, to_native
@@ -152,34 +153,15 @@ def build(
         ragged=ragged,
     )
     with graph:
-        sound = graph.inputs[0].tensor
-        batch, frames = sound.shape[0], (sound.shape[1] - config.window) // config.hop + 1
-        x = ops.cast(_normalised(_framed(config, sound, frames)), dtype)
-        x = ops.reshape(x, [batch * frames, config.window, 1])
+        frames = signals().overlapping(graph.inputs[0].tensor, config.window, config.hop)
+        x = ops.unsqueeze(signals().each_frame(ops.cast(_normalised(frames), dtype)), 2)
         parts = _first_layer(config, w, x)
         for layer in range(2, 7):
             parts = _layer(config, w, parts, layer)
         (x,) = parts
-        x = ops.reshape(x, [batch, frames, x.shape[1] * x.shape[2]])
+        x = signals().of_frames(ops.reshape(x, [x.shape[0], x.shape[1] * x.shape[2]]), frames)
         graph.output(ops.cast(ops.sigmoid(w.linear(x, "classifier")), DType.float32))
     return graph
-
-
-def _framed(config: Config, sound: TensorValue, frames: Dim) -> TensorValue:
-    """Returns the frames side by side, (batch, frames, window)."""
-    batch, hop = sound.shape[0], config.hop
-    # A frame is a row of blocks, of which the last is used in part.
-    parts = -(-config.window // hop)
-    sound = ops.pad(sound, [0, 0, 0, parts * hop - config.window])
-
-    def part(x: TensorValue, first: int, count: Dim) -> TensorValue:
-        return x[:, (slice(first, TensorValue(count + first)), count)]
-
-    blocks = frames + (parts - 1)
-    sound = ops.reshape(part(sound, 0, blocks * hop), [batch, blocks, hop])
-    rows = [part(sound, i, frames) for i in range(parts)]
-    rows[-1] = rows[-1][:, :, : config.window - (parts - 1) * hop]
-    return ops.concat(rows, axis=2)
 
 
 def _normalised(frames: TensorValue) -> TensorValue:

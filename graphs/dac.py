@@ -228,7 +228,8 @@ def _begin(
     """Returns an empty graph, of the codec or of a half of it, and the weights in it."""
     if not 1 <= config.quantizers <= config.codebooks:
         raise ValueError(f"dac: quantizers must be 1 to {config.codebooks}, but are {config.quantizers}.")
-    sound, codes = {"sound": ["batch", "samples"]}, {"codes": ["batch", config.quantizers, "frames"]}
+    sound: dict[str, list[str | int]] = {"sound": ["batch", "samples"]}
+    codes: dict[str, list[str | int]] = {"codes": ["batch", config.quantizers, "frames"]}
     inputs, given = (codes, DType.int64) if name == "dac_decoder" else (sound, DType.float32)
     outputs = ["codes", "embeddings"] if name == "dac_encoder" else ["sound"]
     return begin(

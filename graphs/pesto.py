@@ -18,6 +18,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from max_conv import PackedGraph, conv1d
+from max_conv.conv import signals
 from max_conv.serving import Task
 from max_conv.sound import Pitch, Track, as_signals
 from max_conv.weights import LayerMap, read_native, resolve, to_native
@@ -205,8 +206,6 @@ def build(
             padding=((taps + 1) // 2, taps // 2),
             padding_mode="reflect",
         )
-        frames = sound.shape[1] // config.hop + 1
-        x = ops.rebind(x, [sound.shape[0], frames, 2 * config.bands])
         real, imaginary = x[:, :, : config.bands], x[:, :, config.bands :]
         power = ops.max(real * real + imaginary * imaginary, _LEAST)
         levels = ops.log(power)
@@ -219,23 +218,21 @@ def build(
 
 def _confidence(w: Weights, power: TensorValue, levels: TensorValue) -> TensorValue:
     """Returns how sure it is that frames have a pitch, (batch, frames)."""
-    batch, frames, bands = power.shape
     # The geometric mean over the arithmetic one: 1 for noise, near 0 for a tone.
     flatness = ops.exp(ops.mean(levels, axis=2)) / ops.max(ops.mean(power, axis=2), 1e-8)
-    x = ops.relu(w.conv(ops.reshape(power, [batch * frames, bands, 1]), "conv", stride=3))
-    x = ops.concat([ops.reshape(x, [batch, frames, x.shape[1]]), flatness], axis=2)
+    x = ops.relu(w.conv(ops.unsqueeze(signals().each_frame(power), 2), "conv", stride=3))
+    x = ops.concat([signals().of_frames(ops.squeeze(x, 2), power), flatness], axis=2)
     return ops.squeeze(ops.sigmoid(w.linear(x, "linear")), 2)
 
 
 def _encoded(config: Config, w: Weights, levels: TensorValue) -> TensorValue:
     """Returns the scores of all pitches, (batch, frames, pitches), in float32."""
-    batch, frames, _ = levels.shape
     x = levels[:, :, config.cropped : config.bands - config.cropped]
     scale, shift = (
         w.make(f"encoder.layernorm.{name}.flat", np.ravel, f"encoder.layernorm.{name}") for name in ("weight", "bias")
     )
     x = ops.layer_norm(ops.cast(x, w.dtype), scale, shift, 1e-5)
-    x = ops.reshape(x, [batch * frames, config.seen, 1])
+    x = ops.unsqueeze(signals().each_frame(x), 2)
     inner = w / "encoder"
     padding = config.kernel_size // 2
     x = leaky_relu(inner.conv(x, "conv1.0", padding=padding), _SLOPE)
@@ -243,7 +240,7 @@ def _encoded(config: Config, w: Weights, levels: TensorValue) -> TensorValue:
         x = x + leaky_relu(inner.conv(x, f"prefilt_layers.{i}.0", padding=padding), _SLOPE)
     for i in range(len(config.channels) - 1):
         x = leaky_relu(inner.conv(x, f"conv_layers.{3 * i}"), _SLOPE)
-    x = ops.reshape(x, [batch, frames, config.seen * config.channels[-1]])
+    x = signals().of_frames(ops.reshape(x, [x.shape[0], config.seen * config.channels[-1]]), levels)
 
     def matrix(filter: np.ndarray, shift: np.ndarray) -> np.ndarray:
         # Row (band, channel), column pitch; the constant shift of all pitches is a turn of the columns.

@@ -227,8 +227,19 @@ def speak(model: Callable[..., Any], mels: np.ndarray, config: Config = Config()
     Returns:
         float32, (batch, frames * hop), -1 to 1.
     """
-    noise = np.random.default_rng(seed).standard_normal((*mels.shape[:2], config.noise), np.float32)
-    return model(mels, noise)
+    return model(*with_noise(mels, config, np.random.default_rng(seed)))
 
 
-TASK = Task(kind="vocoder", input="mels", output="sound, (batch, samples), -1 to 1", run=speak, options=("seed",))
+def with_noise(mels: np.ndarray, config: Config, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Returns frames of a spectrogram, and noise for them."""
+    return mels, random.standard_normal((*mels.shape[:2], config.noise), np.float32)
+
+
+TASK = Task(
+    kind="vocoder",
+    input="mels",
+    output="sound, (batch, samples), -1 to 1",
+    run=speak,
+    options=("seed",),
+    inputs=with_noise,
+)

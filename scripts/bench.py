@@ -2,7 +2,7 @@
 """Races max_conv against PyTorch, ONNX Runtime, OpenVINO, JAX and MAX's own layer.
 
     python scripts/bench.py [--layers NAME ...] [--contenders NAME ...] [--rounds 7] [--json FILE] [--chart FILE]
-    python scripts/bench.py --networks [--layers NAME ...] | --compile
+    python scripts/bench.py --networks [--layers NAME ...] | --streaming [--layers NAME ...] [--chunks MS ...] | --compile
 
 Each contender runs in a separate process. They run alternately, so that other load on the machine affects all of them
 equally. Every output is compared with float64 before anything is timed. A round is the median of calls that fill 50 ms;
@@ -13,13 +13,11 @@ In all processes the allocator keeps large blocks of memory; otherwise page faul
 to 25 s and caches it: the first run over all layers takes half an hour longer than others.
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
-import select
 import shutil
 import signal
 import subprocess
@@ -33,6 +31,9 @@ import click
 import numpy as np
 
 import compiles
+import live_contenders
+import streams
+from contest import Racer, Sentence, note, prepare, start
 from layers import LAYERS, Layer
 from network_racers import CONTENDERS
 from networks import NETWORKS
@@ -55,25 +56,10 @@ from report import (
 )
 
 HERE = Path(__file__).resolve().parent
-PATIENCE = 600
-"""Seconds after which a contender that does not answer counts as crashed: MAX compiles a layer in about 25."""
 TRIES = 4  # runs of peaks.mojo of a second, of which the best counts: other load can occupy a core for one
 EPILOGUE_LAYERS = ("whisper conv1", "HiFi-GAN res")
 BATCHES = (1, 8)
 """The batch sizes of the networks' race."""
-
-
-class Sentence(click.ClickException):
-    """An error for the user: one sentence on stderr, exit code 2."""
-
-    exit_code = 2
-
-    def show(self, file: Any = None) -> None:
-        note(self.message)
-
-
-def note(text: str) -> None:
-    click.echo(f"bench: {text}", err=True)
 
 
 # The machine.
@@ -129,45 +115,6 @@ def measure_peaks(folder: Path) -> dict[str, Any]:
 # The race.
 
 
-class Racer:
-    """A contender's process. It is stopped while others run: idle threads of some libraries spin for a while."""
-
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        self.command = command
-        self.environment = environment
-        self.process: subprocess.Popen[str] | None = None
-
-    def ask(self, question: Mapping[str, str | int]) -> dict[str, Any]:
-        """Returns the reply, or that the process died. The next question starts another process."""
-        if self.process is None:
-            pipe, silence = subprocess.PIPE, subprocess.DEVNULL
-            self.process = subprocess.Popen(
-                self.command, stdin=pipe, stdout=pipe, stderr=silence, text=True, env=dict(self.environment)
-            )
-        assert self.process.stdin and self.process.stdout
-        self.process.send_signal(signal.SIGCONT)
-        try:
-            print(json.dumps(question), file=self.process.stdin, flush=True)
-            ready = select.select([self.process.stdout], [], [], PATIENCE)[0]
-        except BrokenPipeError:
-            ready = [self.process.stdout]
-        if not ready:
-            self.stop()
-            return {"failed": "crashed", "why": f"no answer within {PATIENCE} s"}
-        if line := self.process.stdout.readline():
-            self.process.send_signal(signal.SIGSTOP)
-            return json.loads(line)
-        status = self.process.wait()
-        self.stop()
-        return {"failed": "crashed", "why": signal.Signals(-status).name if status < 0 else f"exit status {status}"}
-
-    def stop(self) -> None:
-        if self.process:
-            self.process.kill()
-            with contextlib.suppress(BrokenPipeError), self.process:  # a question that nobody has read
-                self.process = None
-
-
 def missing(contenders: Mapping[str, Any], name: str) -> str | None:
     """Returns why a contender cannot take part, or None."""
     for package in contenders[name].packages:
@@ -178,25 +125,6 @@ def missing(contenders: Mapping[str, Any], name: str) -> str | None:
     if name == "torch.compile" and not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
         return "there is no C++ compiler (g++)"
     return None
-
-
-def start(
-    script: Sequence[str], names: Sequence[str], threads: int, folder: Path, more: Sequence[str] = ()
-) -> dict[str, Racer]:
-    environment = dict(
-        os.environ,
-        OMP_NUM_THREADS=str(threads),
-        NPROC=str(threads),  # XLA's threads
-        JAX_PLATFORMS="cpu",
-        TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"),
-        TORCHINDUCTOR_COMPILE_THREADS="1",  # no processes that outlive the race
-        MALLOC_MMAP_THRESHOLD_=str(4 << 30),
-        MALLOC_TRIM_THRESHOLD_=str(8 << 30),
-        # Separate arenas per thread return large blocks despite the thresholds: JAX took 8 ms instead of 1 ms.
-        MALLOC_ARENA_MAX="1",
-    )
-    command = [sys.executable, *script]
-    return {name: Racer([*command, name, str(threads), *more], environment) for name in names}
 
 
 def write_reference(layer: Layer, dtype: str, file: Path) -> None:
@@ -235,12 +163,8 @@ def run_network(
     name: str, batch: int, contenders: Sequence[str], result: Mapping[str, Any], folder: Path
 ) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
     """Returns the results of each contender on a network; for contenders that failed, how and why."""
-    environment = dict(os.environ)
-    command = [sys.executable, str(HERE / "networks.py"), name, str(batch), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise Sentence(f"{name} cannot be prepared: {(done.stderr.strip().splitlines() or ['no words'])[-1]}")
-    note(f"{name}, batch {batch}: {done.stdout.strip().splitlines()[-1]}")
+    said = prepare(name, [str(HERE / "networks.py"), name, str(batch), str(folder)])
+    note(f"{name}, batch {batch}: {said}")
     script = [str(HERE / "network_racers.py")]
     racers = start(script, contenders, result["threads"], folder, [str(folder)])
     told: dict[str, Any] = {}
@@ -343,6 +267,8 @@ def compete(kind: str, layers: Sequence[str], result: dict[str, Any], folder: Pa
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
 @click.option("--epilogues", is_flag=True, help="Instead, time ours alone and with an operation after it.")
 @click.option("--networks", is_flag=True, help="Race whole networks, in batches of 1 and 8, instead of layers.")
+@streams.option
+@streams.chunks_option
 @compiles.option
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write everything there, too.")
 @click.option("--chart", type=click.Path(path_type=Path), help="Draw a chart there, .png or .svg.")
@@ -355,6 +281,8 @@ def main(
     dtype: str,
     epilogues: bool,
     networks: bool,
+    streaming: bool,
+    chunks: tuple[float, ...],
     file: Path | None,
     chart: Path | None,
     check: bool,
@@ -366,10 +294,14 @@ def main(
         )
     if networks and (chart or dtype != "float32"):
         raise Sentence("--networks races in float32 and bfloat16, and draws no chart; leave out the rest.")
+    if chunks and not streaming:
+        raise Sentence("--chunks are those of --streaming; add it, or leave them out.")
+    if streaming and (chart or epilogues or networks or dtype != "float32"):
+        raise Sentence("--streaming races in float32 and draws no chart; leave out the rest.")
     kind = "epilogues" if epilogues else dtype
     race = RACES[kind]
-    if networks:
-        where = chosen("network", layers, list(NETWORKS))
+    if networks or streaming:
+        where = chosen("network", layers, list(streams.NETWORKS if streaming else NETWORKS))
     else:
         where = chosen("layer", layers or (EPILOGUE_LAYERS if epilogues else ()), list(LAYERS))
     check_files(file, chart)
@@ -377,13 +309,17 @@ def main(
         raise Sentence(f"{chart} cannot be drawn: name a file that ends in .png or .svg.")
     if chart and not importlib.util.find_spec("matplotlib"):
         raise Sentence("--chart needs matplotlib; pip install 'max-conv[plot]' brings it.")
-    versions = taking_part(CONTENDERS if networks else race.contenders, contenders)
+    known = live_contenders.CONTENDERS if streaming else CONTENDERS if networks else race.contenders
+    versions = taking_part(known, contenders)
     result: dict[str, Any] = {"machine": machine(), "versions": versions, "race": kind, "dtype": race.dtype}
     result |= {"threads": threads, "rounds": rounds, "layers": {}}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or paused racers would stay for ever
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         if networks:
             compete_networks(where, result, Path(folder))
+        elif streaming:
+            result["peaks"] = measure_peaks(Path(folder))
+            streams.compete(where, chunks or streams.CHUNKS, result, Path(folder))
         else:
             compete(kind, where, result, Path(folder))
     if file:

@@ -19,6 +19,7 @@ from max_conv.conv.graph import custom_op
 from max_conv.conv.library import kernel_library
 from max_conv.conv.lines import Line, Window
 from max_conv.conv.ragged import ragged_window
+from max_conv.runtime import compiled
 from max_conv.runtime.devices import session_of
 from max_conv.streaming import Stream, Timing
 from max_conv.streaming.live import emit_window
@@ -32,32 +33,42 @@ LAYOUTS = ("NLC", "NCL")
 
 @functools.cache
 def windows() -> dict[tuple[str, DType, str], Any]:
-    """Returns the functions that lay out windows, live and ragged, by dtype and layout, from one compile."""
-    module, keys = Module(), []
-    for dtype, layout in itertools.product(SHARES, LAYOUTS):
-        keys += [("live", dtype, layout), ("ragged", dtype, layout)]
-        counts, plan = TensorType(DType.int64, ["n"], HOST), TensorType(DType.int64, ["plan"], HOST)
-        state = BufferType(DType.uint8, ["n", "state"], HOST)
-        data = TensorType(dtype, [axis.lower() for axis in layout], HOST)
-        types = [data, counts, counts, state.as_tensor(), plan, TensorType(DType.int8, ["rows", 0], HOST)]
-        with PackedGraph(f"window_{dtype.name}_{layout}", input_types=types, module=module) as graph:
-            x, ticks, ends, held, numbers, rows = (value.tensor for value in graph.inputs)
+    """Returns the functions that lay out windows, live and ragged, by dtype and layout; from the cache, or one compile."""
+    names = list(itertools.product(("live", "ragged"), SHARES, LAYOUTS))
+    keys = [compiled.key_of(window_graph(*name)) for name in names]
+    found = compiled.find(keys[0])
+    if found is None:
+        module = Module()
+        for name in names:
+            window_graph(*name, module)
+        result = session_of().compile(module, custom_extensions=[kernel_library()])
+        compiled.keep(result, keys)
+    else:
+        result = found.compiled
+    models = session_of().init_all(result).values()
+    return {name: model._execute_device_tensors for name, model in zip(names, models, strict=True)}
+
+
+def window_graph(kind: str, dtype: DType, layout: str, module: Module | None = None) -> PackedGraph:
+    """Returns a graph of one window; the last input is empty, and has as many rows as the window."""
+    counts, plan = TensorType(DType.int64, ["n"], HOST), TensorType(DType.int64, ["plan"], HOST)
+    state = BufferType(DType.uint8, ["n", "state"], HOST)
+    data = TensorType(dtype, [axis.lower() for axis in layout], HOST)
+    before = [data, counts, counts, state.as_tensor()] if kind == "live" else [data, counts]
+    types = [*before, plan, TensorType(DType.int8, ["rows", 0], HOST)]
+    with PackedGraph(f"{kind}_{dtype.name}_{layout}", input_types=types, module=module) as graph:
+        x, *others, numbers, rows = (value.tensor for value in graph.inputs)
+        shape = [rows.shape[0] if axis == "L" else x.shape[i] for i, axis in enumerate(layout)]
+        if kind == "live":
+            ticks, ends, given = others
             buffer = ops.buffer_create(state)
-            ops.buffer_store(buffer, held)
-            shape = [rows.shape[0] if axis == "L" else x.shape[i] for i, axis in enumerate(layout)]
-            window = emit_window(x, buffer, ticks, ends, numbers, shape, layout)
-            graph.output(window, ops.buffer_load(buffer))
-        types = [data, counts, plan, TensorType(DType.int8, ["rows", 0], HOST)]
-        with PackedGraph(f"ragged_{dtype.name}_{layout}", input_types=types, module=module) as graph:
-            x, lengths, numbers, rows = (value.tensor for value in graph.inputs)
-            shape = [rows.shape[0] if axis == "L" else x.shape[i] for i, axis in enumerate(layout)]
+            ops.buffer_store(buffer, given)
+            graph.output(emit_window(x, buffer, ticks, ends, numbers, shape, layout), ops.buffer_load(buffer))
+        else:
             result = TensorType(dtype, shape, HOST)
-            graph.output(
-                custom_op("max_conv.ragged_window", HOST, [x, lengths, numbers], [result], {"layout": layout})[0]
-            )
-    compiled = session_of().compile(module, custom_extensions=[kernel_library()])
-    models = session_of().init_all(compiled).values()
-    return {key: model._execute_device_tensors for key, model in zip(keys, models, strict=True)}
+            operands = [x, others[0], numbers]
+            graph.output(*custom_op("max_conv.ragged_window", HOST, operands, [result], {"layout": layout}))
+    return graph
 
 
 def live_answers(
@@ -103,7 +114,8 @@ def pushed(
 ) -> list[np.ndarray]:
     """Pushes signals in random chunks; the last one begins again on the way."""
     nan = to_bits(np.array([np.nan]), dtype)
-    at, found = [0] * len(signals), [[] for _ in signals]
+    at = [0] * len(signals)
+    found: list[list[np.ndarray]] = [[] for _ in signals]
     restart = bool(random.integers(2))
     sizes = [1, 2, 5, 17, 64, 300]
     while any(n < len(signal) for n, signal in zip(at, signals, strict=True)):

@@ -117,7 +117,8 @@ def _network_facts(model: str, as_json: bool) -> dict[str, Any]:
         # Only names and shapes go into a graph.
         weights = {name: np.broadcast_to(np.float32(0), shape) for name, shape in config.shapes().items()}
         told = describe(module.build(config, weights), *getattr(config, "framing", ()))
-    facts: dict[str, Any] = {"model": model} | told.summary(getattr(config, "rate", None))
+        live = _live_facts(module, config, weights)
+    facts: dict[str, Any] = {"model": model} | told.summary(getattr(config, "rate", None)) | live
     if as_json:
         layers = [
             {"name": layer.name, "kind": layer.kind, "sizes": layer.sizes, "kernel": layer.kernel}
@@ -132,6 +133,22 @@ def _network_facts(model: str, as_json: bool) -> dict[str, Any]:
     columns = dict.fromkeys(("layer", "kind", "sizes", "kernel"), "left") | {"share of the work": "right"}
     table(f"Layers of {model}: channels, filters, kernel size, stride, dilation, groups", columns, rows)
     return facts
+
+
+def _live_facts(module: Any, config: Any, weights: Any) -> dict[str, str]:
+    """Returns what is known of a network that runs live: its tick, latency and state; or why it cannot."""
+    from ..streaming import streaming
+
+    try:
+        timing = streaming(module.build, config, weights).timing
+    except ValueError as error:
+        return {"live": f"no ({error})"}
+    after = "" if timing.milliseconds is None else f" ({timing.milliseconds:.4g} ms)"
+    return {
+        "live tick": f"{timing.tick} input position{'' if timing.tick == 1 else 's'}",
+        "live latency": f"{timing.latency} input position{'' if timing.latency == 1 else 's'}{after}",
+        "live state": f"{timing.state:,} bytes a signal",
+    }
 
 
 if __name__ == "__main__":

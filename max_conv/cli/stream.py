@@ -48,6 +48,8 @@ def stream(
     arecord -t raw -f S16_LE -r 16000 | max-conv stream silero-vad
     sox in.wav -t raw -r 24000 -e signed -b 16 -c 1 - | max-conv stream encodec --weights ... - out.wav
     """
+    import numpy as np
+
     from ..serving import graph_file, open_network
 
     task = graph_file(network).TASK
@@ -60,11 +62,10 @@ def stream(
     opened = open_network(network, settings, **given, live=True, step=step)
     with _reader(source) as read, _writer(target, settings, makes_sound) as write:
         pieces = _pieces(read, task.input, settings, pcm, channels, chunk)
-        live = None
-        position = 0
+        live, position, random = None, 0, np.random.default_rng(0)
         for piece in pieces:
             live = live or opened.model.stream(len(piece))
-            position = write(live.push(piece), position, pcm)
+            position = write(live.push(*task.inputs(piece, settings, random)), position, pcm)
         if live is not None:
             write(live.flush(), position, pcm)
 

@@ -13,6 +13,9 @@ from .geometry import PADDING_MODES, Geometry, TransposedGeometry
 ENDLESS = 1 << 40
 """The length of a signal whose end is not known yet; also in `kernels/signals.mojo`."""
 
+MOST_STEPS = 8
+"""The most steps of a length; also in `kernels/signals.mojo`."""
+
 Step = tuple[int, int, int]
 
 
@@ -116,20 +119,20 @@ class Window:
     def of(cls, line: Line, geometry: Geometry | TransposedGeometry) -> "Window":
         """Returns the window of a layer whose input has this line."""
         after = line.through(geometry)
-        if isinstance(geometry, TransposedGeometry):
-            g = geometry
-            rows = (after.delay - g.left + g.reach - 1) // g.stride - line.delay
-            left = g.left - after.delay + (line.delay + rows) * g.stride
-            if left < 0:
-                rows, left = rows + 1, left + g.stride
-            right = (rows - 1) * g.stride + g.reach - left
-            emitted = replace(g, left=left, right=max(0, right), output_padding=max(0, -right))
-            return cls(line, rows, max(0, rows), emitted, geometry)
-        rows = after.delay * geometry.stride + geometry.left - line.delay
-        # A reflection at the end looks back, beyond what the last outputs themselves read.
-        back = max(0, 2 * geometry.right - geometry.reach + 1) if geometry.padding_mode == "reflect" else 0
-        emitted = replace(geometry, left=0, right=0, padding_mode="zeros")
-        return cls(line, rows, max(0, rows + back), emitted, geometry)
+        if isinstance(geometry, Geometry):
+            rows = after.delay * geometry.stride + geometry.left - line.delay
+            # A reflection at the end looks back, beyond what the last outputs themselves read.
+            back = max(0, 2 * geometry.right - geometry.reach + 1) if geometry.padding_mode == "reflect" else 0
+            emitted = replace(geometry, left=0, right=0, padding_mode="zeros")
+            return cls(line, rows, max(0, rows + back), emitted, geometry)
+        g = geometry
+        rows = (after.delay - g.left + g.reach - 1) // g.stride - line.delay
+        left = g.left - after.delay + (line.delay + rows) * g.stride
+        if left < 0:
+            rows, left = rows + 1, left + g.stride
+        right = (rows - 1) * g.stride + g.reach - left
+        whole = replace(g, left=left, right=max(0, right), output_padding=max(0, -right))
+        return cls(line, rows, max(0, rows), whole, geometry)
 
     @classmethod
     def delay(cls, line: Line, positions: int) -> "Window":
@@ -154,18 +157,13 @@ class Window:
             offset: Bytes before the window's rows in a row of the state.
         """
         g = self.declared
-        plain = isinstance(g, Geometry)
-        mode = PADDING_MODES.index(g.padding_mode) if isinstance(g, Geometry) else 0
-        sides = (g.left, g.right, g.reach) if isinstance(g, Geometry) and plain else (0, 0, 0)
+        mode, sides = 0, (0, 0, 0)
+        if isinstance(g, Geometry):
+            mode, sides = PADDING_MODES.index(g.padding_mode), (g.left, g.right, g.reach)
         steps = [number for step in self.line.steps for number in step]
-        return [
-            offset,
-            self.kept,
-            self.rows,
-            self.line.per_tick,
-            self.line.delay,
-            mode,
-            *sides,
-            len(self.line.steps),
-            *steps,
-        ]
+        line = self.line
+        if len(line.steps) > MOST_STEPS:
+            raise ValueError(
+                f"streaming: the length changes up and down more than {MOST_STEPS} times; split the network."
+            )
+        return [offset, self.kept, self.rows, line.per_tick, line.delay, mode, *sides, len(line.steps), *steps]

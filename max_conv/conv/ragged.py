@@ -55,7 +55,7 @@ def ragged_input(
 
 def inside(x: TensorValue, lengths: TensorValue, axis: int, line: Line = WHOLE) -> TensorValue:
     """Returns a value of any shape with zeros after each signal's own positions, which are along an axis."""
-    shape = list(x.shape)
+    shape: list[Any] = list(x.shape)
     before, after = (_product(sizes) for sizes in (shape[1:axis], shape[axis + 1 :]))
     if before == 1:
         flat, layout = [shape[0], shape[axis], after], "NLC"

@@ -60,6 +60,18 @@ class Signals:
         """Returns a value in frames of `size` positions, (N, T, size, C), for `frames`, (N, T, ...)."""
         return ops.reshape(x, [x.shape[0], frames.shape[1], size, x.shape[2]])
 
+    def overlapping(self, x: TensorValue, window: int, hop: int) -> TensorValue:
+        """Returns the frames of (N, L), `window` positions every `hop`, (N, T, window)."""
+        return cut_frames(x, (x.shape[1] - window) // hop + 1, window, hop)
+
+    def each_frame(self, x: TensorValue) -> TensorValue:
+        """Returns each frame of (N, T, ...) as a signal of its own, (N * T, ...)."""
+        return ops.reshape(x, [x.shape[0] * x.shape[1], *x.shape[2:]])
+
+    def of_frames(self, y: TensorValue, frames: TensorValue) -> TensorValue:
+        """Returns what was computed of each frame, (N * T, ...), as (N, T, ...), for `frames`, (N, T, ...)."""
+        return ops.reshape(y, [*frames.shape[:2], *y.shape[1:]])
+
     def whole_frames(self, x: TensorValue, size: int) -> TensorValue:
         """Returns (N, L) in frames of `size` positions, (N, T, size); zeros fill up the last one."""
         frames = (x.shape[1] + (size - 1)) // size
@@ -76,6 +88,19 @@ class Signals:
 
     def keep(self, value: TensorValue, place: Any) -> None:
         """Keeps a value, (N, size), for the next call."""
+
+
+def cut_frames(x: TensorValue, frames: Dim, window: int, hop: int) -> TensorValue:
+    """Returns frames of (N, (frames - 1) * hop + window), or of more, side by side: (N, frames, window)."""
+    # A frame is a row of blocks, of which the last is used in part.
+    parts = -(-window // hop)
+    blocks = frames + (parts - 1)
+    padded = ops.pad(x, [0, 0, 0, parts * hop - window])[:, : blocks * hop]
+    rows = ops.reshape(padded, [x.shape[0], blocks, hop])
+    side_by_side = [rows[:, i : frames + i] if i else rows[:, :frames] for i in range(parts)]
+    side_by_side = [ops.rebind(part, [x.shape[0], frames, hop]) for part in side_by_side]
+    side_by_side[-1] = side_by_side[-1][:, :, : window - (parts - 1) * hop]
+    return ops.concat(side_by_side, axis=2)
 
 
 def signals() -> Signals:

@@ -24,6 +24,11 @@ def call(model: Callable[..., Any], signal: np.ndarray, config: Any) -> Any:
     return model(signal)
 
 
+def alone(piece: np.ndarray, config: Any, random: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Returns the inputs of a live network that has one."""
+    return (piece,)
+
+
 @dataclass(frozen=True)
 class Task:
     """What a network does with a signal. Each file of the gallery has one, `TASK`.
@@ -38,6 +43,8 @@ class Task:
         run: Computes the output: `run(model, signal, config, **options)`.
         options: The names of the options of `run`.
         state: For networks that are called chunk by chunk: the state before the first chunk, `state(batch, config)`.
+        inputs: For a live network with several inputs: `inputs(piece, config, random)` returns a piece of each input for a
+            piece of the one that `input` describes.
     """
 
     kind: Kind
@@ -46,6 +53,7 @@ class Task:
     run: Callable[..., Any] = call
     options: tuple[str, ...] = ()
     state: Callable[..., np.ndarray] | None = None
+    inputs: Callable[..., tuple[np.ndarray, ...]] = alone
 
     def check(self, name: str, values: np.ndarray, config: Any) -> np.ndarray:
         """Returns the input as float32 with a batch axis, or raises ValueError if it has another shape or dtype.

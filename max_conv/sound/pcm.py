@@ -2,11 +2,11 @@
 
 import struct
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
-PCM = {"s16": np.dtype("<i2"), "f32": np.dtype("<f4")}
+PCM: dict[str, np.dtype[Any]] = {"s16": np.dtype("<i2"), "f32": np.dtype("<f4")}
 """The formats of a sample: 16-bit integers and 32-bit floating point, little endian."""
 _WAV = {(1, 16): "s16", (3, 32): "f32"}
 """The formats of WAV files, by their code and bits."""

@@ -14,6 +14,9 @@ from .live import LiveSignals, Longer
 from .positions import input_axis, where
 from .timing import Signal, Timing
 
+LIVE_INPUTS = ("ticks", "ends", "state")
+"""The inputs that a live graph has after the network's."""
+
 
 def streaming(
     network: Callable[..., Any] | nn.Module, *args: Any, rate: int | None = None, exact: bool = False, **kwargs: Any
@@ -57,7 +60,7 @@ def streaming(
                 types = list(args[0].values()) if isinstance(args[0], dict) else list(args[0])
                 graph = PackedGraph(name, network, input_types=types, exact=exact)
                 names = list(args[0]) if isinstance(args[0], dict) else argument_names(network, len(types))
-                graph._name(names, graph.output_names[:-1])
+                graph.input_names = (*names, *LIVE_INPUTS)
             else:
                 graph = network(*args, **kwargs)
         except Longer as longer:
@@ -80,6 +83,7 @@ class StreamingGraph(PackedGraph):
     """
 
     tick: int
+    _rate: int | None
     timing: Timing
     signals: LiveSignals
 
@@ -145,7 +149,7 @@ class StreamingGraph(PackedGraph):
     def _name(self, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         """Names the inputs and outputs: the network's, and those that are added."""
         inputs = inputs or [f"input{i}" for i in range(len(self._axes))]
-        self.input_names, self.output_names = (*inputs, "ticks", "ends", "state"), (*outputs, "state")
+        self.input_names, self.output_names = (*inputs, *LIVE_INPUTS), (*outputs, "state")
 
 
 def _are_types(value: Any) -> bool:

@@ -12,6 +12,7 @@ from max.graph import BufferValue, DeviceRef, Dim, Graph, StaticDim, TensorType,
 from ..conv.geometry import Geometry, TransposedGeometry
 from ..conv.graph import custom_op
 from ..conv.lines import Line, Window, chained
+from ..conv.whole import cut_frames
 from .positions import where
 from .traced import TracedSignals, raw
 
@@ -53,7 +54,7 @@ class LiveSignals(TracedSignals):
         self.windows: list[Window] = []
         self.state_size = 0
         self._tick, self._ticks, self._counts, self._state = tick, ticks, counts, state
-        self._after = Line(tick)
+        self._after: Line | None = None
         super().__init__(graph, str(ticks))
 
     def begin(self, inputs: Sequence[TensorValue]) -> None:
@@ -69,6 +70,9 @@ class LiveSignals(TracedSignals):
         self, x: TensorValue, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
     ) -> tuple[TensorValue, Geometry | TransposedGeometry, Dim]:
         """Returns a window of `x`, the geometry of a layer that computes the same from it, and its output's length."""
+        if self.is_apart(x):
+            self._after = None
+            return x, geometry, outputs
         line = self.line(x)
         if isinstance(geometry, Geometry):
             if geometry.padding_mode == "circular":
@@ -78,8 +82,8 @@ class LiveSignals(TracedSignals):
             self._divide(line, geometry.stride)
         if isinstance(outputs, StaticDim):
             raise ValueError("streaming: output_size fixes the length of a signal; use output_padding.")
-        self._after = line.through(geometry)
-        size = self.size(self._after)
+        self._after = after = line.through(geometry)
+        size = self.size(after)
         if isinstance(geometry, Geometry) and geometry.is_pointwise:
             return x, geometry, size
         window = Window.of(line, geometry)
@@ -88,7 +92,8 @@ class LiveSignals(TracedSignals):
 
     def layer_output(self, y: TensorValue) -> None:
         """Takes the output of the layer whose input was the last."""
-        self._take(y, self._after)
+        if self._after is not None:
+            self._take(y, self._after)
 
     def as_long_as(self, y: TensorValue, x: TensorValue) -> TensorValue:
         """Returns the first positions of `y`, as many as `x` has."""
@@ -116,6 +121,15 @@ class LiveSignals(TracedSignals):
         framed = ops.reshape(x, [x.shape[0], self.size(theirs), size, x.shape[2]])
         return self._take(framed, replace(theirs, delay=delay, first=max(own.first, theirs.first)))
 
+    def overlapping(self, x: TensorValue, window: int, hop: int) -> TensorValue:
+        """Returns the frames of (N, L), `window` positions every `hop`, (N, T, window)."""
+        line = self.line(x)
+        self._divide(line, hop)
+        geometry = Geometry.of(window, hop)
+        after = line.through(geometry)
+        rows = self._read(Window.of(line, geometry), ops.unsqueeze(x, 2), "NLC")
+        return self._take(cut_frames(ops.squeeze(rows, 2), self.size(after), window, hop), after)
+
     def whole_frames(self, x: TensorValue, size: int) -> TensorValue:
         """Returns (N, L) in frames of `size` positions, (N, T, size); zeros fill up the last one."""
         line = self.line(x)
@@ -135,9 +149,9 @@ class LiveSignals(TracedSignals):
         """Returns a value of the call before, (N, size) in the dtype of `x`, zeros at first; and what `keep` needs."""
         self._look()
         place = self.state_size
-        none = ops.broadcast_to(ops.constant(0, x.dtype, device=x.device), [x.shape[0], 0, size])
+        nothing = ops.broadcast_to(ops.constant(0, x.dtype, device=x.device), [x.shape[0], 1, size])
         # The value after t ticks is position t - 1, so there is none before the first.
-        value = ops.reshape(self._read(Window(Line(1), 1, 1), none, "NLC", Dim(1)), [x.shape[0], size])
+        value = ops.reshape(self._read(Window(Line(1), 1, 1), nothing, "NLC", Dim(1)), [x.shape[0], size])
         self._skip()
         return value, place
 
@@ -145,7 +159,7 @@ class LiveSignals(TracedSignals):
         """Keeps a value, (N, size), for the next call."""
         self._look()
         size, self.state_size = self.state_size, place
-        self._read(Window(Line(1), 0, 1), ops.unsqueeze(value, 1), "NLC", Dim(0))
+        self._read(Window(Line(1), 0, 1), ops.unsqueeze(value, 1), "NLC", Dim(1))
         self.state_size = size
         self._skip()
 
@@ -177,7 +191,7 @@ class LiveSignals(TracedSignals):
             raise ValueError("streaming: a value with positions along a middle axis meets a later one; move the axis.")
         layout, other = ("NLC", shape[2:]) if axis == 1 else ("NCL", shape[1:-1])
         channels = prod(int(size) for size in other)
-        flat = [shape[0], shape[axis], channels] if axis == 1 else [shape[0], channels, shape[axis]]
+        flat: list[Any] = [shape[0], shape[axis], channels] if axis == 1 else [shape[0], channels, shape[axis]]
         late = ops.reshape(self._read(Window.delay(line, positions), ops.reshape(value, flat), layout), shape)
         for new in self._since(last):
             new.move_before(operation)

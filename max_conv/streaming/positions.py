@@ -29,6 +29,7 @@ ONE_SIGNAL = {"rmo.matmul", "rmo.mo.gather"}
 WORDS = {
     "mo.reduce.group_norm": "group_norm",
     "rmo.matmul": "a product of two values with positions, such as attention,",
+    "rmo.mo.pad.constant": "pad",
     "rmo.mo.reduce.add": "sum",
 }
 

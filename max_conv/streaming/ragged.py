@@ -34,6 +34,7 @@ class RaggedSignals(TracedSignals):
         """
         *own, self._lengths = inputs
         self._sizes: dict[Line, Dim] = {}
+        self._after: Line | None = None
         super().__init__(graph, str(own[0].shape[axes[0]]))
         for value, axis in zip(own, axes, strict=True):
             self._take(value, WHOLE, value.shape[axis])
@@ -46,6 +47,9 @@ class RaggedSignals(TracedSignals):
         self, x: TensorValue, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
     ) -> tuple[TensorValue, Geometry | TransposedGeometry, Dim]:
         """Returns what a layer reads instead of `x`, its geometry then, and its output's length."""
+        if self.is_apart(x):
+            self._after = None
+            return x, geometry, outputs
         line = self.line(x)
         self._after, self._outputs = line.through(geometry), outputs
         if isinstance(geometry, Geometry) and geometry.is_pointwise:
@@ -54,7 +58,8 @@ class RaggedSignals(TracedSignals):
 
     def layer_output(self, y: TensorValue) -> None:
         """Takes the output of the layer whose input was the last."""
-        self._take(y, self._after, self._outputs)
+        if self._after is not None:
+            self._take(y, self._after, self._outputs)
 
     def as_long_as(self, y: TensorValue, x: TensorValue) -> TensorValue:
         """Returns the first positions of `y`, as many as `x` has."""
@@ -74,6 +79,12 @@ class RaggedSignals(TracedSignals):
         self.line(x)
         line = self.line(frames)
         return self._take(Signals.in_frames(self, x, size, frames), line)
+
+    def overlapping(self, x: TensorValue, window: int, hop: int) -> TensorValue:
+        """Returns the frames of (N, L), `window` positions every `hop`, (N, T, window)."""
+        line = self.line(x).through(Geometry.of(window, hop))
+        frames = Signals.overlapping(self, x, window, hop)
+        return self._take(frames, line, frames.shape[1])
 
     def whole_frames(self, x: TensorValue, size: int) -> TensorValue:
         """Returns (N, L) in frames of `size` positions, (N, T, size); zeros fill up the last one."""

@@ -292,7 +292,7 @@ class Stream:
         if number == 0:
             self.lengths = counts
         shape = [
-            self.batch if i == 0 else int(counts.max()) if i == axis else size for i, size in enumerate(spec.shape)
+            self.batch if i == 0 else int(counts.max()) if i == axis else size or 0 for i, size in enumerate(spec.shape)
         ]
         result = np.zeros(shape, _bits(spec))
         for n, value in zip(order, found, strict=True):

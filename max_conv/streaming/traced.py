@@ -33,6 +33,7 @@ class TracedSignals(Signals):
         """
         self._graph, self._symbol = graph, symbol
         self._lines: dict[Any, Line] = {}
+        self._apart: set[Any] = set()
         self._skip()
 
     def size(self, line: Line) -> Dim:
@@ -67,6 +68,24 @@ class TracedSignals(Signals):
         """Returns a value as it is."""
         return value
 
+    def each_frame(self, x: TensorValue) -> TensorValue:
+        """Returns each frame of (N, T, ...) as a signal of its own, (N * T, ...): positions are apart from here on."""
+        self.line(x)
+        frames = super().each_frame(x)
+        self._apart.add(raw(frames))
+        self._skip()
+        return frames
+
+    def of_frames(self, y: TensorValue, frames: TensorValue) -> TensorValue:
+        """Returns what was computed of each frame, (N * T, ...), as (N, T, ...), for `frames`, (N, T, ...)."""
+        line = self.line(frames)
+        return self._take(super().of_frames(y, frames), line)
+
+    def is_apart(self, x: TensorValue) -> bool:
+        """Returns whether a value belongs to a frame, which is a whole signal of its own."""
+        self._look()
+        return raw(x) in self._apart
+
     def _take(self, value: TensorValue, line: Line) -> TensorValue:
         """Returns a value that has just been made, and has this line."""
         self._lines[raw(value)] = line
@@ -80,6 +99,11 @@ class TracedSignals(Signals):
                 continue
             results = [as_value(result) for result in operation.results]
             seen = [(i, value) for i, value in enumerate(operation.operands) if value in self._lines]
+            if any(value in self._apart for value in operation.operands):
+                if seen:
+                    raise ValueError(f"{self.op}: a frame's own values and a signal's meet; use signals().of_frames.")
+                self._apart.update(operation.results)
+                continue
             if not seen:
                 self._check_made(operation, results)
                 continue
@@ -129,4 +153,5 @@ def raw(value: TensorValue) -> Any:
 
 def as_value(raw: Any) -> TensorValue:
     """Returns the graph value of an MLIR value."""
-    return TensorValue.from_mlir(_core.Value._from_cmlir(raw))
+    value: Any = _core.Value._from_cmlir(raw)
+    return TensorValue.from_mlir(value)

@@ -204,14 +204,14 @@ def compare_live(layer: Layer, dtype: DType) -> None:
     signals = [to_bits(random.standard_normal((length, channels)), dtype) for length in lengths]
     w = to_bits(random.standard_normal((layer.kernel_size, layer.group_channels, filters)), dtype)
     bias = guarded(to_bits(random.standard_normal(filters if layer.bias else 0), dtype), dtype, 0)
-    geometry = Geometry(layer.kernel_size, layer.stride, layer.dilation, *layer.padding, layer.padding_mode)
+    geometry = Geometry.of(layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.padding_mode)
     scale = max(np.abs(from_bits(bits, dtype)).max(initial=0) for bits in signals) * np.abs(from_bits(w, dtype)).max()
     for way in WAYS:
         if not compiles(way, dtype) or not fits(way, layer) or random.random() < LIVE_SKIPPED:
             continue
         kernel, layout, filter_layout = way
         sizes = (layer.group_channels, layer.group_filters, layer.groups, dtype.name)
-        described = dispatch.Layer.of(geometry, layout, *sizes)
+        described = dispatch.Layer.of(geometry, "NLC" if layout == "NLC" else "NCL", *sizes)
         filter = Packing("weight", kernel, described, "SCF")(w) if filter_layout == "packed" else w
         filter = filter.transpose(2, 1, 0) if filter_layout == "FCS" else filter
         count = layer.kernel_size * max(layer.group_channels, 32)

@@ -224,7 +224,7 @@ def compare_live(layer: Layer, dtype: DType) -> None:
         if filter_layout == "FSC" or not compiles(way, dtype) or not fits(way, layer) or random.random() < SKIPPED:
             continue
         sizes = (layer.group_channels, layer.group_filters, groups, dtype.name)
-        live = dispatch.Layer.of(geometry, layout, *sizes)
+        live = dispatch.Layer.of(geometry, "NLC" if layout == "NLC" else "NCL", *sizes)
         filter = permute(w, "SFC", "CFS") if filter_layout == "CFS" else w
         if filter_layout in ("packed", "phased"):
             filter = Packing("weight", kernel, live, "SFC")(w)

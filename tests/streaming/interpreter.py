@@ -59,7 +59,8 @@ class Interpreter:
         if name == "mo.constant":
             return constant(text)
         if name == "mo.custom" and "max_conv.window" in text:
-            return window(*inputs[:5], shape[1])
+            state, x, ticks, ends, plan, *_ = inputs
+            return window(state, x, ticks, ends, plan, shape[1])
         if name == "mo.custom":
             return layer(text, inputs[0], self._weights[next(layers)], inputs[3].tolist(), shape)
         if name in ("rmo.reshape", "rmo.rebind_tensor_shape"):
@@ -120,7 +121,7 @@ def window(
     held = state[:, offset : offset + kept * x.shape[2] * 4].view(np.float32).reshape(len(x), kept, x.shape[2])
     both = np.concatenate([held, x], axis=1)
     result = np.zeros((len(x), rows, x.shape[2]), np.float32)
-    halo = Geometry(1, 1, 1, 0, 0, PADDING_MODES[mode])  # type: ignore[arg-type]
+    halo = Geometry.of(1, padding_mode=PADDING_MODES[mode])
     for n in range(len(x)):
         start, length = int(ticks[n]) * per_tick - delay, int(ends[n])
         for factor, summand, divisor in plan[10:].reshape(count, 3).tolist():

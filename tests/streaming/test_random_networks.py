@@ -58,7 +58,7 @@ class Network:
         """A layer that keeps the length."""
         taps, dilation = int(self._random.integers(1, 6)), int(self._random.choice([1, 1, 2, 3]))
         over = dilation * (taps - 1)
-        left = int(self._random.choice([over, 0, over // 2, self._random.integers(0, over + 1)]))
+        left = int(self._random.choice([over, 0, over // 2, int(self._random.integers(0, over + 1))]))
         mode = str(self._random.choice(["zeros", "zeros", "replicate", "reflect"]))
         groups = int(self._random.choice([1, 2, CHANNELS]))
         filter = self._filter((taps, CHANNELS // groups, CHANNELS))

@@ -55,7 +55,7 @@ BOTH: dict[str, tuple[Callable[[TensorValue], TensorValue], str]] = {
     "all but one": (lambda x: x[:, 1:], f"slice goes over positions; {NEEDS}"),
     "flattened": (lambda x: ops.flatten(x, 1, 2), f"reshape goes over positions; {NEEDS}"),
     "twice as long": (lambda x: ops.concat([x, x], axis=1), f"concat goes over positions; {NEEDS}"),
-    "padded": (lambda x: ops.pad(x, [0, 0, 1, 0, 0, 0]), f"constant goes over positions; {NEEDS}"),
+    "padded": (lambda x: ops.pad(x, [0, 0, 1, 0, 0, 0]), f"pad goes over positions; {NEEDS}"),
     "absolute positions": (
         positions,
         "range makes a value for every position from what is no signal; use signals().ones_like.",
@@ -173,7 +173,7 @@ def test_latency_and_state_are_known_before_a_network_runs(name: str) -> None:
 )
 def test_networks_that_need_the_whole_signal_are_refused(build: Callable[..., Any], config: Any, word: str) -> None:
     for function, arguments in ((max_conv.streaming, (build,)), (build, ())):
-        options = {} if arguments else {"ragged": True}
+        options: dict[str, Any] = {} if arguments else {"ragged": True}
         with pytest.raises(ValueError, match=rf"^(streaming|ragged): .*{word}"):
             function(*arguments, config, zeros(config), **options)
 
