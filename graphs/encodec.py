@@ -23,7 +23,7 @@ from max_conv.conv import signals
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
-from .parts import Weights, begin, elu, load
+from .parts import Ports, Weights, begin, elu, load
 
 # In transformers' names only the numbers of layers say which are transposed. The original's names become transformers'.
 LAYERS = LayerMap(
@@ -259,7 +259,7 @@ def _begin(
     inputs, given = (codes, DType.int64) if name == "encodec_decoder" else (sound, DType.float32)
     outputs = ["codes", "embeddings"] if name == "encodec_encoder" else ["sound"]
     return begin(
-        name, inputs, config.shapes(), weights, device, dtype, outputs=outputs, given=given, exact=exact, ragged=ragged
+        Ports(name, inputs, outputs, given), config.shapes(), weights, device, dtype, exact=exact, ragged=ragged
     )
 
 

@@ -23,7 +23,7 @@ from max_conv import PackedGraph
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
-from .parts import Weights, begin, inverse_leaky_relu, leaky_relu, load
+from .parts import Ports, Weights, begin, inverse_leaky_relu, leaky_relu, load
 
 # In SpeechT5's names upsampling layers are `upsampler.0`, and each block counts its own convolutions.
 LAYERS = LayerMap(
@@ -126,13 +126,11 @@ def build(
         ValueError: If the weights do not fit the config.
     """
     graph, w = begin(
-        "hifigan",
-        {"mels": ["batch", "frames", config.mels]},
+        Ports("hifigan", {"mels": ["batch", "frames", config.mels]}, ["sound"]),
         config.shapes(),
         weights,
         device,
         dtype,
-        outputs=["sound"],
         exact=exact,
         ragged=ragged,
     )

@@ -19,7 +19,7 @@ from max_conv import PackedGraph, conv1d
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
-from .parts import Weights, begin, load
+from .parts import Ports, Weights, begin, load
 
 LAYERS = LayerMap(
     conv=("layers.*.mixer.conv1d.weight",),
@@ -128,13 +128,11 @@ def build(
         ValueError: If the weights do not fit the config.
     """
     graph, w = begin(
-        "mamba",
-        {"hidden": ["batch", "length", config.hidden]},
+        Ports("mamba", {"hidden": ["batch", "length", config.hidden]}, ["value", "gate"]),
         config.shapes(),
         weights,
         device,
         dtype,
-        outputs=["value", "gate"],
         exact=exact,
         ragged=ragged,
     )

@@ -15,6 +15,7 @@ reduction, and fuse. MAX's `tanh`, `exp`, GELU and ELU are as fast as PyTorch's 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,38 +147,48 @@ def load(
     return weights
 
 
+@dataclass(frozen=True)
+class Ports:
+    """The name of a network, which begins error messages, and of its inputs and outputs.
+
+    Attributes:
+        inputs: The shapes of its inputs, by name.
+        outputs: The names of its outputs.
+        given: The dtype of the inputs.
+    """
+
+    name: str
+    inputs: Mapping[str, Sequence[str | int]]
+    outputs: Sequence[str]
+    given: DType = DType.float32
+
+
 def begin(
-    name: str,
-    inputs: Mapping[str, Sequence[str | int]],
+    ports: Ports,
     shapes: Mapping[str, tuple[int, ...]],
     arrays: Mapping[str, np.ndarray],
     device: DeviceRef | None,
     dtype: DType,
     *,
-    outputs: Sequence[str],
-    given: DType = DType.float32,
     exact: bool = False,
     ragged: bool = False,
 ) -> tuple[PackedGraph, Weights]:
-    """Returns a model's graph, still empty, and the weights in it.
+    """Returns a network's graph, still empty, and the weights in it.
 
     Args:
-        name: The name of the graph, which begins error messages.
-        inputs: The shapes of its inputs, by name.
+        ports: Its inputs and outputs.
         shapes: The shapes of the weights.
         arrays, device, dtype: As for `build`.
-        outputs: The names of its outputs.
-        given: The dtype of the inputs.
         exact, ragged: As for `build`.
 
     Raises:
         ValueError: If the arrays do not fit the shapes.
     """
-    check_weights(name, arrays, shapes)
+    check_weights(ports.name, arrays, shapes)
     device = device or DeviceRef.CPU()
-    types = [TensorType(given, shape, device) for shape in inputs.values()]
-    graph = (RaggedGraph if ragged else PackedGraph)(name, input_types=types, exact=exact)
-    graph.input_names, graph.output_names = tuple(inputs), tuple(outputs)
+    types = [TensorType(ports.given, shape, device) for shape in ports.inputs.values()]
+    graph = (RaggedGraph if ragged else PackedGraph)(ports.name, input_types=types, exact=exact)
+    graph.input_names, graph.output_names = tuple(ports.inputs), tuple(ports.outputs)
     return graph, Weights(arrays, device, dtype)
 
 

@@ -23,7 +23,7 @@ from max_conv.serving import Task
 from max_conv.sound import Pitch, Track, as_signals
 from max_conv.weights import LayerMap, read_native, resolve, to_native
 
-from .parts import Weights, begin, check_weights, leaky_relu
+from .parts import Ports, Weights, begin, check_weights, leaky_relu
 
 WEIGHTS = (
     "pypi://pesto-pitch==2.0.1/pesto/weights/mir-1k_g7.ckpt"
@@ -185,13 +185,11 @@ def build(
         ValueError: If the weights do not fit the config.
     """
     graph, w = begin(
-        "pesto",
-        {"sound": ["batch", "samples"]},
+        Ports("pesto", {"sound": ["batch", "samples"]}, ["pitch", "confidence", "volume", "activations"]),
         config.shapes(),
         weights,
         device,
         dtype,
-        outputs=["pitch", "confidence", "volume", "activations"],
         exact=exact,
         ragged=ragged,
     )

@@ -32,7 +32,7 @@ from max_conv.serving import Task
 from max_conv.sound import as_signals
 from max_conv.weights import LayerMap, read_onnx, resolve, to_native
 
-from .parts import Weights, begin, check_weights, load
+from .parts import Ports, Weights, begin, check_weights, load
 
 _WHEEL = "pypi://silero-vad==6.2.3/silero_vad/data/{}#sha256=7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8"
 
@@ -181,13 +181,11 @@ def build(
     if live:
         inputs = {"sound": ["batch", "samples"]}
     graph, w = begin(
-        "silero_vad",
-        inputs,
+        Ports("silero_vad", inputs, ["probability"] if live else ["probability", "state"]),
         config.shapes(),
         weights,
         device,
         dtype,
-        outputs=["probability"] if live else ["probability", "state"],
         exact=exact,
     )
     with graph:

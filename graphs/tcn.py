@@ -19,7 +19,7 @@ from max_conv import PackedGraph
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
-from .parts import Weights, begin, load
+from .parts import Ports, Weights, begin, load
 
 LAYERS = LayerMap(
     conv=(
@@ -128,13 +128,11 @@ def build(
         ValueError: If the weights do not fit the config.
     """
     graph, w = begin(
-        "tcn",
-        {"x": ["batch", "length", config.inputs]},
+        Ports("tcn", {"x": ["batch", "length", config.inputs]}, ["y"]),
         config.shapes(),
         weights,
         device,
         dtype,
-        outputs=["y"],
         exact=exact,
         ragged=ragged,
     )

@@ -22,7 +22,7 @@ from max_conv.conv import signals
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
-from .parts import Weights, begin, leaky_relu, load
+from .parts import Ports, Weights, begin, leaky_relu, load
 
 LAYERS = LayerMap(
     conv=("conv_pre.weight", "conv_post.weight", "*.conv.weight", "*_conv.weight", "*.conv1.weight", "*.conv2.weight"),
@@ -136,13 +136,11 @@ def build(
     """
     mels, noise = (("batch", "frames", size) for size in (config.mels, config.noise))
     graph, w = begin(
-        "univnet",
-        {"mels": mels, "noise": noise},
+        Ports("univnet", {"mels": mels, "noise": noise}, ["sound"]),
         config.shapes(),
         weights,
         device,
         dtype,
-        outputs=["sound"],
         exact=exact,
         ragged=ragged,
     )

@@ -20,7 +20,7 @@ from max_conv.conv import signals
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
-from .parts import Weights, begin, load, sine
+from .parts import Ports, Weights, begin, load, sine
 
 LAYERS = LayerMap(
     conv=("backbone.embed.weight", "backbone.convnext.*.dwconv.weight"),
@@ -117,13 +117,11 @@ def build(
         ValueError: If the weights do not fit the config.
     """
     graph, w = begin(
-        "vocos",
-        {"mels": ["batch", "frames", config.mels]},
+        Ports("vocos", {"mels": ["batch", "frames", config.mels]}, ["sound"]),
         config.shapes(),
         weights,
         device,
         dtype,
-        outputs=["sound"],
         exact=exact,
         ragged=ragged,
     )

@@ -25,7 +25,7 @@ from max_conv.serving import Task
 from max_conv.sound import as_signals
 from max_conv.weights import LayerMap
 
-from .parts import Weights, begin, load
+from .parts import Ports, Weights, begin, load
 
 EPSILON = 1e-5
 """Of the norms inside the feature encoder, which no config sets."""
@@ -46,6 +46,10 @@ LAYERS = LayerMap(
     ),
     rename=((r"^(wav2vec2|hubert)\.", ""),),
 )
+
+
+_SOUND: dict[str, list[str | int]] = {"sound": ["batch", "samples"]}
+_VECTORS = ["vectors"]
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ def build(
         x = x + _positional(config, w, x)
         return x if config.stable else w.layer_norm(x, "encoder.layer_norm", config.epsilon)
 
-    return _graph("wav2vec2", {"sound": ["batch", "samples"]}, whole, config, weights, device, dtype, exact, ragged)
+    return _graph(Ports("wav2vec2", _SOUND, _VECTORS), whole, config, weights, device, dtype, exact, ragged)
 
 
 def build_features(
@@ -217,8 +221,7 @@ def build_positional(
         return _positional(config, w, x)
 
     return _graph(
-        "wav2vec2_positions",
-        {"x": ["batch", "frames", config.hidden]},
+        Ports("wav2vec2_positions", {"x": ["batch", "frames", config.hidden]}, _VECTORS),
         positional,
         config,
         weights,
@@ -230,8 +233,7 @@ def build_positional(
 
 
 def _graph(
-    name: str,
-    inputs: Mapping[str, list[str | int]],
+    ports: Ports,
     network: Callable[[Weights, TensorValue], TensorValue],
     config: Config,
     weights: Mapping[str, np.ndarray],
@@ -240,9 +242,7 @@ def _graph(
     exact: bool,
     ragged: bool,
 ) -> PackedGraph:
-    graph, w = begin(
-        name, inputs, config.shapes(), weights, device, dtype, outputs=["vectors"], exact=exact, ragged=ragged
-    )
+    graph, w = begin(ports, config.shapes(), weights, device, dtype, exact=exact, ragged=ragged)
     with graph:
         graph.output(ops.cast(network(w, ops.cast(graph.inputs[0].tensor, dtype)), DType.float32))
     return graph

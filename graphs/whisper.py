@@ -21,7 +21,7 @@ from max_conv import PackedGraph
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
-from .parts import Weights, begin, load
+from .parts import Ports, Weights, begin, load
 
 LAYERS = LayerMap(
     conv=("conv*.weight",),
@@ -120,13 +120,11 @@ def build(
         ValueError: If the weights do not fit the config.
     """
     graph, w = begin(
-        "whisper",
-        {"mels": ["batch", "frames", config.mels]},
+        Ports("whisper", {"mels": ["batch", "frames", config.mels]}, ["vectors"]),
         config.shapes(),
         weights,
         device,
         dtype,
-        outputs=["vectors"],
         exact=exact,
         ragged=ragged,
     )

@@ -25,8 +25,10 @@ from network_racers import memory
 
 TOLERANCE = 1e-4
 """The largest error allowed, relative to the largest value."""
-PROOF = 60.0
+PROOF = 30.0
 """Seconds after which a peer's answer is compared with the begin of the right one; ours is always compared to the end."""
+LEAST = 16
+"""Pushes of a round at least: those of the begin do not count."""
 STREAMS, MEMORY = 500, 64 << 20
 """To see the memory of a stream: streams at most, and bytes of state that are enough."""
 
@@ -119,14 +121,14 @@ def verify(live: Live, pieces: Sequence[Any], streams: int, want: np.ndarray, li
 
 
 def times(live: Live, pieces: Sequence[Any], limit: float) -> list[float]:
-    """Returns the seconds of every push, until the limit."""
+    """Returns the seconds of every push, until the limit in seconds."""
     seconds: list[float] = []
     begin = time.perf_counter()
     for piece in pieces:
         start = time.perf_counter()
         live.push(piece)
         seconds.append(time.perf_counter() - start)
-        if time.perf_counter() - begin > limit:
+        if len(seconds) >= LEAST and time.perf_counter() - begin > limit:
             break
     return seconds
 
@@ -183,7 +185,7 @@ class Race:
         for count in self.live.threads:
             self.live.use(count)
             self.live.begin(1, False)
-            medians[count] = statistics.median(times(self.live, pieces, limit)[-20:])
+            medians[count] = statistics.median(times(self.live, pieces, limit)[-LEAST // 2 :])
         return min(medians, key=lambda count: medians[count])
 
 

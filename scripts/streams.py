@@ -88,7 +88,7 @@ def race_streams(name: str, chunk: int, racer: Racer, rounds: int) -> dict[str, 
 
 def steady(pushes: Sequence[float]) -> Sequence[float]:
     """Returns the pushes without the first ones, which wait until the network's begin is there, and the last one."""
-    return pushes[min(8, len(pushes) // 4) : max(1, len(pushes) - 1)] or pushes
+    return pushes[min(8, len(pushes) // 2) : max(1, len(pushes) - 1)] or pushes
 
 
 def compete(names: Sequence[str], chunks: Sequence[float], result: dict[str, Any], folder: Path) -> None:

@@ -32,8 +32,8 @@ def read_pcm(
         ValueError: If a WAV header is damaged, or tells another rate or another format.
 
     >>> import io
-    >>> [piece.tolist() for piece in read_pcm(io.BytesIO(b"\\x00\\x40\\x00\\xc0"), 16000, samples=1)]
-    [[[0.5]], [[-0.5]]]
+    >>> [piece.tolist() for piece in read_pcm(io.BytesIO(b"\\x00\\x40\\x00\\xc0"), 16000)]
+    [[[0.5, -0.5]]]
     """
     begin = _exactly(file, 4)
     if begin == b"RIFF":

@@ -1,7 +1,12 @@
 """Registers the operations that graphs call. Run-time sizes are checked before any memory is touched."""
 
 import extensibility
-from extensibility import InputTensor, OutputTensor, _MutableInputTensor as MutableInputTensor, _FusedOutputTensor as FusedOutputTensor
+from extensibility import (
+    InputTensor,
+    OutputTensor,
+    _MutableInputTensor as MutableInputTensor,
+    _FusedOutputTensor as FusedOutputTensor,
+)
 from std.utils.index import IndexList
 from max.gpu.host import DeviceContext
 from max.gpu.host.info import is_cpu

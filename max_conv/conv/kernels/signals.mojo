@@ -91,7 +91,7 @@ struct Line[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def copy(self, first: Int, count: Int, target: Memory[Self.dtype]):
-        """Copies `count` rows from `first` on, which counts from the chunk's begin. Rows that are not there are zeros."""
+        """Copies `count` rows from `first` on, counted from the chunk; those that are not there are zeros."""
         var at = first
         var to = target
         var end = first + count
@@ -115,9 +115,10 @@ struct Line[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
         """Writes value i of the newest rows into the state, the oldest first, as its new place may hold an old row."""
         for r in range(self.kept):
             var at = r + self.size - self.kept
-            var value = self.chunk[unsafe_offset=at * self.row + i] if at >= 0 else self.state[
-                unsafe_offset=(r + self.size) * self.row + i
-            ]
+            var value = (
+                self.chunk[unsafe_offset=at * self.row + i] if at
+                >= 0 else self.state[unsafe_offset=(r + self.size) * self.row + i]
+            )
             self.state[unsafe_offset=r * self.row + i] = value
 
     def keep(self):
@@ -241,7 +242,9 @@ struct Signals[dtype: DType, nlc: Bool](ImplicitlyCopyable, TrivialRegisterPassa
         for n in range(self.batch):
             var end = Int(self.ends[unsafe_offset=n])
             if end < 0 or (self.plan.per_tick == 0 and self.plan.length(end) > self.length):
-                raise Error("conv1d: a signal of the batch cannot have ", end, " positions; pass its length in lengths.")
+                raise Error(
+                    "conv1d: a signal of the batch cannot have ", end, " positions; pass its length in lengths."
+                )
             if self.plan.reach > 0 and end < ENDLESS:
                 check_room(self.plan.length(end), self.plan.left, self.plan.right, self.plan.reach, self.plan.mode)
 
