@@ -201,9 +201,7 @@ def build_features(
     def features(w: Weights, sound: TensorValue) -> TensorValue:
         return _features(config, w / "feature_extractor.conv_layers", sound)
 
-    return _graph(
-        "wav2vec2_features", {"sound": ["batch", "samples"]}, features, config, weights, device, dtype, exact, ragged
-    )
+    return _graph(Ports("wav2vec2_features", _SOUND, _VECTORS), features, config, weights, device, dtype, exact, ragged)
 
 
 def build_positional(
@@ -221,7 +219,7 @@ def build_positional(
         return _positional(config, w, x)
 
     return _graph(
-        Ports("wav2vec2_positions", {"x": ["batch", "frames", config.hidden]}, _VECTORS),
+        Ports(Ports("wav2vec2_positions", {"x": ["batch", "frames", config.hidden]}, _VECTORS), _VECTORS),
         positional,
         config,
         weights,

@@ -28,7 +28,7 @@ TOLERANCE = 1e-4
 PROOF = 30.0
 """Seconds after which a peer's answer is compared with the begin of the right one; ours is always compared to the end."""
 LEAST = 16
-"""Pushes of a round at least: those of the begin do not count."""
+"""Pushes of a round, and of a proof, at least: those of the begin bring nothing."""
 STREAMS, MEMORY = 500, 64 << 20
 """To see the memory of a stream: streams at most, and bytes of state that are enough."""
 
@@ -104,7 +104,7 @@ def verify(live: Live, pieces: Sequence[Any], streams: int, want: np.ndarray, li
     got, begin, whole = [], time.perf_counter(), True
     for piece in pieces:
         got.append(live.push(piece))
-        if time.perf_counter() - begin > limit:
+        if len(got) >= LEAST and time.perf_counter() - begin > limit:
             whole = False
             break
     if whole:

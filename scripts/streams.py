@@ -120,7 +120,7 @@ def race(name: str, milliseconds: float, racers: Mapping[str, Racer], peers: Seq
     chunk = NETWORKS[name].positions(milliseconds)
     told, failed = race_chunk(name, chunk, racers, result["rounds"])
     key = f"{name}, {milliseconds:g} ms"
-    found = result["layers"][key] = row(name, chunk, told, failed)
+    found = result["layers"][key] = row(name, chunk, told, failed) | {"load": os.getloadavg()[0]}
     print(line(key, peers, found), flush=True)
 
 
@@ -132,6 +132,8 @@ def many(name: str, chunks: Sequence[float], racer: Racer, result: Any, folder: 
         found = race_streams(name, chunk, racer, result["rounds"])
         grown = ask(racer, name, max(chunk, facts.first), state=facts.state)
         key = f"{name}, {milliseconds:g} ms"
+        if "failed" in found:
+            result["layers"][key]["failed"][f"{OURS}, {BATCH} streams"] = found["failed"]
         result.setdefault("streams", {})[key] = found | {"state": facts.state, "bytes": grown.get("bytes")}
 
 

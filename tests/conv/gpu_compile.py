@@ -17,8 +17,9 @@ set_virtual_device_count(1)
 from max.driver import CPU, Accelerator  # noqa: E402
 from max.dtype import DType  # noqa: E402
 from max.engine import InferenceSession  # noqa: E402
-from max.graph import DeviceRef, Graph, TensorType, TensorValue  # noqa: E402
+from max.graph import DeviceRef, Graph, TensorType, TensorValue, Weight  # noqa: E402
 
+import max_conv  # noqa: E402
 from max_conv import conv1d, conv_transpose1d  # noqa: E402
 from max_conv.conv.checks import DTYPES  # noqa: E402
 from max_conv.conv.layouts import Layout  # noqa: E402
@@ -42,6 +43,13 @@ TRANSPOSED: list[Row] = [
 ]
 
 
+def live(x: TensorValue) -> TensorValue:
+    """A network whose parts see ahead, go down and up, and meet."""
+    down, up = (Weight(name, FLOAT32, (4, 8, 8), DeviceRef.GPU()) for name in ("down", "up"))
+    y = conv1d(x, Weight("first", FLOAT32, (3, 8, 8), DeviceRef.GPU()), padding=1, padding_mode="reflect")
+    return x + conv_transpose1d(conv1d(y, down, stride=2, padding=(2, 2)), up, stride=2, padding="causal")
+
+
 def main() -> None:
     gpu = DeviceRef.GPU()
     rows: list[tuple[DType, Callable[..., TensorValue], Row]] = [(FLOAT32, conv1d, layer) for layer in LAYERS]
@@ -61,7 +69,9 @@ def main() -> None:
             for i, (_, function, (layout, filter_layout, _, options)) in enumerate(rows)
         ]
         graph.output(*outputs, *lstm(*values[len(types) :]))
-    InferenceSession(devices=[Accelerator(), CPU()]).compile(graph)
+    session = InferenceSession(devices=[Accelerator(), CPU()])
+    session.compile(graph)
+    session.compile(max_conv.streaming(live, [TensorType(FLOAT32, ["n", "l", 8], gpu)]))
     print(f"compiled {len(outputs)} convolutions for {sys.argv[1]} {sys.argv[2]}", flush=True)
     # MAX's threads sometimes abort a process that ends while they wait for the virtual device.
     os._exit(0)
