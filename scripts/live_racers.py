@@ -29,7 +29,7 @@ PROOF = 30.0
 """Seconds after which a peer's answer is compared with the begin of the right one; ours is always compared to the end."""
 LEAST = 16
 """Pushes of a round, and of a proof, at least: those of the begin bring nothing."""
-STREAMS, MEMORY = 500, 64 << 20
+STREAMS, MEMORY = 1000, 32 << 20
 """To see the memory of a stream: streams at most, and bytes of state that are enough."""
 
 
@@ -134,17 +134,17 @@ def times(live: Live, pieces: Sequence[Any], limit: float) -> list[float]:
 
 
 def bytes_of_a_stream(model: Any, piece: np.ndarray, state: int) -> int:
-    """Returns by how much the process grows with each stream that has had some chunks."""
-    warm = model.stream()
-    for _ in range(20):
-        warm.push(piece)
-    count = min(STREAMS, max(20, MEMORY // max(state, 1)))
-    before = memory("VmRSS")
-    streams = [model.stream() for _ in range(count)]
-    for stream in streams:
-        stream.push(piece)
-        stream.push(piece)
-    return (memory("VmRSS") - before) // len(streams)
+    """Returns by how much the process grows with each stream that has had a chunk.
+
+    The first quarter of the streams does not count: it fills memory that the process had before.
+    """
+    streams, sizes = [], []
+    for _ in range(min(STREAMS, max(20, MEMORY // max(state, 1)))):
+        streams.append(model.stream())
+        streams[-1].push(piece)
+        sizes.append(memory("VmRSS"))
+    quarter = len(sizes) // 4
+    return (sizes[-1] - sizes[quarter]) // (len(sizes) - 1 - quarter)
 
 
 class Race:

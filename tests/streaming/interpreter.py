@@ -2,16 +2,53 @@
 
 import re
 from collections.abc import Callable, Mapping
+from math import erf
 from typing import Any
 
 import numpy as np
+from max.driver import Buffer
 
 from max_conv import PackedGraph
 from max_conv.conv.geometry import PADDING_MODES, Geometry
 from max_conv.conv.reference import conv1d_ref, conv_transpose1d_ref
 
-ARITHMETIC: dict[str, Callable[..., np.ndarray]] = {"rmo.add": np.add, "rmo.mul": np.multiply, "rmo.mo.tanh": np.tanh}
-NOTHING = ("mo.chain.create", "mo.buffer.create", "mo.constant.external")
+ERF = np.vectorize(erf, otypes=[np.float64])
+ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "rmo.add": np.add,
+    "rmo.sub": np.subtract,
+    "rmo.mul": np.multiply,
+    "rmo.div": np.divide,
+    "rmo.max": np.maximum,
+    "rmo.min": np.minimum,
+    "rmo.greater": np.greater,
+    "rmo.select": np.where,
+    "rmo.matmul": np.matmul,
+    "mo.cast": lambda x: x,
+    "rmo.mo.abs": np.abs,
+    "rmo.mo.exp": np.exp,
+    "rmo.mo.floor": np.floor,
+    "rmo.mo.gelu": lambda x: x * (1 + ERF(x / np.sqrt(2))) / 2,
+    "rmo.mo.log": np.log,
+    "rmo.mo.not": np.logical_not,
+    "rmo.mo.range": lambda start, end, step: np.arange(start, end, step),
+    "rmo.mo.relu": lambda x: np.maximum(x, 0),
+    "rmo.mo.round": np.round,
+    "rmo.mo.rsqrt": lambda x: 1 / np.sqrt(x),
+    "rmo.mo.sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "rmo.mo.silu": lambda x: x / (1 + np.exp(-x)),
+    "rmo.mo.sqrt": np.sqrt,
+    "rmo.mo.tanh": np.tanh,
+}
+ALONG: dict[str, Callable[..., Any]] = {
+    "rmo.mo.reduce.add": lambda x, axis: x.sum(axis, keepdims=True),
+    "rmo.mo.reduce.mean": lambda x, axis: x.mean(axis, keepdims=True),
+    "rmo.mo.reduce.arg_max": lambda x, axis: x.argmax(axis, keepdims=True),
+    "rmo.mo.reduce.softmax": lambda x, axis: (
+        np.exp(x - x.max(axis, keepdims=True)) / np.exp(x - x.max(axis, keepdims=True)).sum(axis, keepdims=True)
+    ),
+}
+NOTHING = ("mo.chain.create", "mo.buffer.create")
+DTYPES = {"f32": np.float32, "f64": np.float64, "si64": np.int64, "bool": np.bool_, "ui8": np.uint8}
 SIZES: dict[str, Callable[[int, int], int]] = {
     "add": lambda a, b: a + b,
     "mul": lambda a, b: a * b,
@@ -21,19 +58,19 @@ SIZES: dict[str, Callable[[int, int], int]] = {
 
 
 class Interpreter:
-    """A graph, live or whole, of convolutions, sums, products, tanh, concatenations and slices of float32.
+    """A graph of the gallery, live or whole, or of random layers, in float32.
 
     Args:
         graph: The finished graph.
-        weights: SCF and SFC filters by name.
+        weights: The documented weights by name; filters are SCF and SFC.
     """
 
     def __init__(self, graph: PackedGraph, weights: Mapping[str, np.ndarray]) -> None:
         block = graph._mlir_op.regions[0].blocks[0]
         self._arguments = list(block.arguments)
-        self._operations = [(o, str(o.operation.name), str(o), list(o.operands)) for o in block.operations]
+        self._operations = [(o, operation_name(o), str(o), list(o.operands), list(o.results)) for o in block.operations]
         self._layers = [emitted[0].name for emitted in graph.emitted]
-        self._weights = weights
+        self._derived, self._weights = graph.derived, dict(weights)
 
     def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
         """Runs the graph; returns its outputs."""
@@ -42,35 +79,82 @@ class Interpreter:
         for argument, array in values.items():
             known |= dict(zip(dims(str(argument.type)), array.shape, strict=True))
         layers = iter(self._layers)
-        for operation, name, text, operands in self._operations:
+        for _, name, text, operands, results in self._operations:
+            if name == "mo.constant.external":
+                values[results[0]] = re.search(r'name = "([^"]*)"', text)[1]  # type: ignore[index]
+                continue
             inputs = [values.get(operand) for operand in operands]
             if name == "mo.output":
                 return inputs  # type: ignore[return-value]
             if name == "rmo.mo.mutable.store":
                 values[operands[0]] = inputs[1].copy()  # type: ignore[union-attr]
             elif name == "rmo.mo.mutable.load":
-                values[operation.results[0]] = inputs[0]
+                values[results[0]] = inputs[0]
             elif name not in NOTHING:
-                shape = [size(text, known) for text in dims(str(operation.results[0].type))]
-                values[operation.results[0]] = self._run(name, text, inputs, shape, layers)
+                shape = [size(text, known) for text in dims(str(results[0].type))]
+                made = self._run(name, text, inputs, shape, layers, known)
+                for result, value in zip(results, made if isinstance(made, tuple) else (made,), strict=False):
+                    dtype = DTYPES[re.search(r"(\w+)>$", str(result.type).split(",")[-1])[1]]  # type: ignore[index]
+                    values[result] = np.asarray(value, dtype)
         raise AssertionError("a finished graph has outputs")
 
-    def _run(self, name: str, text: str, inputs: list[Any], shape: list[int], layers: Any) -> np.ndarray:
-        if name == "mo.constant":
-            return constant(text)
+    def _weight(self, name: str) -> np.ndarray:
+        """Returns a documented weight, or one that is made from others."""
+        if name not in self._weights:
+            entry = self._derived[name]
+            sources = (Buffer.from_numpy(np.array(self._weight(source.name))) for source in entry.sources)
+            self._weights[name] = entry.make(*sources).to_numpy()
+        return self._weights[name]
+
+    def _run(self, name: str, text: str, inputs: list[Any], shape: list[int], layers: Any, known: Any) -> Any:
         if name == "mo.custom" and "max_conv.window" in text:
             state, x, ticks, ends, plan, *_ = inputs
-            return window(state, x, ticks, ends, plan, shape[1])
+            return window(state, x, ticks, ends, plan, "NCL" in text, shape)
+        if name == "mo.custom" and "max_conv.lstm" in text:
+            return lstm(inputs[0], self._weight(next(layers)), *inputs[2:4], steps=shape[1])
         if name == "mo.custom":
-            return layer(text, inputs[0], self._weights[next(layers)], inputs[3].tolist(), shape)
-        if name in ("rmo.reshape", "rmo.rebind_tensor_shape"):
-            return inputs[0].reshape(shape)
-        if name == "rmo.concat":
-            return np.concatenate(inputs, axis=2)
-        if name == "rmo.slice":
-            assert "starts = #mosh<ape[0, 0, 0]>" in text
-            return inputs[0][tuple(slice(count) for count in shape)]
-        return ARITHMETIC[name](*inputs).astype(np.float32)
+            filter, bias = self._weight(next(layers)), inputs[2]
+            bias = self._weight(bias) if isinstance(bias, str) else bias
+            return layer(text, inputs[0], filter, bias, inputs[3].tolist(), shape)
+        given = [self._weight(value) if isinstance(value, str) else value for value in inputs]
+        if name in ALONG:
+            return ALONG[name](given[0], int(re.search(r"axis = (\d+)", text)[1]))  # type: ignore[index]
+        return moved(name, text, given, shape, known) if name in MOVES else ARITHMETIC[name](*given)
+
+
+MOVES = {
+    *("mo.constant", "rmo.reshape", "rmo.rebind_tensor_shape", "rmo.concat", "rmo.slice", "rmo.broadcast_to"),
+    *("rmo.mo.gather", "rmo.mo.pad.constant", "mo.reduce.layer_norm"),
+}
+
+
+def moved(name: str, text: str, given: list[Any], shape: list[int], known: Mapping[str, int]) -> Any:
+    """Runs an operation that is no arithmetic."""
+    if name == "mo.constant":
+        return constant(text)
+    if name in ("rmo.reshape", "rmo.rebind_tensor_shape"):
+        return given[0].reshape(shape)
+    if name == "rmo.broadcast_to":
+        return np.broadcast_to(given[0], shape)
+    if name == "mo.reduce.layer_norm":
+        x, weight, bias, epsilon = (np.asarray(value, np.float64) for value in given)
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon) * weight + bias
+    if name == "rmo.mo.pad.constant":
+        return np.pad(given[0], given[1].reshape(-1, 2))
+    axis = int((re.search(r"axis = (\d+)", text) or [0, 0])[1])
+    if name == "rmo.concat":
+        return np.concatenate(given, axis)
+    if name == "rmo.mo.gather":
+        return np.take(given[0], given[1], axis)
+    starts = re.search(r"starts = #mosh<ape\[(.*?)\]>", text)[1]  # type: ignore[index]
+    begins = [size(start, known) for start in dims(f"[{starts}]")]
+    return given[0][tuple(slice(begin, begin + count) for begin, count in zip(begins, shape, strict=True))]
+
+
+def operation_name(operation: Any) -> str:
+    """Returns an operation's name; the attribute of that name hides it in weights."""
+    return str(operation.operation.name)
 
 
 def dims(type_: str) -> list[str]:
@@ -93,34 +177,60 @@ def size(text: str, known: Mapping[str, int]) -> int:
 
 def constant(text: str) -> np.ndarray:
     """Returns the values in the text of a constant."""
-    found = re.search(r"dense_array<(.*?)> : tensor<(\d+x)?(f32|si64)>", text)
-    assert found, text
-    values = np.array([float(value) for value in found[1].split(",") if value.strip()])
-    array = values.astype(np.float32 if found[3] == "f32" else np.int64)
-    return array if found[2] else array.reshape(())
+    found = re.search(r"dense_array<(.*?)> : tensor<((?:\d+x)*)(\w+)>", text)
+    assert found, text[:200]
+    array = np.array([float(value) for value in found[1].split(",") if value.strip()]).astype(DTYPES[found[3]])
+    return array.reshape([int(count) for count in found[2].split("x") if count])
 
 
-def layer(text: str, x: np.ndarray, filter: np.ndarray, numbers: list[int], shape: list[int]) -> np.ndarray:
+def layer(
+    text: str, x: np.ndarray, filter: np.ndarray, bias: np.ndarray, numbers: list[int], shape: list[int]
+) -> np.ndarray:
     """Returns a convolution's output, from the reference."""
     stride, dilation, left, right, mode, groups, _ = numbers
+    ncl = 'layout = "NCL"' in text
+    x = x.transpose(0, 2, 1) if ncl else x
     given = x.astype(np.float64), filter.astype(np.float64)
     options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups}
     if "conv_transpose1d" in text:
         # The output's length tells the output padding, which may exceed what the arguments allow.
         made = conv_transpose1d_ref(*given, **options)
-        made = np.pad(made, ((0, 0), (0, max(0, left + shape[1] - made.shape[1])), (0, 0)))
-        return made[:, left : left + shape[1]].astype(np.float32)
-    return conv1d_ref(*given, padding=(left, right), padding_mode=PADDING_MODES[mode], **options).astype(np.float32)
+        length = shape[2 if ncl else 1]
+        made = np.pad(made, ((0, 0), (0, max(0, left + length - made.shape[1])), (0, 0)))[:, left : left + length]
+    else:
+        made = conv1d_ref(*given, padding=(left, right), padding_mode=PADDING_MODES[mode], **options)
+    made = made + bias if len(bias) else made
+    return made.transpose(0, 2, 1) if ncl else made
+
+
+def lstm(gates: np.ndarray, w_hh: np.ndarray, hidden: np.ndarray, cell: np.ndarray, steps: int) -> tuple[Any, ...]:
+    """Returns the outputs of an LSTM, and its memory after the last step."""
+    found = []
+    for step in range(steps):
+        i, f, g, o = np.split(gates[:, step].astype(np.float64) + hidden @ w_hh, 4, axis=1)
+        i, f, o = (1 / (1 + np.exp(-gate)) for gate in (i, f, o))
+        cell = f * cell + i * np.tanh(g)
+        hidden = o * np.tanh(cell)
+        found.append(hidden)
+    return np.stack(found, axis=1), hidden, cell
 
 
 def window(
-    state: np.ndarray, x: np.ndarray, ticks: np.ndarray, ends: np.ndarray, plan: np.ndarray, rows: int
+    state: np.ndarray,
+    x: np.ndarray,
+    ticks: np.ndarray,
+    ends: np.ndarray,
+    plan: np.ndarray,
+    ncl: bool,
+    shape: list[int],
 ) -> np.ndarray:
-    """Lays out the windows of NLC data, and writes the state; what `kernels/signals.mojo` says, value by value."""
+    """Lays out windows, and writes the state; what `kernels/signals.mojo` says, value by value."""
+    x = np.ascontiguousarray(x.transpose(0, 2, 1)) if ncl else x
+    rows, channels = shape[2 if ncl else 1], x.shape[2]
     offset, kept, before, per_tick, delay, mode, _, _, _, count = plan[:10].tolist()
-    held = state[:, offset : offset + kept * x.shape[2] * 4].view(np.float32).reshape(len(x), kept, x.shape[2])
-    both = np.concatenate([held, x], axis=1)
-    result = np.zeros((len(x), rows, x.shape[2]), np.float32)
+    own = slice(offset, offset + kept * channels * x.itemsize)
+    both = np.concatenate([state[:, own].view(x.dtype).reshape(len(x), kept, channels), x], axis=1)
+    result = np.zeros((len(x), rows, channels), x.dtype)
     halo = Geometry.of(1, padding_mode=PADDING_MODES[mode])
     for n in range(len(x)):
         start, length = int(ticks[n]) * per_tick - delay, int(ends[n])
@@ -131,7 +241,6 @@ def window(
             if source is not None and 0 <= source < length and 0 <= (at := source - start + kept) < both.shape[1]:
                 result[n, r] = both[n, at]
     if kept:
-        state[:, offset : offset + kept * x.shape[2] * 4] = (
-            np.ascontiguousarray(both[:, both.shape[1] - kept :]).view(np.uint8).reshape(len(x), -1)
-        )
-    return result
+        newest = np.ascontiguousarray(both[:, both.shape[1] - kept :])
+        state[:, own] = newest.view(np.uint8).reshape(len(x), -1)
+    return result.transpose(0, 2, 1) if ncl else result
