@@ -111,7 +111,7 @@ def test_lines_come_while_the_sound_comes(saved: Path, sound: np.ndarray) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nothing",), "there is no network"),
+        (("nothing",), "there is no model 'nothing'"),
         (("silero-vad", "--chunk", 0), "stream: --channels and --chunk must be above 0."),
         (("silero-vad", "gone.wav"), "gone.wav: No such file or directory."),
         (("silero-vad", "-", "gone/lines.json"), "there is no folder gone; make it first."),

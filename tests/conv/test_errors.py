@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from max.driver import Buffer
 from max.dtype import DType
-from max.graph import DeviceRef, Graph, TensorType, ops
+from max.graph import BufferType, DeviceRef, Graph, TensorType, TensorValue, ops
 from max_conv.graphs import silero_vad
 
 import max_conv
@@ -99,7 +99,43 @@ def array_as(name: str) -> Callable:
     return call
 
 
+def ragged(dtype: DType = DType.int64, shape: Sequence[int] = (2,), x: Sequence[int] = (2, 9, 12)) -> Callable:
+    """Calls `conv1d` with lengths of this dtype and shape."""
+
+    def call() -> None:
+        types = [TensorType(F32, x, HOST), TensorType(F32, [3, 12, 8], HOST), TensorType(dtype, shape, HOST)]
+        with Graph("errors", input_types=types) as graph:
+            x_, w, lengths = (value.tensor for value in graph.inputs)
+            conv1d(x_, w, lengths=lengths)
+
+    return call
+
+
+def remembering() -> None:
+    """Builds a live graph whose LSTM begins with a memory of its own."""
+
+    def network(x: TensorValue) -> TensorValue:
+        w_ih, w_hh, bias, memory = (
+            ops.constant(normal(*s), F32, device=HOST) for s in [(3, 16), (4, 16), (16,), (2, 4)]
+        )
+        return lstm(x, w_ih, w_hh, bias, memory, memory)[0]
+
+    max_conv.streaming(network, [TensorType(F32, [2, "length", 3], HOST)])
+
+
 ROWS: dict[str, Row] = {
+    "lengths-dtype": (ragged(DType.int32), TypeError, "conv1d: lengths must be int64, but is int32; cast it first."),
+    "lengths-shape": (ragged(shape=(3,)), ValueError, "conv1d: lengths must have shape (2,), but has (3,)."),
+    "lengths-unbatched": (
+        ragged(x=(9, 12)),
+        ValueError,
+        "conv1d: lengths needs a batch axis in x, which has shape (9, 12).",
+    ),
+    "lstm-live": (
+        remembering,
+        ValueError,
+        "streaming: an LSTM with hidden= and cell= starts anew in every call; leave them out.",
+    ),
     # layouts.py
     "layout": (op(layout="NHC"), ValueError, "conv1d: layout must be one of NLC, NCL, but is 'NHC'."),
     "filter_layout": (
@@ -452,7 +488,7 @@ def test_sentence(name: str) -> None:
         call()
     assert type(caught.value) is error
     assert str(caught.value) == sentence
-    assert is_one_sentence(re.sub("^(layouts|lstm|silero_vad):", "conv1d:", sentence))
+    assert is_one_sentence(re.sub("^(layouts|lstm|silero_vad|streaming):", "conv1d:", sentence))
 
 
 def raise_statements() -> set[tuple[str, int]]:
@@ -689,7 +725,7 @@ def test_kernel_sentence(name: str, model: max_conv.Model) -> None:
 
 # The inputs of the kernels of `lstm` and of Silero's network; each row makes one input wrong.
 RECURRENT = {"gates": (2, 6, 16), "w_hh": (4, 16), "hidden": (2, 4), "cell": (2, 4)}
-RECURRENT |= {"chunks": (2, 3, 64), "state": (2, 40), "panels": (3200,)}
+RECURRENT |= {"chunks": (2, 3, 64), "state": (2, 40), "panels": (3200,), "ragged": (2, 9, 4), "live": (2, 3, 4)}
 RECURRENT_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "lstm-batch": ({"gates": (1, 6, 16)}, "lstm: the gates and the weights do not fit an output of 4 units"),
     "lstm-steps": ({"gates": (2, 4, 16)}, "lstm: the gates and the weights do not fit an output of 4 units"),
@@ -699,6 +735,9 @@ RECURRENT_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "lstm-hidden": ({"hidden": (1, 4)}, "lstm: hidden and cell must both have shape (2, 4)"),
     "lstm-cell": ({"cell": (2, 5)}, "lstm: hidden and cell must both have shape (2, 4)"),
     "silero-chunks": ({"chunks": (2, 0, 64)}, "silero_vad: chunks must hold at least one chunk of each signal."),
+    "ragged-batch": ({"ragged": (3, 9, 4)}, "conv1d: lengths must have a value for each of the 3 signals."),
+    "ragged-length": ({"ragged": (2, 6, 4)}, "conv1d: a signal of the batch cannot have 9 positions"),
+    "live-batch": ({"live": (1, 3, 4)}, "stream: ticks, ends and state must have as many rows as the chunk, 1."),
     "silero-weights": ({"panels": (3199,)}, "silero_vad: the weights do not fit their sizes"),
 }
 
@@ -709,7 +748,7 @@ def recurrent_kernels() -> Graph:
         TensorType(F32, [f"{name}{axis}" for axis in range(len(shape))], HOST) for name, shape in RECURRENT.items()
     ]
     with Graph("recurrent", input_types=types) as graph:
-        gates, w_hh, hidden, cell, chunks, state, panels = [value.tensor for value in graph.inputs]
+        gates, w_hh, hidden, cell, chunks, state, panels, ragged, live = [value.tensor for value in graph.inputs]
         # Taps, stride, padding and filters of the spectrum and of the gates.
         sizes = ops.constant(np.array([[64, 32, 0, 33], [1, 1, 0, 32]]), DType.int64, device=HOST)
         head, memory = (ops.constant(normal(*size), F32, device=HOST) for size in [(9,), (8, 32)])
@@ -717,7 +756,14 @@ def recurrent_kernels() -> Graph:
         probability = TensorType(F32, chunks.shape[:2], HOST)
         reflected = ops.constant(16, DType.int64, device=HOST)
         operands = [chunks, state, sizes, panels, memory, head, reflected]
+        numbers = ([9, 5], [0] * 10, [0, 0, 0, 1, *[0] * 6])
+        lengths, plan, ticking = (ops.constant(np.array(v), DType.int64, device=HOST) for v in numbers)
+        buffer = ops.buffer_create(BufferType(DType.uint8, [2, 64], HOST))
+        rows, chunk = TensorType(F32, (2, 9, 4), HOST), TensorType(F32, (2, 3, 4), HOST)
+        layout = {"layout": "NLC"}
         graph.output(
+            *custom_op("max_conv.ragged_window", HOST, [ragged, lengths, plan], [rows], layout),
+            *custom_op("max_conv.window", HOST, [buffer, live, lengths, lengths, ticking], [chunk], layout),
             *custom_op("max_conv.lstm", HOST, [gates, w_hh, hidden, cell], [output, last, last]),
             *custom_op("max_conv.silero_vad", HOST, operands, [probability, state.type]),
         )
@@ -729,7 +775,7 @@ def run_recurrent(model: max_conv.Model, spoiled: dict[str, Any]) -> list[Any]:
 
 
 def test_recurrent_kernels_take_what_is_right(recurrent: max_conv.Model) -> None:
-    shapes = [(2, 5, 4), (2, 4), (2, 4), (2, 3), (2, 40)]
+    shapes = [(2, 9, 4), (2, 3, 4), (2, 5, 4), (2, 4), (2, 4), (2, 3), (2, 40)]
     assert [y.shape for y in run_recurrent(recurrent, {})] == shapes
 
 

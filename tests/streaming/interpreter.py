@@ -9,7 +9,7 @@ import numpy as np
 from max.driver import Buffer
 
 from max_conv import PackedGraph
-from max_conv.conv.geometry import PADDING_MODES, Geometry
+from max_conv.conv.geometry import PADDING_MODES
 from max_conv.conv.reference import conv1d_ref, conv_transpose1d_ref
 
 ERF = np.vectorize(erf, otypes=[np.float64])
@@ -111,9 +111,12 @@ class Interpreter:
             state, x, ticks, ends, plan, *_ = inputs
             return window(state, x, ticks, ends, plan, "NCL" in text, shape)
         if name == "mo.custom" and "max_conv.lstm" in text:
-            return lstm(inputs[0], self._weight(next(layers)), *inputs[2:4], steps=shape[1])
+            next(layers)
+            w_hh = self._weight(inputs[1]) if isinstance(inputs[1], str) else inputs[1]
+            return lstm(inputs[0], w_hh, *inputs[2:4], steps=shape[1])
         if name == "mo.custom":
-            filter, bias = self._weight(next(layers)), inputs[2]
+            own, bias = next(layers), inputs[2]
+            filter = inputs[1] if own == "computed" else self._weight(own)
             bias = self._weight(bias) if isinstance(bias, str) else bias
             return layer(text, inputs[0], filter, bias, inputs[3].tolist(), shape)
         given = [self._weight(value) if isinstance(value, str) else value for value in inputs]
@@ -124,7 +127,7 @@ class Interpreter:
 
 MOVES = {
     *("mo.constant", "rmo.reshape", "rmo.rebind_tensor_shape", "rmo.concat", "rmo.slice", "rmo.broadcast_to"),
-    *("rmo.mo.gather", "rmo.mo.pad.constant", "mo.reduce.layer_norm"),
+    *("rmo.mo.gather", "rmo.mo.pad.constant", "mo.reduce.layer_norm", "rmo.mo.slice", "rmo.shape_to_tensor"),
 }
 
 
@@ -142,6 +145,11 @@ def moved(name: str, text: str, given: list[Any], shape: list[int], known: Mappi
         return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon) * weight + bias
     if name == "rmo.mo.pad.constant":
         return np.pad(given[0], given[1].reshape(-1, 2))
+    if name == "rmo.shape_to_tensor":
+        return np.zeros(shape)  # only the ends of slices come from it, which the result's shape tells, too
+    if name == "rmo.mo.slice":
+        begins = [int(begin) for begin in given[1]]
+        return given[0][tuple(slice(begin, begin + count) for begin, count in zip(begins, shape, strict=True))]
     axis = int((re.search(r"axis = (\d+)", text) or [0, 0])[1])
     if name == "rmo.concat":
         return np.concatenate(given, axis)
@@ -224,22 +232,26 @@ def window(
     ncl: bool,
     shape: list[int],
 ) -> np.ndarray:
-    """Lays out windows, and writes the state; what `kernels/signals.mojo` says, value by value."""
+    """Lays out windows, and writes the state, as `kernels/signals.mojo` does."""
     x = np.ascontiguousarray(x.transpose(0, 2, 1)) if ncl else x
     rows, channels = shape[2 if ncl else 1], x.shape[2]
     offset, kept, before, per_tick, delay, mode, _, _, _, count = plan[:10].tolist()
     own = slice(offset, offset + kept * channels * x.itemsize)
     both = np.concatenate([state[:, own].view(x.dtype).reshape(len(x), kept, channels), x], axis=1)
     result = np.zeros((len(x), rows, channels), x.dtype)
-    halo = Geometry.of(1, padding_mode=PADDING_MODES[mode])
     for n in range(len(x)):
         start, length = int(ticks[n]) * per_tick - delay, int(ends[n])
         for factor, summand, divisor in plan[10:].reshape(count, 3).tolist():
             length = (length * factor + summand) // divisor
-        for r in range(rows):
-            source = halo.source(start - before + r, length)
-            if source is not None and 0 <= source < length and 0 <= (at := source - start + kept) < both.shape[1]:
-                result[n, r] = both[n, at]
+        source = np.arange(start - before, start - before + rows)
+        if PADDING_MODES[mode] == "replicate":
+            source = np.clip(source, 0, length - 1)
+        elif PADDING_MODES[mode] == "reflect":
+            source = np.abs(source)
+            source = np.where(source >= length, 2 * (length - 1) - source, source)
+        at = source - start + kept
+        there = (source >= 0) & (source < length) & (at >= 0) & (at < both.shape[1])
+        result[n, there] = both[n, at[there]]
     if kept:
         newest = np.ascontiguousarray(both[:, both.shape[1] - kept :])
         state[:, own] = newest.view(np.uint8).reshape(len(x), -1)
