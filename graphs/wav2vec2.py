@@ -219,7 +219,7 @@ def build_positional(
         return _positional(config, w, x)
 
     return _graph(
-        Ports(Ports("wav2vec2_positions", {"x": ["batch", "frames", config.hidden]}, _VECTORS), _VECTORS),
+        Ports("wav2vec2_positions", {"x": ["batch", "frames", config.hidden]}, _VECTORS),
         positional,
         config,
         weights,

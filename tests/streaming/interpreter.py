@@ -113,7 +113,7 @@ class Interpreter:
         if name == "mo.custom" and "max_conv.lstm" in text:
             next(layers)
             w_hh = self._weight(inputs[1]) if isinstance(inputs[1], str) else inputs[1]
-            return lstm(inputs[0], w_hh, *inputs[2:4], steps=shape[1])
+            return lstm(inputs[0], w_hh, inputs[2], inputs[3], shape[1])
         if name == "mo.custom":
             own, bias = next(layers), inputs[2]
             filter = inputs[1] if own == "computed" else self._weight(own)
@@ -187,7 +187,9 @@ def constant(text: str) -> np.ndarray:
     """Returns the values in the text of a constant."""
     found = re.search(r"dense_array<(.*?)> : tensor<((?:\d+x)*)(\w+)>", text)
     assert found, text[:200]
-    array = np.array([float(value) for value in found[1].split(",") if value.strip()]).astype(DTYPES[found[3]])
+    array: np.ndarray = np.array([float(value) for value in found[1].split(",") if value.strip()]).astype(
+        DTYPES[found[3]]
+    )
     return array.reshape([int(count) for count in found[2].split("x") if count])
 
 
