@@ -137,6 +137,7 @@ def _network_facts(model: str, as_json: bool) -> dict[str, Any]:
 
 def _live_facts(module: Any, config: Any, weights: Any) -> dict[str, str]:
     """Returns what is known of a network that runs live: its tick, latency and state; or why it cannot."""
+    from ..conv.geometry import counted
     from ..streaming import streaming
 
     try:
@@ -145,8 +146,8 @@ def _live_facts(module: Any, config: Any, weights: Any) -> dict[str, str]:
         return {"live": f"no ({error})"}
     after = "" if timing.milliseconds is None else f" ({timing.milliseconds:.4g} ms)"
     return {
-        "live tick": f"{timing.tick} input position{'' if timing.tick == 1 else 's'}",
-        "live latency": f"{timing.latency} input position{'' if timing.latency == 1 else 's'}{after}",
+        "live tick": counted(timing.tick, "input position"),
+        "live latency": counted(timing.latency, "input position") + after,
         "live state": f"{timing.state:,} bytes a signal",
     }
 

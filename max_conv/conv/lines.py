@@ -99,7 +99,7 @@ def chained(steps: tuple[Step, ...], step: Step) -> tuple[Step, ...]:
 
 @dataclass(frozen=True)
 class Window:
-    """The rows that a layer reads in one call: rows of the calls before, and those of this call.
+    """The rows that a layer reads in one call: rows of the calls before, and rows of this call.
 
     Attributes:
         line: The layer's input.

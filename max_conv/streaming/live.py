@@ -54,7 +54,6 @@ class LiveSignals(TracedSignals):
         self.windows: list[Window] = []
         self.state_size = 0
         self._tick, self._ticks, self._counts, self._state = tick, ticks, counts, state
-        self._after: Line | None = None
         super().__init__(graph, str(ticks))
 
     def begin(self, inputs: Sequence[TensorValue]) -> None:
@@ -66,14 +65,10 @@ class LiveSignals(TracedSignals):
         """Returns how many positions a call brings."""
         return self._ticks if line.per_tick == 1 else self._ticks * line.per_tick
 
-    def layer_input(
-        self, x: TensorValue, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
+    def _read_by(
+        self, x: TensorValue, line: Line, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
     ) -> tuple[TensorValue, Geometry | TransposedGeometry, Dim]:
         """Returns a window of `x`, the geometry of a layer that computes the same from it, and its output's length."""
-        if self.is_apart(x):
-            self._after = None
-            return x, geometry, outputs
-        line = self.line(x)
         if isinstance(geometry, Geometry):
             if geometry.padding_mode == "circular":
                 raise ValueError(

@@ -34,7 +34,6 @@ class RaggedSignals(TracedSignals):
         """
         *own, self._lengths = inputs
         self._sizes: dict[Line, Dim] = {}
-        self._after: Line | None = None
         super().__init__(graph, str(own[0].shape[axes[0]]))
         for value, axis in zip(own, axes, strict=True):
             self._take(value, WHOLE, value.shape[axis])
@@ -43,14 +42,10 @@ class RaggedSignals(TracedSignals):
         """Returns how many positions a value has room for."""
         return self._sizes[line]
 
-    def layer_input(
-        self, x: TensorValue, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
+    def _read_by(
+        self, x: TensorValue, line: Line, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
     ) -> tuple[TensorValue, Geometry | TransposedGeometry, Dim]:
         """Returns what a layer reads instead of `x`, its geometry then, and its output's length."""
-        if self.is_apart(x):
-            self._after = None
-            return x, geometry, outputs
-        line = self.line(x)
         self._after, self._outputs = line.through(geometry), outputs
         if isinstance(geometry, Geometry) and geometry.is_pointwise:
             return x, geometry, outputs

@@ -8,6 +8,7 @@ from max import _core
 from max._mlir import ir
 from max.graph import Dim, Graph, TensorValue, ops
 
+from ..conv.geometry import Geometry, TransposedGeometry
 from ..conv.lines import Line
 from ..conv.whole import Signals
 from .positions import check
@@ -34,6 +35,7 @@ class TracedSignals(Signals):
         self._graph, self._symbol = graph, symbol
         self._lines: dict[Any, Line] = {}
         self._apart: set[Any] = set()
+        self._after: Line | None = None  # of the layer that is being made
         self._skip()
 
     def size(self, line: Line) -> Dim:
@@ -53,6 +55,21 @@ class TracedSignals(Signals):
                 f"{self.op}: a value that must be a signal has no positions; compute it outside the graph."
             )
         return line
+
+    def layer_input(
+        self, x: TensorValue, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
+    ) -> tuple[TensorValue, Geometry | TransposedGeometry, Dim]:
+        """Returns what a layer reads instead of `x`, its geometry then, and its output's length."""
+        if self.is_apart(x):
+            self._after = None
+            return x, geometry, outputs
+        return self._read_by(x, self.line(x), geometry, layout, outputs)
+
+    def _read_by(
+        self, x: TensorValue, line: Line, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
+    ) -> tuple[TensorValue, Geometry | TransposedGeometry, Dim]:
+        """Does it for a value that has a line, and sets `_after`."""
+        raise NotImplementedError
 
     def same_positions(self, value: TensorValue, x: TensorValue) -> TensorValue:
         """Returns a value that an operation of one's own has just made, and whose positions are those of `x`."""
