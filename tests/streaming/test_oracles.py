@@ -220,10 +220,15 @@ def part_of(layer: Any) -> Part:
 
 @pytest.fixture(scope="module")
 def moshi() -> Iterator[tuple[Any, Any]]:
-    """Returns Moshi's modules `conv` and `conv_test`."""
-    *_, conv, tests = from_wheel(
-        MOSHI, "moshi", ["utils.compile", "modules.streaming", "modules.conv", "modules.conv_test"]
-    )
+    """Returns Moshi's modules `conv` and `conv_test`.
+
+    `conv_test` turns cuDNN off, which PyTorch forbids once its own test cases are imported, as test_torch_oracle.py does.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+        *_, conv, tests = from_wheel(
+            MOSHI, "moshi", ["utils.compile", "modules.streaming", "modules.conv", "modules.conv_test"]
+        )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.no_grad():
