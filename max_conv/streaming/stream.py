@@ -68,6 +68,7 @@ class Stream:
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"stream: batch must be a number of signals from 1 on, but is {batch!r}.")
         self.timing, self._run, self._chunks, self._results = timing, run, tuple(chunks), tuple(results)
+        self._axes = [chunk.axis - 1 for chunk in chunks]  # of the positions in a row
         self._rows = [self._fresh()] * batch
         self._endless = np.full(batch, ENDLESS)
         self._state = np.zeros((batch, timing.state), np.uint8)
@@ -78,7 +79,14 @@ class Stream:
         """The number of signals."""
         return len(self._rows)
 
-    def push(self, *chunks: Any, reset: Any = None, last: Any = None, lengths: Any = None) -> Any:
+    def push(
+        self,
+        *chunks: Any,
+        reset: Any = None,
+        last: Any = None,
+        lengths: Any = None,
+        rows: Sequence[int] | None = None,
+    ) -> Any:
         """Takes the next positions of every signal, and returns what can be computed.
 
         Args:
@@ -86,6 +94,8 @@ class Stream:
             reset: For each row, whether a new signal begins with this chunk.
             last: For each row, whether its signal ends with this chunk: then the rest of it is returned, too.
             lengths: For each row, how many positions of the chunk belong to it; None means all.
+            rows: Which rows the chunks are for, each once; the others wait. All arguments and the answer then have these
+                rows alone. None means all.
 
         Returns:
             An array for each output of the network, alone if there is one: the next positions, maybe 0. Where rows have
@@ -95,10 +105,11 @@ class Stream:
             TypeError, ValueError: If a chunk has another dtype or shape, a row has ended, or a signal is too short for the
                 network. Nothing has changed then.
         """
-        given, arrays = self._checked(chunks)
+        which = range(self.batch) if rows is None else self._picked(rows)
+        given, arrays = self._checked(chunks, len(which))
         first = self._rows[0]
         if (
-            lengths is reset is last is None
+            lengths is reset is last is rows is None
             and given % self.timing.tick == 0
             and first.ticks * self.timing.tick == first.seen
             and (given >= self.timing.first * self.timing.tick or (first.ticks and given))
@@ -106,25 +117,26 @@ class Stream:
             and all(row is first for row in self._rows)
         ):
             return self._advance_together(first, given, arrays)
-        counts = [given] * self.batch if lengths is None else self._counts(lengths, given)
-        begins, ends = self._mask("reset", reset), self._mask("last", last)
-        rows = []
-        for n, row in enumerate(self._rows):
-            row = self._fresh() if begins[n] else row
-            if row.ended and (counts[n] or ends[n]):
+        size = len(which)
+        counts = [given] * size if lengths is None else self._counts(lengths, given, size)
+        begins, ends = self._mask("reset", reset, size), self._mask("last", last, size)
+        changed = {}
+        for i, n in enumerate(which):
+            row = self._fresh() if begins[i] else self._rows[n]
+            if row.ended and (counts[i] or ends[i]):
                 raise ValueError(
                     f"stream: {'the signal' if self.batch == 1 else f'row {n}'} was flushed; call reset() first, or push "
                     "with reset=."
                 )
-            rows.append(self._longer(row, n, counts[n], ends[n], arrays))
-        return self._advance(rows)
+            changed[n] = self._longer(row, i, counts[i], ends[i], arrays)
+        return self._advance(changed)
 
     def flush(self) -> Any:
         """Ends every signal that has not ended, and returns the rest of them."""
         ended = [row.ended for row in self._rows]
         if all(ended):
             raise ValueError("stream: was flushed; call reset() first.")
-        return self._advance([replace(row, ended=True) for row in self._rows])
+        return self._advance({n: replace(row, ended=True) for n, row in enumerate(self._rows)})
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Lets new signals begin, in all rows or in some."""
@@ -152,16 +164,14 @@ class Stream:
         Raises:
             ValueError: If it is the state of another model, or of another number of rows.
         """
-        held = np.asarray(state["state"], np.uint8)
+        held = np.array(state["state"], np.uint8)
         if held.shape != (len(rows), self.timing.state):
             raise ValueError(
                 f"stream: the state has shape {held.shape}, but {len(rows)} rows of this model have "
                 f"({len(rows)}, {self.timing.state})."
             )
-        if not self._state.flags.writeable:
-            self._state = self._state.copy()
+        self._keep(list(rows), held)
         for i, n in enumerate(rows):
-            self._state[n] = held[i]
             waiting = tuple(np.array(array) for array in state["held"][i])
             self._rows[n] = _Row(int(state["ticks"][i]), int(state["seen"][i]), bool(state["ended"][i]), waiting)
 
@@ -169,12 +179,18 @@ class Stream:
         shapes = ([size or 0 for size in chunk.shape[1:]] for chunk in self._chunks)
         return _Row(0, 0, False, tuple(np.zeros(s, _bits(c)) for s, c in zip(shapes, self._chunks, strict=True)))
 
-    def _checked(self, chunks: Sequence[Any]) -> tuple[int, list[np.ndarray]]:
-        """Returns the number of positions, and the arrays; bfloat16 as bits."""
+    def _picked(self, rows: Sequence[int]) -> list[int]:
+        picked = [int(n) for n in rows]
+        if not picked or len(set(picked)) < len(picked) or not all(0 <= n < self.batch for n in picked):
+            raise ValueError(f"stream: rows must be numbers from 0 to {self.batch - 1}, each once, but are {picked}.")
+        return picked
+
+    def _checked(self, chunks: Sequence[Any], size: int) -> tuple[int, list[np.ndarray]]:
+        """Returns the number of positions, and the arrays for `size` rows; bfloat16 as bits."""
         if len(chunks) != len(self._chunks):
             names = ", ".join(chunk.name for chunk in self._chunks)
             raise TypeError(f"stream: takes {len(self._chunks)} inputs ({names}), but got {len(chunks)}.")
-        arrays, given = [], set()
+        arrays, positions = [], set()
         for value, chunk in zip(chunks, self._chunks, strict=True):
             buffer = buffer_of(value, "stream: input", chunk.name)
             shape = tuple(buffer.shape)
@@ -183,43 +199,46 @@ class Stream:
                     f"stream: input {chunk.name!r} must be {chunk.dtype}, but is {buffer.dtype.name}; cast it first."
                 )
             if len(shape) != len(chunk.shape) or any(
-                want not in (None, size) for want, size in zip(chunk.shape, shape, strict=True)
+                want not in (None, given) for want, given in zip(chunk.shape, shape, strict=True)
             ):
-                want = ", ".join("any" if size is None else str(size) for size in (self.batch, *chunk.shape[1:]))
+                want = ", ".join("any" if axis is None else str(axis) for axis in (size, *chunk.shape[1:]))
                 raise ValueError(f"stream: input {chunk.name!r} must have shape ({want}), but has {shape}.")
-            if shape[0] != self.batch:
-                raise ValueError(
-                    f"stream: input {chunk.name!r} has {shape[0]} rows, but the stream was made for {self.batch}."
-                )
-            given.add(shape[chunk.axis])
+            if shape[0] != size:
+                what = "the stream was made for" if size == self.batch else "rows= names"
+                raise ValueError(f"stream: input {chunk.name!r} has {shape[0]} rows, but {what} {size}.")
+            positions.add(shape[chunk.axis])
             arrays.append(_numpy(buffer))
-        if len(given) > 1:
-            raise ValueError(f"stream: all inputs must have equally many positions, but have {sorted(given)}.")
-        return given.pop(), arrays
+        if len(positions) > 1:
+            raise ValueError(f"stream: all inputs must have equally many positions, but have {sorted(positions)}.")
+        return positions.pop(), arrays
 
-    def _counts(self, lengths: Any, given: int) -> list[int]:
+    def _counts(self, lengths: Any, given: int, size: int) -> list[int]:
         counts = np.asarray(lengths)
-        if counts.shape != (self.batch,) or counts.dtype.kind not in "iu":
-            raise ValueError(f"stream: lengths must be {self.batch} integers, one for each row, but are {lengths!r}.")
+        if counts.shape != (size,) or counts.dtype.kind not in "iu":
+            raise ValueError(f"stream: lengths must be {size} integers, one for each row, but are {lengths!r}.")
         if counts.min() < 0 or counts.max() > given:
             raise ValueError(f"stream: lengths must be 0 to the chunk's {given} positions, but are {counts.tolist()}.")
         return counts.tolist()
 
-    def _mask(self, name: str, mask: Any) -> list[bool]:
+    def _mask(self, name: str, mask: Any, size: int) -> list[bool]:
         if mask is None:
-            return [False] * self.batch
-        values = np.broadcast_to(np.asarray(mask), (self.batch,)) if np.ndim(mask) == 0 else np.asarray(mask)
-        if values.shape != (self.batch,) or values.dtype != bool:
-            raise ValueError(f"stream: {name} must be {self.batch} booleans, one for each row, but is {mask!r}.")
+            return [False] * size
+        values = np.broadcast_to(np.asarray(mask), (size,)) if np.ndim(mask) == 0 else np.asarray(mask)
+        if values.shape != (size,) or values.dtype != bool:
+            raise ValueError(f"stream: {name} must be {size} booleans, one for each row, but is {mask!r}.")
         return values.tolist()
 
     def _longer(self, row: _Row, n: int, count: int, end: bool, arrays: Sequence[np.ndarray]) -> _Row:
         """Returns a row with the first `count` positions of row n of the arrays."""
-        held = []
-        for waiting, array, chunk in zip(row.held, arrays, self._chunks, strict=True):
-            new = _cut(array[n], chunk.axis - 1, 0, count)
-            held.append(new if waiting.shape[chunk.axis - 1] == 0 else np.concatenate([waiting, new], chunk.axis - 1))
-        return replace(row, seen=row.seen + count, ended=row.ended or end, held=tuple(held))
+        held = row.held
+        if count:
+            held = tuple(
+                np.concatenate([waiting, _cut(array[n], axis, 0, count)], axis)
+                if waiting.shape[axis]
+                else _cut(array[n], axis, 0, count)
+                for waiting, array, axis in zip(held, arrays, self._axes, strict=True)
+            )
+        return replace(row, seen=row.seen + count, ended=row.ended or end, held=held)
 
     def _ready(self, row: _Row) -> int:
         """Returns how many ticks of a row can be computed."""
@@ -231,37 +250,55 @@ class Stream:
         all_in = -(-row.seen // self.timing.tick)
         return max(self.timing.ticks(row.seen), all_in) - row.ticks
 
-    def _advance(self, rows: list[_Row]) -> Any:
-        """Computes what is ready, keeps the rows, and returns the answers."""
+    def _advance(self, changed: dict[int, _Row]) -> Any:
+        """Computes what is ready of the rows that changed, keeps them, and returns their answers."""
         groups: dict[int, list[int]] = {}
-        for n, row in enumerate(rows):
+        for n, row in changed.items():
             if (ticks := self._ready(row)) > 0:
                 groups.setdefault(ticks, []).append(n)
+            else:
+                changed[n] = self._later(row, 0)
         outputs = self.timing.outputs
         answers: list[list[np.ndarray]] = [[] for _ in outputs]
         order: list[int] = []
-        state = self._state
+        states = []
         for ticks, members in groups.items():
-            picked = [rows[n] for n in members]
+            picked = [changed[n] for n in members]
             whole = members == list(range(self.batch))
-            *values, kept = self._compute(picked, ticks, state if whole else self._state[members])
-            new = _numpy(kept)
-            if whole:
-                state = new
-            else:
-                state = state.copy() if state is self._state else state
-                state[members] = new
+            *values, kept = self._compute(picked, ticks, self._state if whole else self._state[members])
+            states.append((members, _numpy(kept)))
             order += members
             for i, (signal, value) in enumerate(zip(outputs, values, strict=True)):
                 answers[i] += self._valid(picked, ticks, signal, _numpy(value))
             for n in members:
-                rows[n] = self._later(rows[n], ticks)
-        # Rows at the same place share an object, by which `push` knows them.
-        places = {(row.ticks, row.seen, row.ended) for row in rows}
-        alike = len(places) == 1 and rows[0].seen == rows[0].ticks * self.timing.tick
-        self._rows, self._state = rows[:1] * self.batch if alike else rows, state
-        made = [self._together(i, order, answers[i]) for i in range(len(outputs))]
+                changed[n] = self._later(changed[n], ticks)
+        where = {n: i for i, n in enumerate(changed)}
+        made = [self._together(i, [where[n] for n in order], answers[i], len(changed)) for i in range(len(outputs))]
+        # Nothing fails from here on.
+        for members, state in states:
+            self._keep(members, state)
+        for n, row in changed.items():
+            self._rows[n] = row
+        self._share()
         return made[0] if len(made) == 1 else tuple(made)
+
+    def _keep(self, members: list[int], state: np.ndarray) -> None:
+        """Keeps the new state of some rows."""
+        if members == list(range(self.batch)):
+            self._state = state
+            return
+        if not self._state.flags.writeable:
+            self._state = self._state.copy()
+        self._state[members] = state
+
+    def _share(self) -> None:
+        """Lets rows at the same place share an object, by which `push` knows them."""
+        first = self._rows[0]
+        place = first.ticks, first.seen, first.ended
+        if first.seen == first.ticks * self.timing.tick and all(
+            (row.ticks, row.seen, row.ended) == place for row in self._rows
+        ):
+            self._rows = [first] * self.batch
 
     def _advance_together(self, row: _Row, given: int, arrays: Sequence[np.ndarray]) -> Any:
         """Does the same for whole ticks of signals that are all at the same place: nothing is copied."""
@@ -291,7 +328,7 @@ class Stream:
         size = ticks * self.timing.tick
         inputs = []
         for i, chunk in enumerate(self._chunks):
-            axis = chunk.axis - 1
+            axis = self._axes[i]
             first = rows[0].held[i]
             batch = np.zeros((len(rows), *first.shape[:axis], size, *first.shape[axis + 1 :]), first.dtype)
             for row, target in zip(rows, batch, strict=True):
@@ -314,20 +351,20 @@ class Stream:
 
     def _later(self, row: _Row, ticks: int) -> _Row:
         size = ticks * self.timing.tick
-        held = [_cut(h, chunk.axis - 1, size, None) for h, chunk in zip(row.held, self._chunks, strict=True)]
-        # A copy lets go of the chunk that the rest was a part of.
+        held = [_cut(array, axis, size, None) for array, axis in zip(row.held, self._axes, strict=True)]
+        # A copy lets go of the caller's chunk, which the rest was a part of.
         return replace(row, ticks=row.ticks + ticks, held=tuple(array.copy() for array in held))
 
-    def _together(self, number: int, order: Sequence[int], found: Sequence[np.ndarray]) -> Any:
-        """Returns the rows' positions of an output in one array."""
+    def _together(self, number: int, order: Sequence[int], found: Sequence[np.ndarray], size: int) -> Any:
+        """Returns the positions of an output of `size` rows in one array."""
         spec, axis = self._results[number], self.timing.outputs[number].axis
-        counts = np.zeros(self.batch, np.int64)
+        counts = np.zeros(size, np.int64)
         for n, value in zip(order, found, strict=True):
             counts[n] = value.shape[axis - 1]
         if number == 0:
             self.lengths = counts
         shape = [
-            self.batch if i == 0 else int(counts.max()) if i == axis else size or 0 for i, size in enumerate(spec.shape)
+            size if i == 0 else int(counts.max()) if i == axis else fixed or 0 for i, fixed in enumerate(spec.shape)
         ]
         result = np.zeros(shape, _bits(spec))
         for n, value in zip(order, found, strict=True):

@@ -125,6 +125,46 @@ def test_rows_move_from_stream_to_stream() -> None:
     )
 
 
+def test_some_rows_alone() -> None:
+    """A pool of slots: each push has the rows of some slots, in any order; the others wait."""
+    random, pool = np.random.default_rng(0), stream(5)
+    signals = random.integers(1, 99, (5, 40)).astype(np.float32)
+    at, got = [0] * 5, [np.zeros(0, np.float32) for _ in range(5)]
+    while min(at) < 40:
+        rows = random.permutation(5)[: random.integers(1, 6)].tolist()
+        sizes = [min(int(random.integers(0, 6)), 40 - at[n]) for n in rows]
+        chunk = np.full((len(rows), max(sizes)), np.nan, np.float32)
+        for i, (n, size) in enumerate(zip(rows, sizes)):
+            chunk[i, :size] = signals[n, at[n] : at[n] + size]
+            at[n] += size
+        last = [at[n] == 40 and size > 0 for n, size in zip(rows, sizes)]
+        answer = pool.push(chunk, rows=rows, lengths=sizes, last=last)
+        assert len(answer) == len(pool.lengths) == len(rows)
+        for i, n in enumerate(rows):
+            got[n] = np.append(got[n], answer[i, : pool.lengths[i]])
+    for signal, answer in zip(signals, got):
+        np.testing.assert_array_equal(answer, whole(signal))
+
+
+def test_the_callers_chunk_may_be_used_again() -> None:
+    s, room, signal, got = stream(), np.zeros((1, 1), np.float32), np.arange(1, 9, dtype=np.float32), []
+    for value in signal:  # fewer positions than a tick has
+        room[:] = value
+        got.append(s.push(room))
+        room[:] = np.nan
+    np.testing.assert_array_equal(np.concatenate([*got, s.flush()], 1)[0], whole(signal))
+
+
+def test_what_was_taken_or_put_stays_as_it_is() -> None:
+    s = stream(2)
+    s.push(numbers([1, 2, 3], [4, 5, 6]))
+    kept = s.state()
+    before = kept["state"].copy()
+    s.put([0, 1], kept)
+    s.push(numbers([7, 8, 9]), rows=[1])
+    np.testing.assert_array_equal(kept["state"], before)
+
+
 def test_an_endless_signal_neither_drifts_nor_grows() -> None:
     s = stream()
     s._rows[0] = type(s._rows[0])(10**9, 2 * 10**9, False, s._rows[0].held)
@@ -164,6 +204,16 @@ def test_an_endless_signal_neither_drifts_nor_grows() -> None:
             ValueError,
             "stream: the state has shape (1, 8), but 2 rows of this model have (2, 8).",
             lambda s: s.put([0, 1], stream().state()),
+        ),
+        (
+            ValueError,
+            "stream: rows must be numbers from 0 to 1, each once, but are [1, 1].",
+            lambda s: s.push(numbers([1], [1]), rows=[1, 1]),
+        ),
+        (
+            ValueError,
+            "stream: input 'x' has 2 rows, but rows= names 1.",
+            lambda s: s.push(numbers([1], [1]), rows=[1]),
         ),
         (ValueError, "stream: batch must be a number of signals from 1 on, but is 0.", lambda s: stream(0)),
     ],
