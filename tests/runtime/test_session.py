@@ -62,7 +62,7 @@ def close(got: Any) -> None:
 def test_arrays_by_position_and_by_name(model: max_conv.Model) -> None:
     close(model(X))
     close(model(x=X))
-    assert repr(model) == "Model(x: float32(batch, length, 4)) -> float32(batch, length, 8)"
+    assert repr(model) == "Model(x: float32(batch, length, 4)) -> output0: float32(batch, length, 8)"
 
 
 def test_numpy_in_numpy_out_and_dlpack_in_dlpack_out(model: max_conv.Model) -> None:
@@ -410,7 +410,7 @@ def edited(saved: Path, target: Path, **changes: Any) -> Path:
             r"load: .* was compiled for the accelerator sm_1, which is not here; compile it again\.",
         ),
         ({"inputs": [1]}, r"load: .* is not a model that max_conv saved, or is damaged"),
-        ({"format": 99}, r"load: .* has format 99, but this max_conv reads 2; save it again\."),
+        ({"format": 99}, r"load: .* has format 99, but this max_conv reads 3; save it again\."),
     ],
     ids=["max", "machine", "cpu", "accelerator", "inputs", "format"],
 )

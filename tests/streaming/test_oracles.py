@@ -225,7 +225,7 @@ def moshi() -> Iterator[tuple[Any, Any]]:
     `conv_test` turns cuDNN off, which PyTorch forbids once its own test cases are imported, as test_torch_oracle.py does.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+        patch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", True)
         *_, conv, tests = from_wheel(
             MOSHI, "moshi", ["utils.compile", "modules.streaming", "modules.conv", "modules.conv_test"]
         )
