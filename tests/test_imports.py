@@ -31,10 +31,11 @@ OF_WEIGHTS = {"conv.dlpack", "conv.folding", "conv.geometry", "conv.layouts", "c
 LIGHT = [
     *sorted(OF_WEIGHTS),
     *("cache", "cli", "cli.main", "cli.run", "cli.convert", "cli.terminal", "conv", "conv.dispatch", "conv.library"),
-    *("frontends", "serving", "sound", "sound.audio", "sound.picture", "weights", "weights.convert"),
+    *("frontends", "serving", "serving.task", "sound", "sound.audio", "sound.picture", "weights", "weights.convert"),
 ]
 """Modules that are loaded without MAX, and therefore fast."""
-OUTSIDE_AT_LOAD = {"cli": {"click"}, "sound": {"numpy"}, "weights": {"numpy"}, "serving": {"numpy"}}
+OF_SERVERS = {"msgspec", "prometheus_client", "starlette", "uvicorn"}
+OUTSIDE_AT_LOAD = {"cli": {"click"}, "sound": {"numpy"}, "weights": {"numpy"}, "serving": {"numpy", *OF_SERVERS}}
 """The packages that a folder's modules may import when they are loaded; other folders may import MAX and NumPy."""
 
 BY_NAME = {"__init__.py", "cli/compile.py", "serving/networks.py"}

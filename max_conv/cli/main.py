@@ -12,6 +12,7 @@ import click
 from .compile import compile_
 from .convert import convert
 from .run import run
+from .serve import serve
 from .stream import stream
 from .terminal import JSON, Commands, step, table
 
@@ -24,7 +25,7 @@ def main() -> None:
     """1-D convolution for Modular MAX: right on every shape, complete, and fast."""
 
 
-for command in (compile_, convert, run, stream):
+for command in (compile_, convert, run, serve, stream):
     main.add_command(command)
 
 

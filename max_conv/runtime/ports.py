@@ -86,7 +86,7 @@ def too_short(shapes: Iterable[Iterable[int | str]], sizes: Mapping[str, int]) -
     """
     texts = [size for shape in shapes for size in shape if isinstance(size, str)]
     for text in texts:
-        size = _value(text, sizes)
+        size = size_of(text, sizes)
         if size is not None and size < 0:
             for name in sizes:
                 if re.search(rf"\b{re.escape(name)}\b", text):
@@ -98,7 +98,7 @@ def _least(texts: list[str], sizes: Mapping[str, int], name: str) -> int | None:
     """Returns the least size of a dimension with which no output is negative or empty: outputs grow with it."""
 
     def works(size: int) -> bool:
-        values = [_value(text, {**sizes, name: size}) for text in texts if re.search(rf"\b{re.escape(name)}\b", text)]
+        values = [size_of(text, {**sizes, name: size}) for text in texts if re.search(rf"\b{re.escape(name)}\b", text)]
         return all(value is None or value > 0 for value in values)
 
     low, high = sizes[name], LARGEST
@@ -110,7 +110,7 @@ def _least(texts: list[str], sizes: Mapping[str, int], name: str) -> int | None:
     return high
 
 
-def _value(text: str, sizes: Mapping[str, int]) -> int | None:
+def size_of(text: str, sizes: Mapping[str, int]) -> int | None:
     """Returns the value of an expression, or None if it contains anything but sums, products and divisions."""
     try:
         return _evaluate(ast.parse(text, mode="eval").body, sizes)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from .. import lazily
 
 if TYPE_CHECKING:
+    from .asgi import app
     from .networks import gallery, graph_file
     from .task import Network, Task, config_of, open_network
 
-__all__ = ["Network", "Task", "config_of", "gallery", "graph_file", "open_network"]
+__all__ = ["Network", "Task", "app", "config_of", "gallery", "graph_file", "open_network"]
 _TASK = dict.fromkeys(["Network", "Task", "config_of", "open_network"], "task")
-__getattr__ = lazily(__name__, {"gallery": "networks", "graph_file": "networks", **_TASK})
+__getattr__ = lazily(__name__, {"app": "asgi", "gallery": "networks", "graph_file": "networks", **_TASK})

@@ -43,7 +43,7 @@ class Stream:
 
     Attributes:
         timing: When the network has what.
-        lengths: How many positions the last answer has in each row, for the first output. Zeros follow them.
+        output_lengths: For each output, how many positions the last answer has in each row. Zeros follow them.
 
     Source: the idea of one state for all layers, https://github.com/kyutai-labs/moshi
     """
@@ -72,7 +72,12 @@ class Stream:
         self._rows = [self._fresh()] * batch
         self._endless = np.full(batch, ENDLESS)
         self._state = np.zeros((batch, timing.state), np.uint8)
-        self.lengths = np.zeros(batch, np.int64)
+        self.output_lengths = [np.zeros(batch, np.int64) for _ in timing.outputs]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """How many positions the last answer has in each row, for the first output."""
+        return self.output_lengths[0]
 
     @property
     def batch(self) -> int:
@@ -312,8 +317,7 @@ class Stream:
             begin = max(0, signal.line.delay - row.ticks * signal.line.per_tick)
             result = _cut(_numpy(value), signal.axis, begin, None)
             results.append(_buffer(np.ascontiguousarray(result), self._results[i].dtype))
-            if i == 0:
-                self.lengths = np.full(self.batch, result.shape[signal.axis])
+            self.output_lengths[i] = np.full(self.batch, result.shape[signal.axis])
         return results[0] if len(results) == 1 else tuple(results)
 
     def _in_ticks(self, batch: np.ndarray, number: int, ticks: int) -> Any:
@@ -361,8 +365,7 @@ class Stream:
         counts = np.zeros(size, np.int64)
         for n, value in zip(order, found, strict=True):
             counts[n] = value.shape[axis - 1]
-        if number == 0:
-            self.lengths = counts
+        self.output_lengths[number] = counts
         shape = [
             size if i == 0 else int(counts.max()) if i == axis else fixed or 0 for i, fixed in enumerate(spec.shape)
         ]

@@ -1,0 +1,227 @@
+"""A live model that is served: the signals of all callers run in one batch, and join and leave it at any time."""
+
+import math
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..runtime.ports import live_array
+from .metrics import Metrics
+from .protocol import Refused, Request, Spec
+from .queue import Job
+from .served import Gone, Options, Served, Session, as_input, as_output
+
+if TYPE_CHECKING:
+    from ..runtime import Model
+
+STATE = "state"
+HEAD = struct.Struct("<4sQQ")
+"""The begin of a state that travels: a mark, the ticks so far, the positions so far."""
+MARK = b"mcs1"
+MOST = 1 << 48
+"""Positions of a signal, at most, that a state may claim."""
+
+
+@dataclass
+class _Piece:
+    """What a job does with its slots."""
+
+    slots: list[int]
+    begin: bool
+    end: bool
+    state: np.ndarray | None = None
+    wants_state: bool = False
+
+
+class LiveServed(Served):
+    """A model of a live graph, `max_conv.streaming(...)`.
+
+    A request that names no sequence and carries no state is a whole signal. With a sequence, the server keeps the signal. With
+    `state`, an input and an output, the client does: it leaves the input out for a new signal, or sends what it got.
+    """
+
+    live = True
+
+    def __init__(self, name: str, model: "Model", options: Options, metrics: Metrics) -> None:
+        super().__init__(name, model, options, metrics)
+        timing = model.timing
+        assert timing is not None, "the model is live"
+        self._timing = timing
+        chunks = [live_array(p, axis, timing.tick) for p, axis in zip(model.inputs, timing.axes, strict=False)]
+        results = [live_array(p, signal.axis) for p, signal in zip(model.outputs, timing.outputs, strict=False)]
+        self._chunks, self._results = chunks, results
+        state = Spec("uint8", ("batch", "bytes"), False)
+
+        def spec(chunk: Any, positions: str) -> Spec:
+            own = {0: "batch", chunk.axis: positions}
+            return Spec(chunk.dtype, tuple(own.get(i, size or 0) for i, size in enumerate(chunk.shape)))
+
+        self.inputs = {chunk.name: spec(chunk, "positions") for chunk in chunks} | {STATE: state}
+        self.outputs = {r.name: spec(r, f"positions_{i}") for i, r in enumerate(results)} | {STATE: state}
+        self.facts = {
+            "live": True,
+            "tick": timing.tick,
+            "latency": timing.latency,
+            "rate": timing.rate or 0,
+            "positions_per_second": float(timing.positions_per_second) if timing.rate else 0.0,
+            "state_bytes": timing.state,
+        }
+        self._free: list[int] = []
+
+    def start(self) -> None:
+        # Memory that no signal has used yet is not taken from the system.
+        self._stream = self.model.stream(batch=self.options.max_streams)
+        self._free = [*range(self.options.max_streams)][::-1]
+        super().start()
+
+    def streams(self) -> int:
+        return self.options.max_streams - len(self._free)
+
+    def open(self, rows: int) -> Session:
+        return Session(rows, self._slots(rows))
+
+    def close(self, session: Session) -> None:
+        self._free += session.kept or []
+        session.kept = None
+
+    async def push(
+        self, session: Session, arrays: dict[str, np.ndarray], end: bool, seconds: float, gone: Gone | None = None
+    ) -> dict[str, np.ndarray]:
+        if STATE in arrays:
+            raise Refused("the server keeps the state of a sequence; leave the input state out.")
+        session.busy = True
+        job = self._job(arrays, _Piece(session.kept, not session.begun, end))
+        job.keeps = True
+        try:
+            answer = await self.queue.answer(job, seconds, gone)
+        except BaseException:
+            # What runs is not called back: the signal is somewhere after this piece, and nobody has the answer.
+            session.broken = job.runs
+            raise
+        finally:
+            session.busy, session.used = False, time.monotonic()
+        session.begun = True
+        return answer
+
+    async def _alone(
+        self, request: Request, arrays: dict[str, np.ndarray], rows: int, seconds: float, gone: Gone | None
+    ) -> dict[str, np.ndarray]:
+        state = arrays.pop(STATE, None)
+        kept = state is not None or request.wants(STATE)
+        if state is not None and state.shape[1] == 0:
+            state = None
+        end = request.flag("sequence_end") if kept else True
+        # The rows go into slots for this call alone.
+        slots = self._slots(rows)
+        try:
+            piece = _Piece(slots, state is None, end, None if state is None else self._checked(state), kept)
+            return await self.queue.answer(self._job(arrays, piece), seconds, gone)
+        finally:
+            self._free += slots
+
+    def _slots(self, rows: int) -> list[int]:
+        if rows < 1:
+            raise Refused("a live signal needs at least one row.")
+        if rows > len(self._free):
+            raise self._full()
+        return [self._free.pop() for _ in range(rows)]
+
+    def _job(self, arrays: Mapping[str, np.ndarray], piece: _Piece) -> Job:
+        values = [arrays[chunk.name] for chunk in self._chunks]
+        return Job(values, STATE, len(piece.slots), more=piece)
+
+    def _run(self, jobs: Sequence[Job]) -> Sequence[dict[str, np.ndarray]]:
+        pieces: list[_Piece] = [job.more for job in jobs]
+        for piece in pieces:
+            if piece.state is not None:
+                self._stream.put(piece.slots, self._unpacked(piece.state))
+        axis = self._chunks[0].axis
+        counts = [job.arrays[0].shape[axis] for job in jobs]
+        chunks = [self._together(jobs, i, max(counts)) for i in range(len(self._chunks))]
+
+        def each(values: Sequence[Any]) -> list[Any]:
+            return [value for value, piece in zip(values, pieces, strict=True) for _ in piece.slots]
+
+        results = self._stream.push(
+            *chunks,
+            rows=[slot for piece in pieces for slot in piece.slots],
+            reset=np.array(each([piece.begin for piece in pieces])),
+            last=np.array(each([piece.end for piece in pieces])),
+            lengths=np.array(each(counts)),
+        )
+        results = results if isinstance(results, tuple) else (results,)
+        arrays = [as_output(p, result) for p, result in zip(self.model.outputs, results, strict=False)]
+        answers, at = [], 0
+        for piece in pieces:
+            answers.append(self._answer(piece, arrays, at))
+            at += len(piece.slots)
+        return answers
+
+    def _together(self, jobs: Sequence[Job], number: int, longest: int) -> Any:
+        """Returns an input of all jobs in one array, with zeros behind the shorter ones."""
+        parts, chunk = [job.arrays[number] for job in jobs], self._chunks[number]
+        if len(parts) > 1:
+            shape = [*parts[0].shape]
+            shape[0], shape[chunk.axis] = sum(len(part) for part in parts), longest
+            room, at = np.zeros(shape, parts[0].dtype), 0
+            for part in parts:
+                room[(slice(at, at + len(part)), *[slice(size) for size in part.shape[1:]])] = part
+                at += len(part)
+            parts = [room]
+        return as_input(self.model.inputs[number], parts[0])
+
+    def _answer(self, piece: _Piece, arrays: Sequence[np.ndarray], at: int) -> dict[str, np.ndarray]:
+        answer = {}
+        for result, array, lengths in zip(self._results, arrays, self._stream.output_lengths, strict=True):
+            # The rows of a job are at the same place of their signals.
+            own = array[at : at + len(piece.slots)]
+            answer[result.name] = own[(slice(None),) * result.axis + (slice(int(lengths[at])),)].copy()
+        if piece.wants_state:
+            empty = np.zeros((len(piece.slots), 0), np.uint8)
+            answer[STATE] = empty if piece.end else self._packed(self._stream.take(piece.slots))
+        return answer
+
+    def _packed(self, state: Mapping[str, Any]) -> np.ndarray:
+        """Returns what a stream tells of some rows, each as bytes: (rows, bytes)."""
+        rows = [
+            HEAD.pack(MARK, int(ticks), int(seen)) + own.tobytes() + b"".join(array.tobytes() for array in held)
+            for ticks, seen, own, held in zip(state["ticks"], state["seen"], state["state"], state["held"], strict=True)
+        ]
+        return np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
+
+    def _checked(self, state: np.ndarray) -> np.ndarray:
+        """Raises an error unless a state that a client sent is that of a signal of this model."""
+        places = {HEAD.unpack(row[: HEAD.size].tobytes()) if len(row) >= HEAD.size else None for row in state}
+        place = places.pop()
+        if places or place is None or place[0] != MARK:
+            raise Refused("the input state is not one that this server returned, or its rows are of different signals.")
+        _, ticks, seen = place
+        waiting = seen - ticks * self._timing.tick
+        need = HEAD.size + self._timing.state + waiting * sum(self._units())
+        if not (0 <= ticks <= seen <= MOST and waiting >= 0 and need == state.shape[1]):
+            raise Refused(
+                f"the input state has {state.shape[1]} bytes, which are not those of a signal of {self.name}."
+            )
+        return state
+
+    def _units(self) -> list[int]:
+        """Returns the bytes of a position of each input."""
+        return [math.prod(size or 1 for size in c.shape) * Spec(c.dtype, ()).numpy.itemsize for c in self._chunks]
+
+    def _unpacked(self, state: np.ndarray) -> dict[str, Any]:
+        """Returns what `_packed` was given."""
+        _, ticks, seen = HEAD.unpack(state[0, : HEAD.size].tobytes())
+        waiting = seen - ticks * self._timing.tick
+        own, rest = np.split(state[:, HEAD.size :], [self._timing.state], axis=1)
+        held: list[list[np.ndarray]] = [[] for _ in state]
+        for chunk, unit in zip(self._chunks, self._units(), strict=True):
+            values, rest = np.split(rest, [waiting * unit], axis=1)
+            shape = [waiting if i == chunk.axis else size or 1 for i, size in enumerate(chunk.shape)][1:]
+            for row, value in zip(held, values, strict=True):
+                row.append(value.copy().view(Spec(chunk.dtype, ()).numpy).reshape(shape))
+        count = len(state)
+        return {"state": own, "ticks": [ticks] * count, "seen": [seen] * count, "ended": [False] * count, "held": held}

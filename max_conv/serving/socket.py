@@ -1,0 +1,120 @@
+"""A live signal through a WebSocket: raw samples go in, raw values come out."""
+
+import asyncio
+import math
+from typing import Any
+
+import numpy as np
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from .protocol import Refused
+from .served import Options, Served
+
+IDLE = 4408
+"""The code with which a connection is closed that sends nothing."""
+TOKEN = "token."
+SCALE = 1 << 15
+"""Full scale of 16-bit samples."""
+
+
+async def talk(socket: WebSocket, model: Served | None, options: Options) -> None:
+    """Serves one signal.
+
+    A binary message holds the next positions of the input, any number, as little-endian values of its dtype, or 16-bit samples
+    with `?in=s16`. Each is answered by one binary message: the output's positions that are ready, maybe none, or as 16-bit
+    samples with `?out=s16`. The text "end" ends the signal: the rest of the output comes, and the connection is closed. `?output=NAME`
+    chooses another output than the first.
+
+    Close codes: 1000 after "end"; 1003 for another text; 1007 for bytes that are no whole positions; 1008 for a model or an
+    option that is not there; 1013 if there are too many signals; 4408 if nothing came for the idle time.
+    """
+    offered = socket.scope.get("subprotocols", [])
+    await socket.accept(subprotocol=next((name for name in offered if name.startswith(TOKEN)), None))
+    try:
+        if model is None:
+            raise Refused(f"there is no model {socket.path_params['model'][:60]!r} here.", 404)
+        signal = _Signal(model, socket.query_params)
+        session = model.open(1)
+    except Refused as error:
+        await _close(socket, 1013 if error.status == 503 else 1008, str(error))
+        return
+    try:
+        await _serve(socket, model, signal, session, options)
+    except TimeoutError:
+        await _close(socket, IDLE, f"nothing came for {options.idle:g} s.")
+    except Refused as error:
+        await _close(socket, {400: 1007, 415: 1003, 503: 1013}.get(error.status, 1011), str(error))
+    except WebSocketDisconnect:
+        pass
+    finally:
+        model.close(session)
+
+
+async def _serve(socket: WebSocket, model: Served, signal: "_Signal", session: Any, options: Options) -> None:
+    while True:
+        async with asyncio.timeout(options.idle):
+            message = await socket.receive()
+        if message["type"] == "websocket.disconnect":
+            return
+        data = message.get("bytes")
+        if end := data is None:
+            if message.get("text") != "end":
+                raise Refused('the only text is "end"; send values as binary messages.', 415)
+            data = b""
+        if data or (end and session.begun and model.live):
+            answer = await model.push(session, signal.arrays(data), end, options.deadline)
+            await socket.send_bytes(signal.bytes(answer))
+        else:
+            await socket.send_bytes(b"")
+        if end:
+            await _close(socket, 1000, "the signal has ended.")
+            return
+
+
+async def _close(socket: WebSocket, code: int, reason: str) -> None:
+    # A reason may have 123 bytes.
+    await socket.close(code, reason.encode()[:120].decode(errors="ignore"))
+
+
+class _Signal:
+    """How the bytes of messages are the values of a model."""
+
+    def __init__(self, model: Served, query: Any) -> None:
+        names = [name for name, spec in model.inputs.items() if spec.needed]
+        if len(names) != 1:
+            raise Refused(f"{model.name} has the inputs {', '.join(names)}; a connection carries one: use sequence_id.")
+        self.input = names[0]
+        self.spec = model.inputs[self.input]
+        self.output = query.get("output", next(iter(model.outputs)))
+        if self.output not in model.outputs:
+            raise Refused(f"{model.name} has no output {self.output[:40]!r}.")
+        self.reads_pcm, self.writes_pcm = (_pcm(query, side) for side in ("in", "out"))
+        if (self.reads_pcm and self.spec.dtype != "float32") or (
+            self.writes_pcm and model.outputs[self.output].dtype != "float32"
+        ):
+            raise Refused(f"{model.name} has no float32 samples; leave s16 out.")
+        self.sizes = [size for size in self.spec.shape[1:] if isinstance(size, int)]
+        self.unit = math.prod(self.sizes) * (2 if self.reads_pcm else self.spec.numpy.itemsize)
+
+    def arrays(self, data: bytes) -> dict[str, np.ndarray]:
+        """Returns the model's input of one signal."""
+        if len(data) % self.unit:
+            raise Refused(f"a message must hold whole positions of {self.unit} bytes, but has {len(data)} bytes.")
+        values = np.frombuffer(data, "<i2" if self.reads_pcm else self.spec.numpy)
+        if self.reads_pcm:
+            values = values.astype(np.float32) / np.float32(SCALE)
+        shape = [size if isinstance(size, int) else len(data) // self.unit for size in self.spec.shape]
+        return {self.input: values.reshape([1, *shape[1:]])}
+
+    def bytes(self, answer: dict[str, np.ndarray]) -> bytes:
+        """Returns the output of one signal."""
+        values = answer[self.output]
+        if self.writes_pcm:
+            values = np.clip(np.rint(values * SCALE), -SCALE, SCALE - 1).astype("<i2")
+        return values.tobytes()
+
+
+def _pcm(query: Any, side: str) -> bool:
+    if (kind := query.get(side, "f32")) not in ("f32", "s16"):
+        raise Refused(f"?{side}= must be f32 or s16, but is {kind[:20]!r}.")
+    return kind == "s16"
