@@ -23,7 +23,7 @@ from .live import LiveServed
 from .metrics import Metrics
 from .protocol import Refused, decode, encode
 from .served import Options, Served, Whole
-from .socket import talk
+from .socket import TOKEN, talk
 
 HEADER = "inference-header-content-length"
 Handler = Callable[[Request], Awaitable[Response]]
@@ -67,7 +67,7 @@ def app(models: Mapping[str, Model | str | PathLike] | Sequence[str], **limits: 
         ]
     handlers: Any = {Refused: refused, ClientDisconnect: gone, HTTPException: unknown, Exception: failed}
     application = Starlette(routes=routes, lifespan=server.lifespan, exception_handlers=handlers)
-    return partial(guarded, application, server.options.token) if server.options.token else application
+    return Guarded(application, server.options.token) if server.options.token else application
 
 
 def opened(models: Mapping[str, Any] | Sequence[str]) -> dict[str, Model]:
@@ -199,23 +199,28 @@ async def failed(request: Request, error: Exception) -> Response:
     return sentence("the server failed; its log says more.", 500)
 
 
-async def guarded(application: Any, token: str, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-    """Lets in who sends the token; health and the empty page are for everybody."""
-    kind, path = scope["type"], scope.get("path", "")
-    open_ = kind == "lifespan" or (kind == "http" and (path.startswith("/v2/health/") or path == "/"))
-    if open_ or _has(token, scope):
-        await application(scope, receive, send)
-    elif kind == "websocket":
-        await send({"type": "websocket.close", "code": 1008})  # before it is accepted, this is 403
-    else:
-        text = "the token is missing or wrong; send the header Authorization: Bearer TOKEN."
-        await sentence(text, 401, {"www-authenticate": "Bearer", "connection": "close"})(scope, receive, send)
+class Guarded:
+    """Lets in who sends the token; health and the page, which is empty without it, are for everybody."""
 
+    def __init__(self, application: Any, token: str) -> None:
+        self._application, self._token = application, token
 
-def _has(token: str, scope: MutableMapping[str, Any]) -> bool:
-    """Whether a request has the token; a browser's WebSocket, which cannot send headers, has it as a subprotocol."""
-    headers = dict(scope.get("headers", ()))
-    given = headers.get(b"authorization", b"")
-    if scope["type"] == "websocket" and not given:
-        given = b"Bearer " + headers.get(b"sec-websocket-protocol", b"").rpartition(b"token.")[2].strip()
-    return hmac.compare_digest(given, f"Bearer {token}".encode())
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        kind, path = scope["type"], scope.get("path", "")
+        free = kind == "lifespan" or (kind == "http" and (path.startswith("/v2/health/") or path == "/"))
+        if free or self._has_token(scope):
+            await self._application(scope, receive, send)
+        elif kind == "websocket":
+            await send({"type": "websocket.close", "code": 1008})  # before it is accepted, this is 403
+        else:
+            text = "the token is missing or wrong; send the header Authorization: Bearer TOKEN."
+            headers = {"www-authenticate": "Bearer", "connection": "close"}
+            await sentence(text, 401, headers)(scope, receive, send)
+
+    def _has_token(self, scope: MutableMapping[str, Any]) -> bool:
+        headers = dict(scope.get("headers", ()))
+        given = headers.get(b"authorization", b"")
+        if scope["type"] == "websocket" and not given:
+            # A browser's WebSocket cannot send headers: its subprotocol carries the token.
+            given = b"Bearer " + headers.get(b"sec-websocket-protocol", b"").rpartition(TOKEN.encode())[2].strip()
+        return hmac.compare_digest(given, f"Bearer {self._token}".encode())

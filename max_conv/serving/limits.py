@@ -65,10 +65,11 @@ class Limited(HttpToolsProtocol):
     """uvicorn's protocol, which closes connections whose headers are too large or late, or which are too many."""
 
     most = Options.max_connections
+    """Connections at a time."""
 
     def connection_made(self, transport: Any) -> None:
         self._timer: asyncio.TimerHandle | None = None
-        self._seen, self._in_headers = 0, True
+        self._seen, self._begun, self._in_headers = 0, 0, True
         super().connection_made(transport)
         if len(self.connections) > self.most:
             self._close(
@@ -83,20 +84,28 @@ class Limited(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        self._seen += len(data) if self._in_headers else 0
+        self._begun, between = 0, self._in_headers
         super().data_received(data)
+        # Bytes that hold the end of another request are not counted: they are few.
+        if between and self._in_headers and self._begun <= 1:
+            self._seen += len(data)
         if self._in_headers and self._seen > HEADERS and not self.transport.is_closing():
             self._close(b"431 Request Header Fields Too Large", f"the headers have more than {HEADERS} bytes.")
 
     def on_message_begin(self) -> None:
         self._wait()
         self._seen, self._in_headers = 0, True
+        self._begun += 1
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._stop()
         self._in_headers = False
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_headers = True  # of the next request
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         self._close(b"400 Bad Request", "this is not HTTP as it has to be.")

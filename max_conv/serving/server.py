@@ -39,7 +39,9 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         if error.errno == errno.EADDRINUSE:
             raise OSError(f"serve: port {port} of {host} is taken by another program; pass --port.") from None
-        raise OSError(f"serve: cannot listen on {host} port {port} ({error.strerror}); pass --host or --port.") from None
+        raise OSError(
+            f"serve: cannot listen on {host} port {port} ({error.strerror}); pass --host or --port."
+        ) from None
     return listener
 
 
@@ -52,16 +54,20 @@ def run(application: Any, listener: socket.socket, max_connections: int, logs: s
         max_connections: Connections, at most.
         logs: "text" or "json" for a line a request on stderr; "off".
     """
-    Limited.most = max_connections
     if logs != "off":
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s" if logs == "json" else "%(asctime)s %(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         application = Logged(application, logs == "json")
-    config = uvicorn.Config(
+    _Server(configured(application, max_connections)).run([listener])
+
+
+def configured(application: Any, max_connections: int) -> uvicorn.Config:
+    """Returns how uvicorn serves an application."""
+    return uvicorn.Config(
         application,
-        http=Limited,
+        http=type("Limited", (Limited,), {"most": max_connections}),
         loop="uvloop",
         ws="websockets-sansio",
         ws_max_size=MESSAGE,
@@ -73,7 +79,6 @@ def run(application: Any, listener: socket.socket, max_connections: int, logs: s
         timeout_keep_alive=60,
         timeout_graceful_shutdown=GRACE,
     )
-    _Server(config).run([listener])
 
 
 class _Server(uvicorn.Server):
