@@ -30,7 +30,18 @@ OF_WEIGHTS = {"conv.dlpack", "conv.folding", "conv.geometry", "conv.layouts", "c
 
 LIGHT = [
     *sorted(OF_WEIGHTS),
-    *("cache", "cli", "cli.main", "cli.run", "cli.convert", "cli.terminal", "conv", "conv.dispatch", "conv.library"),
+    *(
+        "cache",
+        "cli",
+        "cli.batch",
+        "cli.main",
+        "cli.run",
+        "cli.convert",
+        "cli.terminal",
+        "conv",
+        "conv.dispatch",
+        "conv.library",
+    ),
     *("frontends", "serving", "serving.task", "sound", "sound.audio", "sound.picture", "weights", "weights.convert"),
 ]
 """Modules that are loaded without MAX, and therefore fast."""

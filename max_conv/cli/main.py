@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from .batch import batch
 from .compile import compile_
 from .convert import convert
 from .run import run
@@ -25,7 +26,7 @@ def main() -> None:
     """1-D convolution for Modular MAX: right on every shape, complete, and fast."""
 
 
-for command in (compile_, convert, run, serve, stream):
+for command in (batch, compile_, convert, run, serve, stream):
     main.add_command(command)
 
 

@@ -80,7 +80,8 @@ def speech(
     --weights pypi://silero-vad==6.2.3/silero_vad/data/silero_vad_16k.safetensors
     """
     from ..serving import graph_file, open_network
-    from ..sound import agreement, draw_speech, read_audio, read_rttm, turns
+    from ..serving.batch import read_input, speech_facts
+    from ..sound import agreement, draw_speech, read_rttm, turns
     from ..weights import resolve
 
     picture = new_file(picture or Path(f"{name}.png"), force=True)
@@ -88,7 +89,7 @@ def speech(
         audio, labels = _sample(None), labels or resolve(graph_file("silero-vad").SAMPLE_LABELS)
     settings = config(name, None)
     rate, hop = settings.rate, settings.hop / settings.rate
-    sound = read_audio(audio, rate).mean(axis=0)
+    sound = read_input(name, graph_file(name).TASK, audio, settings)
     known = read_rttm(labels) if labels else None
     network = open_network(name, settings, **source, step=step)
     with step("listening"):
@@ -102,10 +103,7 @@ def speech(
         draw_speech(picture, sound, rate, probabilities, hop, found, known, threshold=threshold)
 
     if as_json:
-        facts = {
-            "turns": [{"start": turn.start, "end": turn.end} for turn in found],
-            "agreement": vars(agreed) if agreed else None,
-        }
+        facts = speech_facts(found) | {"agreement": vars(agreed) if agreed else None}
         click.echo(json.dumps(_summary(audio, duration, taken, picture) | facts))
         return
     rows = [[str(i), f"{t.start:.2f}", f"{t.end:.2f}", f"{t.end - t.start:.2f}"] for i, t in enumerate(found, 1)]
@@ -143,13 +141,14 @@ def pitch(
 
     Without AUDIO it uses a 30 s conversation of two people.
     """
-    from ..serving import open_network
-    from ..sound import draw_pitch, note, read_audio, stretches
+    from ..serving import graph_file, open_network
+    from ..serving.batch import pitch_facts, read_input
+    from ..sound import draw_pitch, note, stretches
 
     picture = new_file(picture or Path(f"{name}.png"), force=True)
     audio = _sample(audio)
     settings = config(name, None, capacity=capacity)
-    sound = read_audio(audio, settings.rate).mean(axis=0)
+    sound = read_input(name, graph_file(name).TASK, audio, settings)
     network = open_network(name, settings, weights=weights, saved=saved, step=step)
     with step("listening"):
         start = time.perf_counter()
@@ -160,9 +159,7 @@ def pitch(
     with step("drawing"):
         draw_pitch(picture, sound, settings.rate, followed, threshold=threshold)
     if as_json:
-        frames = {name: [round(float(value), 4) for value in values] for name, values in vars(followed.track).items()}
-        facts = {"stretches": [vars(s) | {"note": note(s.pitch)} for s in found], "track": frames}
-        click.echo(json.dumps(_summary(audio, duration, taken, picture) | facts))
+        click.echo(json.dumps(_summary(audio, duration, taken, picture) | pitch_facts(followed.track, found)))
         return
     columns = dict.fromkeys(("start (s)", "end (s)", "pitch (Hz)", "note", "range (Hz)", "periodicity"), "right")
     table(f"Pitch in {audio.name}", columns | {"note": "left"}, [_stretch(s, note(s.pitch)) for s in found])
@@ -268,29 +265,13 @@ def _run_on(
     source: Path, name: str, weights: str | None, file: Path | None, saved: Path | None
 ) -> tuple[Any, Any, float]:
     """Returns the network, its output for a file, and the seconds that it took."""
-    from ..serving import open_network
+    from ..serving import graph_file, open_network
+    from ..serving.batch import read_input
 
     settings = config(name, file)
-    given = _given(name, source, settings)
+    given = read_input(name, graph_file(name).TASK, source, settings)
     network = open_network(name, settings, weights=weights, saved=saved, step=step)
     with step("running"):
         start = time.perf_counter()
         result = network.run(given)
         return network, result, time.perf_counter() - start
-
-
-def _given(name: str, source: Path, settings: Any) -> Any:
-    """Returns a network's input: every channel of a sound, or the array in a file."""
-    import numpy as np
-
-    from ..serving import graph_file
-    from ..sound import read_audio
-
-    task = graph_file(name).TASK
-    if task.input == "sound":
-        return read_audio(source, settings.rate)
-    try:
-        array = np.load(source, allow_pickle=False)
-    except (ValueError, EOFError):
-        raise ValueError(f"{name}: {source} must be a .npy file of an array.") from None
-    return task.check(f"{name}: {source}", array, settings)

@@ -69,7 +69,7 @@ class Limited(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         self._timer: asyncio.TimerHandle | None = None
-        self._seen, self._begun, self._in_headers = 0, 0, True
+        self._seen, self._begun, self._in_headers, self._in_body = 0, 0, False, False
         super().connection_made(transport)
         if len(self.connections) > self.most:
             self._close(
@@ -84,10 +84,10 @@ class Limited(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        self._begun, between = 0, self._in_headers
+        self._begun, in_body = 0, self._in_body
         super().data_received(data)
-        # Bytes that hold the end of another request are not counted: they are few.
-        if between and self._in_headers and self._begun <= 1:
+        # Bytes that hold the end of another request, too, are not counted: they are few.
+        if self._in_headers and not in_body and self._begun <= 1:
             self._seen += len(data)
         if self._in_headers and self._seen > HEADERS and not self.transport.is_closing():
             self._close(b"431 Request Header Fields Too Large", f"the headers have more than {HEADERS} bytes.")
@@ -100,11 +100,11 @@ class Limited(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stop()
-        self._in_headers = False
+        self._in_headers, self._in_body = False, True
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        self._in_headers = True  # of the next request
+        self._in_body = False
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:

@@ -331,8 +331,7 @@ class Stream:
         """Runs some rows for some ticks. Ended rows are filled up with zeros, which no output depends on."""
         size = ticks * self.timing.tick
         inputs = []
-        for i, chunk in enumerate(self._chunks):
-            axis = self._axes[i]
+        for i, axis in enumerate(self._axes):
             first = rows[0].held[i]
             batch = np.zeros((len(rows), *first.shape[:axis], size, *first.shape[axis + 1 :]), first.dtype)
             for row, target in zip(rows, batch, strict=True):

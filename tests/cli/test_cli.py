@@ -182,7 +182,9 @@ def test_refuses_in_one_sentence(case: str, folder: Path, monkeypatch: pytest.Mo
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("command", [[], ["convert"], ["run", "speech"], ["compile", "conv1d"], ["info"]])
+@pytest.mark.parametrize(
+    "command", [[], ["batch"], ["convert"], ["run", "speech"], ["compile", "conv1d"], ["info"], ["serve"]]
+)
 def test_help_answers_at_once(command: list[str]) -> None:
     """It loads only click: importing MAX takes more than a second, NumPy a tenth."""
     python = Path(sys.executable)

@@ -76,6 +76,15 @@ def test_headers_that_are_too_large(port: int) -> None:
     assert answer[0] == 431
 
 
+def test_a_large_body_in_one_piece_is_no_header(port: int) -> None:
+    one = body(np.ones((1, 5000, 2), np.float32))
+    assert len(one) > 40_000
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        for _ in range(3):
+            connection.sendall(head(f"Content-Length: {len(one)}") + one)
+            assert response(connection)[0] == 200
+
+
 def test_headers_that_never_end(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("max_conv.serving.limits.SECONDS", 0.3)
     answer = raw(port, b"POST / HTTP/1.1\r\nA: b\r\n")
@@ -228,8 +237,8 @@ def test_the_memory_of_bodies() -> None:
 def test_a_token() -> None:
     with in_thread(app({"m": Plain(), "live": Live()}, token="secret é")) as port:  # type: ignore[dict-item]
         for path in ("/v2", "/metrics", "/v2/models/m", "/v2/models/other"):
-            for wrong in ({}, {"Authorization": "Bearer secret"}, {"Authorization": "secret e"}):
-                answer = request(port, "GET", path, **wrong)
+            for wrong in ("Basic x", "Bearer secret", "secret e"):
+                answer = request(port, "GET", path, Authorization=wrong)
                 assert answer[0] == 401 and "token" in sentence(answer)
         assert request(port, "POST", INFER, GOOD)[0] == 401
         for path in ("/v2/health/live", "/v2/health/ready", "/"):

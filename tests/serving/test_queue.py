@@ -131,7 +131,8 @@ def test_a_bad_job_fails_alone() -> None:
         tasks = [asyncio.ensure_future(queue.answer(job(value), 20)) for value in (1.0, 13.0, 2.0, 666.0)]
         await asyncio.sleep(0.01)
         calls.go.set()
-        _, one, bad, two, broken = await asyncio.gather(first, *tasks, return_exceptions=True)
+        answers: list[Any] = await asyncio.gather(first, *tasks, return_exceptions=True)
+        _, one, bad, two, broken = answers
         assert (one.tolist(), two.tolist()) == ([2], [4])
         assert isinstance(bad, Refused) and (bad.status, str(bad)) == (400, "13 is not taken.")
         assert isinstance(broken, OSError)

@@ -327,7 +327,8 @@ def test_a_live_signal_as_a_whole() -> None:
 @pytest.mark.parametrize("keeper", ["server", "client"])
 def test_a_live_signal_in_pieces(sizes: list[int], keeper: str) -> None:
     async def test(served: Served, ask: Ask) -> None:
-        got, state = [], np.zeros((1, 0), np.uint8)
+        got: list[np.ndarray] = []
+        state = np.zeros((1, 0), np.uint8)
         *begin, rest = [piece for piece, _ in pieces(SIGNAL, sizes)]
         for number, piece in enumerate([*begin, rest]):
             end = number == len(begin)
