@@ -50,21 +50,22 @@ def app(models: Mapping[str, Model | str | PathLike] | Sequence[str], **limits: 
     Source: https://github.com/kserve/open-inference-protocol
     """
     server = Server(opened(models), Options(**limits))
-    routes: list[Any] = [
+    base = "/v2/models/{model}"
+    routes = [
+        Route(base + "/infer", server.infer, methods=["POST"]),  # the one that has to be fast is looked at first
+        WebSocketRoute(base + "/stream", server.stream),
+        Route(base, server.metadata),
+        Route(base + "/ready", server.ready),
+        Route(base + "/versions/{version}", server.metadata),
+        Route(base + "/versions/{version}/ready", server.ready),
+        Route(base + "/versions/{version}/infer", server.infer, methods=["POST"]),
         Route("/", server.page),
         Route("/v2", server.about),
         Route("/v2/health/live", server.healthy),
         Route("/v2/health/ready", server.healthy),
         Route("/metrics", server.counted),
         Route("/v2/repository/index", server.index, methods=["POST"]),
-        WebSocketRoute("/v2/models/{model}/stream", server.stream),
     ]
-    for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        routes += [
-            Route(base, server.metadata),
-            Route(base + "/ready", server.ready),
-            Route(base + "/infer", server.infer, methods=["POST"]),
-        ]
     handlers: Any = {Refused: refused, ClientDisconnect: gone, HTTPException: unknown, Exception: failed}
     application = Starlette(routes=routes, lifespan=server.lifespan, exception_handlers=handlers)
     return Guarded(application, server.options.token) if server.options.token else application
