@@ -41,7 +41,7 @@ def model_of(contender: str, folder: Path) -> Any:
         return max_conv.load(folder / "silero.maxconv")
     import onnxruntime
 
-    from max_conv.runtime.ports import Port
+    from max_conv.runtime import Port
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = os.cpu_count() or 1
@@ -150,8 +150,7 @@ def main() -> None:
 @click.argument("port", type=int)
 def serve_here(contender: str, folder: Path, port: int) -> None:
     import max_conv
-    from max_conv.serving import app
-    from max_conv.serving.server import listen, run
+    from max_conv.serving import app, listen, run
 
     models = {"m": model_of(contender, folder)}
     if contender == "max_conv":
@@ -279,7 +278,9 @@ def faults(seconds: float, restart: float, clients: int) -> None:
             users = subprocess.Popen(
                 [sys.executable, script, "faults", str(port), words], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
             )
+            assert users.stdout
             try:
+                users.stdout.readline()  # they begin
                 time.sleep(min(left, restart) / 3)
                 early = server.memory()
                 time.sleep(min(left, restart) * 2 / 3)

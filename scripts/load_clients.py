@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,32 +101,69 @@ async def requests(port: int, clients: int, seconds: float, chunks: int, folder:
     return {"answers": len(took), "rate": len(took) / seconds, **percentiles(took)}
 
 
-async def streams(port: int, count: int, seconds: float, folder: str) -> dict[str, Any]:
-    """Each client sends 32 ms of sound every 32 ms, and waits for the probability."""
-    import websockets.asyncio.client as client
+class Caller(asyncio.Protocol):
+    """A WebSocket by hand: a library's client would need more of the processor than the server."""
 
+    def __init__(self, want: np.ndarray, took: list[float]) -> None:
+        self.want, self.took, self.due = want, took, [0.0] * len(want)
+        self.got, self.data, self.open = 0, b"", asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        lines = ["GET /v2/models/live/stream HTTP/1.1", "Host: a", "Upgrade: websocket", "Connection: Upgrade"]
+        lines += ["Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", "Sec-WebSocket-Version: 13", "", ""]
+        transport.write("\r\n".join(lines).encode())
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        self.data += data
+        if not self.open.done():
+            head, end, self.data = self.data.partition(b"\r\n\r\n")
+            if not end:
+                self.data = head
+                return
+            self.open.set_result(head.startswith(b"HTTP/1.1 101"))
+        while len(self.data) >= 6:  # a head of two bytes and a float32
+            frame, self.data = self.data[:6], self.data[6:]
+            value = np.frombuffer(frame, "f4", offset=2)[0]
+            if frame[:2] != b"\x82\x04" or abs(value - self.want[self.got]) > 1e-6:
+                raise SystemExit(f"piece {self.got}: {frame!r}, not {self.want[self.got]}")
+            self.took.append(now - self.due[self.got])
+            self.got += 1
+
+
+async def streams(port: int, count: int, seconds: float, folder: str) -> dict[str, Any]:
+    """Each caller sends 32 ms of sound every 32 ms; the callers are spread evenly over that time."""
     import max_conv
 
-    pieces = int(seconds / 0.032)
+    pieces, warm = int(seconds / 0.032), 30
     sound = (0.1 * np.random.default_rng(0).standard_normal(pieces * 512)).astype(np.float32)
     want = max_conv.load(Path(folder) / "live.maxconv").stream().push(sound[None])[0]
-    took: list[float] = []
-
-    async def caller(n: int) -> None:
-        url = f"ws://127.0.0.1:{port}/v2/models/live/stream"
-        async with client.connect(url, compression=None, ping_interval=None) as talk:
-            start = time.perf_counter() + 1 + 0.032 * n / count
-            for k in range(pieces):
-                due = start + 0.032 * k
-                await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                await talk.send(sound[k * 512 : (k + 1) * 512].tobytes())
-                got = np.frombuffer(await talk.recv(), np.float32)  # type: ignore[arg-type]
-                took.append(time.perf_counter() - due)
-                if got.shape != (1,) or abs(got[0] - want[k]) > 1e-6:
-                    raise RuntimeError(f"caller {n}, piece {k}: {got}, not {want[k]}")
-
-    await asyncio.gather(*(caller(n) for n in range(count)))
-    return {"answers": len(took), **percentiles(took)}
+    # A frame of 2,048 bytes with a mask of zeros.
+    frames = [b"\x82\xfe\x08\x00\0\0\0\0" + piece.tobytes() for piece in sound.reshape(-1, 512)]
+    took: list[list[float]] = [[] for _ in range(count)]
+    loop, callers = asyncio.get_running_loop(), []
+    for n in range(count):
+        callers.append((await loop.create_connection(functools.partial(Caller, want, took[n]), "127.0.0.1", port))[1])
+    if not all(await asyncio.gather(*(caller.open for caller in callers))):
+        raise RuntimeError("a connection was refused")
+    start = time.perf_counter() + 0.1
+    for k in range(pieces):
+        for n, caller in enumerate(callers):
+            due = start + 0.032 * (k + n / count)
+            if (early := due - time.perf_counter()) > 0.0005:
+                await asyncio.sleep(early)
+            elif n % 16 == 0:
+                await asyncio.sleep(0)
+            caller.due[k] = due
+            caller.transport.write(frames[k])
+    end = time.perf_counter() + 10
+    while any(caller.got < pieces for caller in callers) and time.perf_counter() < end:
+        await asyncio.sleep(0.01)
+    answers = sum(caller.got for caller in callers)
+    if answers < pieces * count:
+        raise RuntimeError(f"{pieces * count - answers} pieces had no answer after 10 s")
+    return {"answers": answers, **percentiles([second for own in took for second in own[warm:]])}
 
 
 async def connections(port: int, count: int, seconds: float, folder: str) -> dict[str, Any]:
@@ -148,82 +186,90 @@ async def connections(port: int, count: int, seconds: float, folder: str) -> dic
     return dict(told)
 
 
-async def faults(port: int, clients: int, seconds: float, folder: str, seed: int) -> dict[str, Any]:
-    """Clients that send what is right and what is wrong, leave in the middle, and come back."""
-    inputs = sounds(16, 2)
-    want, told = alone(folder, inputs), Counter({"right": 0, "wrong": 0, "lost": 0, "refused": 0, "left": 0, "down": 0})
-    end = time.perf_counter() + seconds
+class Faults:
+    """Clients that send what is right and what is wrong, leave in the middle, and come back; every answer is checked."""
 
-    async def good(connection: Connection, n: int) -> None:
-        connection[1].write(request_of(inputs[n]))
-        status, _, got = await asyncio.wait_for(read(connection[0]), 60)
-        told["right" if status == 200 and got == want[n] else "refused" if status in (503, 504) else "wrong"] += 1
+    def __init__(self, port: int, seconds: float, folder: str, seed: int) -> None:
+        self.port, self.seed, self.end = port, seed, time.perf_counter() + seconds
+        self.inputs = sounds(16, 2)
+        self.want = alone(folder, self.inputs)
+        self.told = Counter({"right": 0, "wrong": 0, "lost": 0, "refused": 0, "left": 0, "down": 0})
+        self.kinds: list[Any] = [self.good] * 12 + [self.sequence] * 3
+        self.kinds += [self.bad, self.huge, self.leaves, self.nonsense]
 
-    async def bad(connection: Connection, n: int) -> None:
-        arrays = dict(inputs[n])
-        arrays["chunks"] = [arrays["chunks"][:, :, :7], arrays["chunks"][0], arrays["chunks"].astype("f8")][n % 3]
-        connection[1].write(request_of(arrays))
-        status, text, _ = await asyncio.wait_for(read(connection[0]), 60)
-        told["refused" if status == 400 and list(json.loads(text)) == ["error"] else "wrong"] += 1
+    async def ask(self, connection: Connection, data: bytes) -> tuple[int, bytes, bytes]:
+        connection[1].write(data)
+        return await asyncio.wait_for(read(connection[0]), 60)
 
-    async def huge(connection: Connection, n: int) -> None:
-        arrays = {"chunks": inputs[n]["chunks"] * np.float32([np.nan, 1e30][n % 2]), "state": inputs[n]["state"]}
-        connection[1].write(request_of(arrays))
-        told["right" if (await asyncio.wait_for(read(connection[0]), 60))[0] == 200 else "wrong"] += 1
+    def count(self, status: int, right: bool) -> None:
+        """Counts an answer to a good request: also "try later" is one."""
+        self.told["right" if status == 200 and right else "refused" if status in (503, 504) else "wrong"] += 1
 
-    async def sequence(connection: Connection, n: int) -> None:
-        key = f"{seed}-{n}-{time.perf_counter()}"
-        for place in ({"sequence_start": True}, {"sequence_end": True}):
-            arrays = {"chunks": inputs[n]["chunks"]} | (
-                {"state": inputs[n]["state"]} if "sequence_start" in place else {}
-            )
-            connection[1].write(request_of(arrays, {"sequence_id": key, **place}))
-            status, _, got = await asyncio.wait_for(read(connection[0]), 60)
-            if "sequence_start" in place:
-                told[
-                    "right" if (status, got) == (200, want[n]) else "refused" if status in (503, 504) else "wrong"
-                ] += 1
+    async def good(self, connection: Connection, n: int) -> None:
+        status, _, got = await self.ask(connection, request_of(self.inputs[n]))
+        self.count(status, got == self.want[n])
 
-    async def leaves(connection: Connection, n: int) -> None:
-        data = request_of(inputs[n])
+    async def sequence(self, connection: Connection, n: int) -> None:
+        facts = {"sequence_id": f"{self.seed}-{n}-{time.perf_counter()}"}
+        begin = request_of(self.inputs[n], facts | {"sequence_start": True})
+        status, _, got = await self.ask(connection, begin)
+        self.count(status, got == self.want[n])
+        if status == 200:
+            rest = request_of({"chunks": self.inputs[n]["chunks"]}, facts | {"sequence_end": True})
+            self.count((await self.ask(connection, rest))[0], True)
+
+    async def bad(self, connection: Connection, n: int) -> None:
+        chunks = self.inputs[n]["chunks"]
+        wrong = {"chunks": [chunks[:, :, :7], chunks[0], chunks.astype("f8")][n % 3]}
+        status, text, _ = await self.ask(connection, request_of(wrong))
+        self.told["refused" if status == 400 and list(json.loads(text)) == ["error"] else "wrong"] += 1
+
+    async def huge(self, connection: Connection, n: int) -> None:
+        values = {"chunks": self.inputs[n]["chunks"] * np.float32([np.nan, 1e30][n % 2])}
+        self.count((await self.ask(connection, request_of(values)))[0], True)
+
+    async def leaves(self, connection: Connection, n: int) -> None:
+        data = request_of(self.inputs[n])
         connection[1].write(data[: [len(data) // 2, len(data)][n % 2]])
         await connection[1].drain()
         connection[1].transport.abort()
-        told["left"] += 1
+        self.told["left"] += 1
 
-    async def nonsense(connection: Connection, n: int) -> None:
-        connection[1].write(HEADS[n % 3] + b"host: a\r\n\r\n")
-        status, _, _ = await asyncio.wait_for(read(connection[0]), 60)
-        told["refused" if status in (400, 404, 405) else "wrong"] += 1
+    async def nonsense(self, connection: Connection, n: int) -> None:
+        status, _, _ = await self.ask(connection, HEADS[n % 3] + b"host: a\r\n\r\n")
+        self.told["refused" if status in (400, 404, 405) else "wrong"] += 1
         connection[1].close()
 
-    kinds: Sequence[Callable[[Connection, int], Any]] = [good] * 12 + [sequence] * 3 + [bad, huge, leaves, nonsense]
-
-    async def client(number: int) -> None:
-        random = np.random.default_rng(1000 * seed + number)
+    async def client(self, number: int) -> None:
+        random = np.random.default_rng(1000 * self.seed + number)
         connection: Connection | None = None
-        while time.perf_counter() < end + 1:
+        while time.perf_counter() < self.end + 1:
             try:
-                connection = connection or await connect(port)
+                connection = connection or await connect(self.port)
             except OSError:  # the server is asked to end, or has ended
-                told["down"] += 1
+                self.told["down"] += 1
                 await asyncio.sleep(0.2)
                 continue
-            kind = kinds[random.integers(len(kinds))]
+            kind = self.kinds[random.integers(len(self.kinds))]
             try:
                 await kind(connection, int(random.integers(16)))
             except (OSError, EOFError, TimeoutError):
                 # While the server ends, a connection that waits is closed: nothing had been sent that was taken.
-                told["down" if time.perf_counter() > end else "lost"] += 1
+                self.told["down" if time.perf_counter() > self.end else "lost"] += 1
                 connection = None
-            if kind in (leaves, nonsense):
+            if kind in (self.leaves, self.nonsense):
                 connection = None
         if connection:
             with contextlib.suppress(OSError):
                 connection[1].close()
 
-    await asyncio.gather(*(client(n) for n in range(clients)))
-    return dict(told)
+
+async def faults(port: int, clients: int, seconds: float, folder: str, seed: int) -> dict[str, Any]:
+    """Runs `Faults`; returns how many answers were what."""
+    users = Faults(port, seconds, folder, seed)
+    print("begin", flush=True)
+    await asyncio.gather(*(users.client(n) for n in range(clients)))
+    return dict(users.told)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 FILE, FUNCTION, ARGUMENTS = 400, 60, 8
 """The most lines of a file, lines of a function without its docstring, and arguments."""
 
-SOURCES = [path for folder in ("max_conv", "graphs", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
+SOURCES = [
+    path for folder in ("max_conv", "graphs", "scripts", "examples") for path in sorted((ROOT / folder).rglob("*.py"))
+]
 KERNELS = sorted((ROOT / "max_conv").rglob("*.mojo"))
 
 MORE_ARGUMENTS = {

@@ -20,7 +20,7 @@ from .terminal import step
 @click.option("--deadline", default=30.0, show_default=True, type=click.FloatRange(0.001), help="Seconds to an answer.")
 @click.option("--max-streams", default=1000, show_default=True, type=click.IntRange(1), help="Live signals of a model.")
 @click.option("--idle", default=60.0, show_default=True, help="Seconds until a signal that gets nothing is let go.")
-@click.option("--tick", default=0.0, show_default=True, help="Milliseconds between calls of a live model, at least.")
+@click.option("--tick", default=5.0, show_default=True, help="Milliseconds between calls of a live model, at least.")
 @click.option("--max-body", default=64.0, show_default=True, help="MiB of a request.")
 @click.option("--max-memory", default=512.0, show_default=True, help="MiB of all requests that are being read.")
 @click.option("--body-timeout", default=20.0, show_default=True, help="Seconds in which a request must come.")

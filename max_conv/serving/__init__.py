@@ -1,6 +1,7 @@
-"""How a network is served: the inputs and outputs of each network of the gallery, and one class that runs any of them.
+"""How networks are served: to the command line, on every file of a folder, and to many callers over HTTP.
 
-The command line, servers and batch jobs keep a `Network` object.
+`Task` says what a network of the gallery accepts and returns, and `Network` runs any of them. `Batch` runs one on files. `app`
+serves saved models.
 """
 
 from typing import TYPE_CHECKING
@@ -11,10 +12,15 @@ if TYPE_CHECKING:
     from .asgi import app
     from .batch import Batch
     from .networks import gallery, graph_file
+    from .server import listen, run
     from .task import Network, Task, config_of, open_network
 
-__all__ = ["Batch", "Network", "Task", "app", "config_of", "gallery", "graph_file", "open_network"]
-_TASK = dict.fromkeys(["Network", "Task", "config_of", "open_network"], "task")
-__getattr__ = lazily(
-    __name__, {"Batch": "batch", "app": "asgi", "gallery": "networks", "graph_file": "networks", **_TASK}
-)
+__all__ = ["Batch", "Network", "Task", "app", "config_of", "gallery", "graph_file", "listen", "open_network", "run"]
+_HOMES = {
+    "asgi": ["app"],
+    "batch": ["Batch"],
+    "networks": ["gallery", "graph_file"],
+    "server": ["listen", "run"],
+    "task": ["Network", "Task", "config_of", "open_network"],
+}
+__getattr__ = lazily(__name__, {name: home for home, names in _HOMES.items() for name in names})

@@ -123,6 +123,15 @@ class LiveServed(Served):
         finally:
             self._free += slots
 
+    def _most_rows(self) -> int:
+        return self.options.max_streams
+
+    def _most_jobs(self) -> int:
+        return max(self.options.max_streams, self.options.max_queue)
+
+    def _pause(self) -> float:
+        return self.options.tick
+
     def _slots(self, rows: int) -> list[int]:
         if rows < 1:
             raise Refused("a live signal needs at least one row.")

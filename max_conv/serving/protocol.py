@@ -58,7 +58,12 @@ class Spec(NamedTuple):
     @property
     def numpy(self) -> np.dtype[Any]:
         """NumPy's dtype; bfloat16, which it lacks, are the bits as uint16."""
-        return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
+        return _numpy_dtype(self.dtype)
+
+
+@functools.cache
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    return np.dtype("uint16" if name == "bfloat16" else name)
 
 
 _Parameters = dict[str, bool | int | float | str]

@@ -5,7 +5,6 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ WATCH = 0.05
 """Seconds after which a waiting request begins to look whether its client is still there."""
 
 
-@dataclass(eq=False)
 class Job:
     """One request, as it waits.
 
@@ -30,17 +28,24 @@ class Job:
         more: Whatever the function that runs it needs besides.
         keeps: Whether it changes what is kept for the next one. Once it runs, it is waited for, whatever the deadline says.
         runs: Whether it has been taken out of its line, and nothing has failed.
+        since: When it came.
+        answer: What is told to whoever waits.
     """
 
-    arrays: list[np.ndarray]
-    kind: Hashable
-    rows: int = 1
-    size: int = 0
-    more: Any = None
-    keeps: bool = False
-    runs: bool = False
-    since: float = field(default_factory=time.monotonic)
-    answer: "asyncio.Future[Any]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    __slots__ = ("answer", "arrays", "keeps", "kind", "more", "rows", "runs", "since", "size")
+
+    def __init__(
+        self,
+        arrays: list[np.ndarray],
+        kind: Hashable,
+        rows: int = 1,
+        size: int = 0,
+        more: Any = None,
+        keeps: bool = False,
+    ) -> None:
+        self.arrays, self.kind, self.rows, self.size, self.more, self.keeps = arrays, kind, rows, size, more, keeps
+        self.runs, self.since = False, time.monotonic()
+        self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
 
 class Queue:
@@ -92,6 +97,8 @@ class Queue:
             self._busy = True
             asyncio.get_running_loop().call_soon(self._next)
         try:
+            if job.keeps and gone is None:  # a socket, which is told when its client has gone
+                return await job.answer
             await asyncio.wait((job.answer,), timeout=min(seconds, WATCH))
             if not job.answer.done():
                 await self._patiently(job, seconds - WATCH, gone)

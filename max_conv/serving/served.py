@@ -29,7 +29,7 @@ class Options:
         deadline: Seconds until a request is answered; its parameter `timeout`, in microseconds, may shorten it.
         max_streams: Live signals and sequences of a model.
         idle: Seconds after which a live signal or sequence that gets nothing is let go.
-        tick: Seconds between two calls of a live model, at least.
+        tick: Seconds between the begins of two calls of a live model, at least: a caller alone does not wait.
         max_body: Bytes of a request.
         max_memory: Bytes of all requests that are being read.
         body_timeout: Seconds in which a request's body must come.
@@ -42,7 +42,7 @@ class Options:
     deadline: float = 30.0
     max_streams: int = 1000
     idle: float = 60.0
-    tick: float = 0.0
+    tick: float = 0.005
     max_body: int = 64 << 20
     max_memory: int = 512 << 20
     body_timeout: float = 20.0
@@ -94,7 +94,7 @@ class Served:
 
     def start(self) -> None:
         """Begins to answer, in the event loop that runs."""
-        self.queue = Queue(self._run, self._most_rows(), self.options.max_queue, self._pause(), self.metrics.seen)
+        self.queue = Queue(self._run, self._most_rows(), self._most_jobs(), self._pause(), self.metrics.seen)
         self.metrics.watch(lambda: self.queue.waiting, self.streams)
 
     def stop(self) -> None:
@@ -216,6 +216,9 @@ class Served:
 
     def _most_rows(self) -> int:
         return self.options.max_batch
+
+    def _most_jobs(self) -> int:
+        return self.options.max_queue
 
     def _pause(self) -> float:
         return 0.0

@@ -39,7 +39,8 @@ async def talk(socket: WebSocket, model: Served | None, options: Options) -> Non
         await _close(socket, 1013 if error.status == 503 else 1008, str(error))
         return
     try:
-        await _serve(socket, model, signal, session, options)
+        async with asyncio.timeout(options.idle) as limit:
+            await _serve(socket, model, signal, session, options, limit)
     except TimeoutError:
         await _close(socket, IDLE, f"nothing came for {options.idle:g} s.")
     except Refused as error:
@@ -50,10 +51,15 @@ async def talk(socket: WebSocket, model: Served | None, options: Options) -> Non
         model.close(session)
 
 
-async def _serve(socket: WebSocket, model: Served, signal: "_Signal", session: Any, options: Options) -> None:
+async def _serve(
+    socket: WebSocket, model: Served, signal: "_Signal", session: Any, options: Options, limit: asyncio.Timeout
+) -> None:
+    loop, moved = asyncio.get_running_loop(), 0.0
     while True:
-        async with asyncio.timeout(options.idle):
-            message = await socket.receive()
+        message = await socket.receive()
+        if (now := loop.time()) > moved + options.idle / 8:  # not at every message: it takes time
+            moved = now
+            limit.reschedule(now + options.idle)
         if message["type"] == "websocket.disconnect":
             return
         data = message.get("bytes")
@@ -93,18 +99,20 @@ class _Signal:
             self.writes_pcm and model.outputs[self.output].dtype != "float32"
         ):
             raise Refused(f"{model.name} has no float32 samples; leave s16 out.")
-        self.sizes = [size for size in self.spec.shape[1:] if isinstance(size, int)]
-        self.unit = math.prod(self.sizes) * (2 if self.reads_pcm else self.spec.numpy.itemsize)
+        sizes = self.spec.shape[1:]
+        self.dtype = np.dtype("<i2") if self.reads_pcm else self.spec.numpy
+        self.unit = math.prod(size for size in sizes if isinstance(size, int)) * self.dtype.itemsize
+        self.shape = [1, *(size if isinstance(size, int) else -1 for size in sizes)]
 
     def arrays(self, data: bytes) -> dict[str, np.ndarray]:
         """Returns the model's input of one signal."""
         if len(data) % self.unit:
             raise Refused(f"a message must hold whole positions of {self.unit} bytes, but has {len(data)} bytes.")
-        values = np.frombuffer(data, "<i2" if self.reads_pcm else self.spec.numpy)
+        values = np.frombuffer(data, self.dtype)
         if self.reads_pcm:
             values = values.astype(np.float32) / np.float32(SCALE)
-        shape = [size if isinstance(size, int) else len(data) // self.unit for size in self.spec.shape]
-        return {self.input: values.reshape([1, *shape[1:]])}
+        positions = len(data) // self.unit
+        return {self.input: values.reshape([positions if size < 0 else size for size in self.shape])}
 
     def bytes(self, answer: dict[str, np.ndarray]) -> bytes:
         """Returns the output of one signal."""

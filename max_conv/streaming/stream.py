@@ -1,8 +1,8 @@
 """`Stream`: signals that are pushed through a compiled live graph, chunk by chunk."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from max.driver import CPU, Buffer
@@ -24,8 +24,7 @@ class Chunk:
     """Of the positions."""
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """One signal: its ticks so far, its positions so far, whether it has ended, and what waits for the next tick."""
 
     ticks: int
@@ -69,7 +68,11 @@ class Stream:
             raise ValueError(f"stream: batch must be a number of signals from 1 on, but is {batch!r}.")
         self.timing, self._run, self._chunks, self._results = timing, run, tuple(chunks), tuple(results)
         self._axes = [chunk.axis - 1 for chunk in chunks]  # of the positions in a row
-        self._rows = [self._fresh()] * batch
+        shapes = ([size or 0 for size in chunk.shape[1:]] for chunk in self._chunks)
+        self._nothing = tuple(np.zeros(s, _bits(c)) for s, c in zip(shapes, self._chunks, strict=True))
+        self._fresh = _Row(0, 0, False, self._nothing)
+        self._rows = [self._fresh] * batch
+        self._late = max(-(-signal.line.delay // signal.line.per_tick) for signal in timing.outputs)  # in ticks
         self._endless = np.full(batch, ENDLESS)
         self._state = np.zeros((batch, timing.state), np.uint8)
         self.output_lengths = [np.zeros(batch, np.int64) for _ in timing.outputs]
@@ -111,23 +114,15 @@ class Stream:
                 network. Nothing has changed then.
         """
         which = range(self.batch) if rows is None else self._picked(rows)
-        given, arrays = self._checked(chunks, len(which))
-        first = self._rows[0]
-        if (
-            lengths is reset is last is rows is None
-            and given % self.timing.tick == 0
-            and first.ticks * self.timing.tick == first.seen
-            and (given >= self.timing.first * self.timing.tick or (first.ticks and given))
-            and not first.ended
-            and all(row is first for row in self._rows)
-        ):
-            return self._advance_together(first, given, arrays)
         size = len(which)
+        given, arrays = self._checked(chunks, size)
         counts = [given] * size if lengths is None else self._counts(lengths, given, size)
         begins, ends = self._mask("reset", reset, size), self._mask("last", last, size)
+        old = [self._fresh if begin else self._rows[n] for n, begin in zip(which, begins, strict=True)]
+        if not any(ends) and counts == [given] * size and self._is_steady(old, given):
+            return self._advance_steadily(which, old, given, arrays)
         changed = {}
-        for i, n in enumerate(which):
-            row = self._fresh() if begins[i] else self._rows[n]
+        for i, (n, row) in enumerate(zip(which, old, strict=True)):
             if row.ended and (counts[i] or ends[i]):
                 raise ValueError(
                     f"stream: {'the signal' if self.batch == 1 else f'row {n}'} was flushed; call reset() first, or push "
@@ -138,15 +133,13 @@ class Stream:
 
     def flush(self) -> Any:
         """Ends every signal that has not ended, and returns the rest of them."""
-        ended = [row.ended for row in self._rows]
-        if all(ended):
+        if all(row.ended for row in self._rows):
             raise ValueError("stream: was flushed; call reset() first.")
-        return self._advance({n: replace(row, ended=True) for n, row in enumerate(self._rows)})
+        return self._advance({n: row._replace(ended=True) for n, row in enumerate(self._rows)})
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Lets new signals begin, in all rows or in some."""
-        fresh = self._fresh()
-        self._rows = [fresh if rows is None or n in rows else row for n, row in enumerate(self._rows)]
+        self._rows = [self._fresh if rows is None or n in rows else row for n, row in enumerate(self._rows)]
 
     def state(self) -> dict[str, Any]:
         """Returns all that is known of the signals, as NumPy arrays; `Model.stream(state=...)` goes on from there."""
@@ -175,18 +168,15 @@ class Stream:
                 f"stream: the state has shape {held.shape}, but {len(rows)} rows of this model have "
                 f"({len(rows)}, {self.timing.state})."
             )
-        self._keep(list(rows), held)
+        self._keep(rows, held)
         for i, n in enumerate(rows):
             waiting = tuple(np.array(array) for array in state["held"][i])
-            self._rows[n] = _Row(int(state["ticks"][i]), int(state["seen"][i]), bool(state["ended"][i]), waiting)
-
-    def _fresh(self) -> _Row:
-        shapes = ([size or 0 for size in chunk.shape[1:]] for chunk in self._chunks)
-        return _Row(0, 0, False, tuple(np.zeros(s, _bits(c)) for s, c in zip(shapes, self._chunks, strict=True)))
+            row = _Row(int(state["ticks"][i]), int(state["seen"][i]), bool(state["ended"][i]), waiting)
+            self._rows[n] = self._later(row, 0)
 
     def _picked(self, rows: Sequence[int]) -> list[int]:
         picked = [int(n) for n in rows]
-        if not picked or len(set(picked)) < len(picked) or not all(0 <= n < self.batch for n in picked):
+        if not picked or len(set(picked)) < len(picked) or min(picked) < 0 or max(picked) >= self.batch:
             raise ValueError(f"stream: rows must be numbers from 0 to {self.batch - 1}, each once, but are {picked}.")
         return picked
 
@@ -243,7 +233,7 @@ class Stream:
                 else _cut(array[n], axis, 0, count)
                 for waiting, array, axis in zip(held, arrays, self._axes, strict=True)
             )
-        return replace(row, seen=row.seen + count, ended=row.ended or end, held=held)
+        return _Row(row.ticks, row.seen + count, row.ended or end, held)
 
     def _ready(self, row: _Row) -> int:
         """Returns how many ticks of a row can be computed."""
@@ -269,7 +259,7 @@ class Stream:
         states = []
         for ticks, members in groups.items():
             picked = [changed[n] for n in members]
-            whole = members == list(range(self.batch))
+            whole = self._are_all(members)
             *values, kept = self._compute(picked, ticks, self._state if whole else self._state[members])
             states.append((members, _numpy(kept)))
             order += members
@@ -284,40 +274,50 @@ class Stream:
             self._keep(members, state)
         for n, row in changed.items():
             self._rows[n] = row
-        self._share()
         return made[0] if len(made) == 1 else tuple(made)
 
-    def _keep(self, members: list[int], state: np.ndarray) -> None:
+    def _keep(self, rows: Sequence[int], state: np.ndarray) -> None:
         """Keeps the new state of some rows."""
-        if members == list(range(self.batch)):
+        if self._are_all(rows):
             self._state = state
             return
         if not self._state.flags.writeable:
             self._state = self._state.copy()
-        self._state[members] = state
+        self._state[list(rows)] = state
 
-    def _share(self) -> None:
-        """Lets rows at the same place share an object, by which `push` knows them."""
-        first = self._rows[0]
-        place = first.ticks, first.seen, first.ended
-        if first.seen == first.ticks * self.timing.tick and all(
-            (row.ticks, row.seen, row.ended) == place for row in self._rows
-        ):
-            self._rows = [first] * self.batch
+    def _are_all(self, rows: Sequence[int]) -> bool:
+        return rows == range(self.batch) or list(rows) == list(range(self.batch))
 
-    def _advance_together(self, row: _Row, given: int, arrays: Sequence[np.ndarray]) -> Any:
-        """Does the same for whole ticks of signals that are all at the same place: nothing is copied."""
+    def _is_steady(self, rows: Sequence[_Row], given: int) -> bool:
+        """Whether whole ticks came for signals of which nothing waits, and bring all rows equally many positions."""
+        if given == 0 or given % self.timing.tick:
+            return False
+        ticks = [row.ticks for row in rows]
+        least = min(ticks)
+        return (
+            (least >= self._late or least == max(ticks))
+            and (least > 0 or given >= self.timing.first * self.timing.tick)
+            and all(row.held is self._nothing and not row.ended for row in rows)
+        )
+
+    def _advance_steadily(
+        self, which: Sequence[int], rows: Sequence[_Row], given: int, arrays: Sequence[np.ndarray]
+    ) -> Any:
+        """Does what `_advance` does for the rows of a steady push: nothing of the chunks is copied."""
         ticks = given // self.timing.tick
         inputs = [self._in_ticks(array, i, ticks) for i, array in enumerate(arrays)]
-        *values, state = self._run(*inputs, np.full(self.batch, row.ticks), self._endless, self._state)
-        self._state = _numpy(state)
-        self._rows = [replace(row, ticks=row.ticks + ticks, seen=row.seen + given)] * self.batch
+        state = self._state if self._are_all(which) else self._state[list(which)]
+        counts = np.array([row.ticks for row in rows], np.int64)
+        *values, state = self._run(*inputs, counts, self._endless[: len(rows)], state)
         results = []
         for i, (signal, value) in enumerate(zip(self.timing.outputs, values, strict=True)):
-            begin = max(0, signal.line.delay - row.ticks * signal.line.per_tick)
+            begin = max(0, signal.line.delay - rows[0].ticks * signal.line.per_tick)
             result = _cut(_numpy(value), signal.axis, begin, None)
             results.append(_buffer(np.ascontiguousarray(result), self._results[i].dtype))
-            self.output_lengths[i] = np.full(self.batch, result.shape[signal.axis])
+            self.output_lengths[i] = np.full(len(rows), result.shape[signal.axis])
+        self._keep(which, _numpy(state))
+        for n, row in zip(which, rows, strict=True):
+            self._rows[n] = _Row(row.ticks + ticks, row.seen + given, False, self._nothing)
         return results[0] if len(results) == 1 else tuple(results)
 
     def _in_ticks(self, batch: np.ndarray, number: int, ticks: int) -> Any:
@@ -353,10 +353,13 @@ class Stream:
         return found
 
     def _later(self, row: _Row, ticks: int) -> _Row:
+        """Returns a row after some ticks."""
         size = ticks * self.timing.tick
-        held = [_cut(array, axis, size, None) for array, axis in zip(row.held, self._axes, strict=True)]
+        if not any(array.shape[axis] > size for array, axis in zip(row.held, self._axes, strict=True)):
+            return row._replace(ticks=row.ticks + ticks, held=self._nothing)
         # A copy lets go of the caller's chunk, which the rest was a part of.
-        return replace(row, ticks=row.ticks + ticks, held=tuple(array.copy() for array in held))
+        held = [_cut(array, axis, size, None).copy() for array, axis in zip(row.held, self._axes, strict=True)]
+        return row._replace(ticks=row.ticks + ticks, held=tuple(held))
 
     def _together(self, number: int, order: Sequence[int], found: Sequence[np.ndarray], size: int) -> Any:
         """Returns the positions of an output of `size` rows in one array."""

@@ -354,7 +354,8 @@ def test_live_signals_of_many_callers_run_in_one_batch() -> None:
         signals[3] = np.nan
 
         async def caller(n: int) -> np.ndarray:
-            own, at, got = np.random.default_rng(n), 0, []
+            own, at = np.random.default_rng(n), 0
+            got: list[np.ndarray] = []
             while at < 60:
                 size = int(own.integers(0, 9))
                 facts = {"sequence_id": n + 1, "sequence_start": at == 0 and not got, "sequence_end": at + size >= 60}
