@@ -53,7 +53,7 @@ def model_of(contender: str, folder: Path) -> Any:
         def __call__(self, chunks: np.ndarray, memory: np.ndarray) -> tuple[np.ndarray, ...]:
             return tuple(session.run(None, {"chunks": chunks, "state": memory}))
 
-    return Onnx(inputs=(sound, state), outputs=outputs, timing=None)
+    return Onnx(inputs=(sound, state), outputs=outputs, timing=None, facts={})
 
 
 def prepare(folder: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from max.driver import Buffer, accelerator_architecture_name, accelerator_count
@@ -23,50 +23,53 @@ from ..streaming.timing import Timing
 from .kinds import Alone, from_json, to_json
 from .ports import Port
 
-FORMAT = 3
+FORMAT = 4
 PIECE = 1 << 20
 """Bytes of a saved model that are read at a time."""
 
 
-def write(
-    path: str | os.PathLike,
-    compiled: Any,
-    weights: Mapping[str, Buffer],
-    inputs: Sequence[Port],
-    outputs: Sequence[Port],
-    alone: Alone | None,
-    number: int,
-    timing: Timing | None,
-) -> None:
+class Parts(NamedTuple):
+    """What a `Model` is made of, in the order of its arguments."""
+
+    compiled: Any
+    weights: Mapping[str, Buffer]
+    inputs: Sequence[Port]
+    outputs: Sequence[Port]
+    alone: Alone | None
+    number: int
+    timing: Timing | None
+    facts: Mapping[str, Any]
+
+
+def write(path: str | os.PathLike, model: Parts) -> None:
     """Writes a compiled model with its weights to one file: first to a temporary file next to `path`, then renamed."""
     path = Path(path)
-    on_gpu = any(port.device != "cpu" for port in (*inputs, *outputs))
+    on_gpu = any(port.device != "cpu" for port in (*model.inputs, *model.outputs))
     meta = {
         "format": FORMAT,
         "max": version("max"),
         "machine": platform.machine(),
         "cpu": sorted(cpu_features()),
         "accelerator": accelerator_architecture_name() if on_gpu else None,
-        "inputs": [asdict(port) for port in inputs],
-        "outputs": [asdict(port) for port in outputs],
-        "alone": alone and to_json(alone),
-        "graph": number,
-        "timing": timing and timing.to_json(),
-        "weights": [{"name": n, "dtype": w.dtype.name, "shape": list(w.shape)} for n, w in weights.items()],
+        "inputs": [asdict(port) for port in model.inputs],
+        "outputs": [asdict(port) for port in model.outputs],
+        "alone": model.alone and to_json(model.alone),
+        "graph": model.number,
+        "timing": model.timing and model.timing.to_json(),
+        "facts": dict(model.facts),
+        "weights": [{"name": n, "dtype": w.dtype.name, "shape": list(w.shape)} for n, w in model.weights.items()],
     }
     with whole_file(path) as whole:
         mef = whole.with_name(f"{path.name}.mef")
-        compiled.export_mef(mef)
+        model.compiled.export_mef(mef)
         with zipfile.ZipFile(whole, "w") as file:
             file.writestr("meta.json", json.dumps(meta, indent=1))
             file.write(mef, "model.mef")
-            for number, weight in enumerate(weights.values()):
+            for number, weight in enumerate(model.weights.values()):
                 file.writestr(f"weights/{number}", bytes_of(weight).tobytes())
 
 
-def read(
-    path: str | os.PathLike,
-) -> tuple[Any, dict[str, Buffer], list[Port], list[Port], Alone | None, int, Timing | None]:
+def read(path: str | os.PathLike) -> Parts:
     """Reads a file that `write` wrote: returns what `write` was given.
 
     Raises:
@@ -92,10 +95,11 @@ def read(
             ]
             alone, number = meta["alone"] and from_json(meta["alone"]), meta["graph"]
             timing = meta["timing"] and Timing.from_json(meta["timing"])
+            facts = dict(meta["facts"])
             compiled = read_mef(io.BytesIO(file.read("model.mef")))
     except (zipfile.BadZipFile, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
         raise ValueError(f"load: {path} is not a model that max_conv saved, or is damaged ({error}).") from None
-    return compiled, weights, inputs, outputs, alone, number, timing
+    return Parts(compiled, weights, inputs, outputs, alone, number, timing, facts)
 
 
 def _check_machine(path: Any, meta: Mapping[str, Any]) -> None:

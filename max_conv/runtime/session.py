@@ -39,6 +39,8 @@ class Model:
         inputs: Name, dtype and shape of every input.
         outputs: Name, dtype and shape of every output.
         timing: For a live graph, when it has what; otherwise None.
+        facts: What else is known of it, which `save` keeps: numbers and texts by name. `max_conv.serving.open_network` notes the
+            network, its kind and its rate.
     """
 
     def __init__(
@@ -50,9 +52,10 @@ class Model:
         alone: Alone | None = None,
         number: int = 0,
         timing: Timing | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Starts a compiled graph; `number` tells which, where several were compiled together."""
-        self.timing = timing
+        self.timing, self.facts = timing, dict(facts or {})
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self._compiled = compiled
@@ -155,9 +158,17 @@ class Model:
 
         A temporary file next to `path` is written first and then renamed, so `path` is never half a model.
         """
-        saved.write(
-            path, self._compiled, self._weights, self.inputs, self.outputs, self._alone, self._number, self.timing
+        parts = (
+            self._compiled,
+            self._weights,
+            self.inputs,
+            self.outputs,
+            self._alone,
+            self._number,
+            self.timing,
+            self.facts,
         )
+        saved.write(path, saved.Parts(*parts))
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{port.name}: {port.dtype}{port}" for port in self.inputs)

@@ -69,6 +69,7 @@ class LiveServed(Served):
             "rate": timing.rate or 0,
             "positions_per_second": float(timing.positions_per_second) if timing.rate else 0.0,
             "state_bytes": timing.state,
+            **model.facts,
         }
         self._free: list[int] = []
 

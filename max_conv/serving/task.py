@@ -159,11 +159,13 @@ def open_network(
     from ..runtime import compile, load
     from ..streaming import streaming
 
-    module = graph_file(name)
+    module, file = graph_file(name), name.replace("-", "_")
     config = module.Config() if config is None else config
     if saved:
         with step(f"loading {saved}"):
             model = load(saved)
+        if (other := model.facts.get("network", file)) != file:
+            raise ValueError(f"{name}: {saved} is a model of {other}; pass one that `max-conv compile {name}` wrote.")
         if live != (model.timing is not None):
             raise ValueError(
                 f"{name}: {saved} is {'not ' if live else ''}a live model; compile it with{'' if live else 'out'} --live."
@@ -176,4 +178,5 @@ def open_network(
     with step("compiling"):
         build = partial(streaming, module.build) if live else module.build
         model = compile(build(config, state, exact=exact), weights=state)
+    model.facts |= {"network": file, "kind": module.TASK.kind, "rate": getattr(config, "rate", 0)}
     return Network(name, module.TASK, config, model)

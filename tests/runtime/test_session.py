@@ -410,7 +410,7 @@ def edited(saved: Path, target: Path, **changes: Any) -> Path:
             r"load: .* was compiled for the accelerator sm_1, which is not here; compile it again\.",
         ),
         ({"inputs": [1]}, r"load: .* is not a model that max_conv saved, or is damaged"),
-        ({"format": 99}, r"load: .* has format 99, but this max_conv reads 3; save it again\."),
+        ({"format": 99}, r"load: .* has format 99, but this max_conv reads 4; save it again\."),
     ],
     ids=["max", "machine", "cpu", "accelerator", "inputs", "format"],
 )

@@ -46,6 +46,7 @@ class Stand:
 
     def __init__(self, run: Callable[..., Any], inputs: list[Port], outputs: list[Port], timing: Timing | None = None):
         self.run, self.inputs, self.outputs, self.timing = run, tuple(inputs), tuple(outputs), timing
+        self.facts: dict[str, Any] = {}
 
     def __call__(self, *arrays: np.ndarray) -> Any:
         return self.run(*arrays)

@@ -68,6 +68,8 @@ def test_a_triton_client(server: Process, want: list[np.ndarray]) -> None:
     assert talk.get_server_metadata()["name"] == "max_conv"
     told = talk.get_model_metadata("vad")
     assert told["inputs"][0] == {"name": "chunks", "datatype": "FP32", "shape": [-1, -1, 512]}
+    facts = told["parameters"]
+    assert (facts["network"], facts["kind"], facts["rate"]) == ("silero_vad", "speech", 16000)
     for binary in (True, False):
         outputs = [triton.InferRequestedOutput(name, binary_data=binary) for name in ("probability", "state")]
         for wanted in (outputs, outputs[:1], None):
@@ -143,6 +145,12 @@ def test_the_log_has_a_line_a_request_and_no_values(server: Process) -> None:
     lines = server.text().splitlines()
     assert any("POST '/v2/models/vad/infer' 400" in line for line in lines)
     assert not any("hidden" in line or "secret" in line or line.startswith("forged") for line in lines)
+
+
+def test_a_file_knows_its_network(models: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="is a model of silero_vad; pass one that `max-conv compile crepe` wrote"):
+        open_network("crepe", saved=models["vad"])
+    assert open_network("silero-vad", saved=models["vad"]).model.facts["kind"] == "speech"
 
 
 def test_kill_and_restart(arguments: list[str], want: list[np.ndarray], tmp_path: Path) -> None:

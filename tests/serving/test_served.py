@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ class Plain:
     """Twice the input, and a running sum as state. It refuses 13 and notes the batches that it gets."""
 
     timing = None
+    facts: ClassVar[dict[str, Any]] = {}
     inputs = (Port("x", "float32", ("batch", "length", 2)), Port("total", "float32", ("batch", 2)))
     outputs = (Port("y", "float32", ("batch", "length", 2)), Port("total", "float32", ("batch", 2)))
 
@@ -45,6 +46,7 @@ class Ragged:
     """The sum of a position and the ones beside it, of stride 2, of signals of different length."""
 
     timing = None
+    facts: ClassVar[dict[str, Any]] = {}
     inputs = (Port("x", "float32", ("batch", "length", 1)), Port("lengths", "int64", ("batch",)))
     outputs = (Port("y", "float32", ("batch", "((length + 1) // 2)", 1)),)
 
@@ -67,6 +69,7 @@ class Fixed:
     """Not made for batches: its first dimension has another name."""
 
     timing = None
+    facts: ClassVar[dict[str, Any]] = {}
     inputs = (Port("x", "float32", ("length",)),)
     outputs = (Port("y", "float32", ("length",)),)
 
@@ -87,6 +90,7 @@ WINDOW = Window.of(Line(TICK), SUM)
 class Live:
     """A moving sum of three positions, one ahead, in ticks of two."""
 
+    facts: ClassVar[dict[str, Any]] = {"kind": "features"}
     timing = Timing(TICK, 1, (1,), (Signal(1, LINE),), 4 * WINDOW.kept, None, 3, rate=1000)
     inputs = (
         Port("x", "float32", ("batch", "ticks", TICK)),
@@ -434,6 +438,7 @@ def test_metadata() -> None:
             {"name": "x", "datatype": "FP32", "shape": [-1, -1]},
             {"name": "state", "datatype": "UINT8", "shape": [-1, -1], "parameters": {"optional": True}},
         ]
+        assert told["parameters"]["kind"] == "features"
         assert told["parameters"]["latency"] == 3 and told["parameters"]["live"] is True
 
     serve(Live(), test)
