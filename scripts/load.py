@@ -3,11 +3,13 @@
 
     python scripts/load.py chunk | file [--clients 1,8,32] [--seconds 5] [--rounds 3]
     python scripts/load.py streams [--count 200] [--seconds 20]
+    python scripts/load.py callers [--clients 1,4,16] [--chunk 8] [--seconds 10]
     python scripts/load.py connections [--count 1000]
     python scripts/load.py faults [--seconds 120] [--restart 40]
 
 `chunk` and `file` race Silero (32 ms with its state, and 30 s) against ONNX Runtime behind the same server code, each in a
-process of its own, in turns. `streams` sends live sound at the speed of speech through WebSockets. `faults` mixes good
+process of its own, in turns. `streams` sends live sound at the speed of speech through WebSockets. `callers` streams HiFi-GAN
+V1 by live signals, and by windows with what is beside them. `faults` mixes good
 requests with bad ones, clients that go, and restarts. Everything is on the loopback interface, and bounded in time and count.
 """
 
@@ -83,6 +85,31 @@ def prepare(folder: Path) -> None:
     max_conv.compile(live, weights=weights).save(folder / "live.maxconv")
 
 
+def prepare_callers(folder: Path) -> None:
+    """Writes HiFi-GAN V1, whole and live, a spectrogram of 2 s, and its sound."""
+    from math import ceil
+
+    from max_conv.graphs import hifigan
+
+    import live_networks
+    import max_conv
+    from max_conv.streaming import describe
+
+    name, config = "HiFi-GAN V1", hifigan.Config()
+    weights = live_networks.weights_of(name)
+    graph = hifigan.build(config, weights)
+    span = describe(graph).span
+    model = max_conv.compile(graph, weights=weights)
+    model.save(folder / "whole.maxconv")
+    max_conv.compile(max_conv.streaming(hifigan.build, config, weights), weights=weights).save(folder / "live.maxconv")
+    mels = live_networks.signal_of(name)[:, :176]
+    sound = model(mels)
+    np.save(folder / "mels.npy", mels)
+    np.save(folder / "sound.npy", sound)
+    facts = {"left": ceil(span.left or 0), "right": ceil(span.right or 0), "hop": sound.shape[1] // mels.shape[1]}
+    (folder / "facts.json").write_text(json.dumps(facts))
+
+
 class Server:
     """A server in a process of its own."""
 
@@ -121,11 +148,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def prepared() -> Iterator[Path]:
+def prepared(callers: bool = False) -> Iterator[Path]:
+    """Yields a folder with the models."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         subprocess.run(
-            [sys.executable, __file__, "prepare-here", name], check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL
+            [sys.executable, __file__, "prepare-here", name, *["--callers"] * callers],
+            check=True,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
         )
         yield folder
 
@@ -152,8 +183,9 @@ def serve_here(contender: str, folder: Path, port: int) -> None:
     import max_conv
     from max_conv.serving import app, listen, run
 
-    models = {"m": model_of(contender, folder)}
-    if contender == "max_conv":
+    whole = folder / "whole.maxconv"
+    models = {"m": max_conv.load(whole) if whole.exists() else model_of(contender, folder)}
+    if contender != "ONNX Runtime":
         models["live"] = max_conv.load(folder / "live.maxconv")
     with listen("127.0.0.1", port) as listener:
         print(listener.getsockname()[1], flush=True)
@@ -162,8 +194,9 @@ def serve_here(contender: str, folder: Path, port: int) -> None:
 
 @main.command("prepare-here", hidden=True)
 @click.argument("folder", type=click.Path(path_type=Path))
-def prepare_here(folder: Path) -> None:
-    prepare(folder)
+@click.option("--callers", is_flag=True)
+def prepare_here(folder: Path, callers: bool) -> None:
+    prepare_callers(folder) if callers else prepare(folder)
 
 
 def race(case: str, clients: str, seconds: float, rounds: int) -> None:
@@ -240,6 +273,30 @@ def streams(count: int, seconds: float) -> None:
         f"{count} live signals for {seconds:g} s: {told['answers']:.0f} answers, all right; p50 {told['p50']:.1f} ms, "
         f"p99 {told['p99']:.1f} ms, most {told['most']:.1f} ms"
     )
+
+
+@main.command()
+@click.option("--clients", default="1,4,16", show_default=True)
+@click.option("--chunk", default=8, show_default=True, help="Frames of a request, of 11.6 ms each.")
+@SECONDS
+def callers(clients: str, chunk: int, seconds: float) -> None:
+    """Streams HiFi-GAN V1 to many callers, live and by windows that overlap."""
+    with prepared(callers=True) as folder:
+        server = Server("HiFi-GAN", folder)
+        try:
+            for count in map(int, clients.split(",")):
+                rates = []
+                for live in (True, False):
+                    options = {"clients": count, "seconds": seconds, "chunk": chunk, "folder": str(folder)}
+                    told = load("callers", server.port, live=live, **options)
+                    rates.append(told["frames"] * 256 / 22050)
+                    click.echo(
+                        f"{count:3} callers, {'live' if live else 'windows':8} {rates[-1]:6.2f} times real time, "
+                        f"p50 {told['p50']:7.1f} ms, p99 {told['p99']:7.1f} ms"
+                    )
+                click.echo(f"{count:3} callers, live / windows: {rates[0] / rates[1]:.2f}")
+        finally:
+            server.end()
 
 
 @main.command()

@@ -7,14 +7,13 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-OUTPUTS = [{"name": name, "parameters": {"binary_data": True}} for name in ("probability", "state")]
 HEADS = [
     b"GET /v2/models/m/infer HTTP/1.1\r\n",
     b"POST /v2/models/other/infer HTTP/1.1\r\ncontent-length: 0\r\n",
@@ -22,15 +21,21 @@ HEADS = [
 ]
 
 
-def request_of(arrays: dict[str, np.ndarray], parameters: dict[str, Any] | None = None) -> bytes:
+def request_of(
+    arrays: dict[str, np.ndarray],
+    parameters: dict[str, Any] | None = None,
+    model: str = "m",
+    names: Sequence[str] = ("probability", "state"),
+) -> bytes:
     """Returns a whole HTTP request in binary."""
     inputs = [
         {"name": name, "shape": a.shape, "datatype": "FP32", "parameters": {"binary_data_size": a.nbytes}}
         for name, a in arrays.items()
     ]
-    head = json.dumps({"inputs": inputs, "outputs": OUTPUTS, "parameters": parameters or {}}).encode()
+    outputs = [{"name": name, "parameters": {"binary_data": True}} for name in names]
+    head = json.dumps({"inputs": inputs, "outputs": outputs, "parameters": parameters or {}}).encode()
     body = head + b"".join(a.tobytes() for a in arrays.values())
-    lines = f"POST /v2/models/m/infer HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\ninference-header-content-length: {len(head)}\r\n\r\n"
+    lines = f"POST /v2/models/{model}/infer HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\ninference-header-content-length: {len(head)}\r\n\r\n"
     return lines.encode() + body
 
 
@@ -166,6 +171,41 @@ async def streams(port: int, count: int, seconds: float, folder: str) -> dict[st
     return {"answers": answers, **percentiles([second for own in took for second in own[warm:]])}
 
 
+async def callers(port: int, clients: int, seconds: float, folder: str, chunk: int, live: bool) -> dict[str, Any]:
+    """Each caller sends a spectrogram chunk by chunk, as fast as it can: to a live model, or with what is beside it."""
+    facts = json.loads((Path(folder) / "facts.json").read_text())
+    left, right, hop = (0, 0, facts["hop"]) if live else (facts["left"], facts["right"], facts["hop"])
+    mels, want = (np.load(Path(folder) / f"{name}.npy") for name in ("mels", "sound"))
+    frames, end, done, took = mels.shape[1], time.perf_counter() + seconds, [0], list[float]()
+
+    async def caller(n: int) -> None:
+        reader, writer = await connect(port)
+        turn = 0
+        while time.perf_counter() < end:
+            turn, got = turn + 1, list[np.ndarray]()
+            for at in range(0, frames, chunk):
+                first, stop = max(0, at - left), min(frames, at + chunk + right)
+                place = {"sequence_id": f"{n}-{turn}", "sequence_start": at == 0, "sequence_end": at + chunk >= frames}
+                given = {"mels": np.ascontiguousarray(mels[:, first:stop])}
+                begin = time.perf_counter()
+                writer.write(request_of(given, place if live else None, "live" if live else "m", ["sound"]))
+                status, _, data = await read(reader)
+                took.append(time.perf_counter() - begin)
+                if status != 200:
+                    raise RuntimeError(f"caller {n}: status {status}")
+                sound = np.frombuffer(data, np.float32)
+                got.append(sound if live else sound[(at - first) * hop : (min(at + chunk, frames) - first) * hop])
+                if time.perf_counter() < end:
+                    done[0] += min(chunk, frames - at)
+            off = np.abs(np.concatenate(got) - want[0]).max() / np.abs(want).max()
+            if not off < 1e-5:
+                raise RuntimeError(f"caller {n}: the sound is off by {off:.2g} of its peak")
+        writer.close()
+
+    await asyncio.gather(*(caller(n) for n in range(clients)))
+    return {"frames": done[0] / seconds, **percentiles(took)}
+
+
 async def connections(port: int, count: int, seconds: float, folder: str) -> dict[str, Any]:
     """All connections send two requests at once."""
     inputs = sounds(8, 1)
@@ -277,6 +317,7 @@ if __name__ == "__main__":
     cases: dict[str, Callable[..., Any]] = {
         "requests": requests,
         "streams": streams,
+        "callers": callers,
         "connections": connections,
         "faults": faults,
     }
