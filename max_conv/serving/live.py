@@ -11,7 +11,7 @@ import numpy as np
 
 from ..runtime.ports import live_array
 from .metrics import Metrics
-from .protocol import Refused, Request, Spec
+from .protocol import Bits, Refused, Request, Spec
 from .queue import Job
 from .served import Gone, Options, Served, Session, as_input, as_output
 
@@ -22,6 +22,8 @@ STATE = "state"
 HEAD = struct.Struct("<4sQQ")
 """The begin of a state that travels: a mark, the ticks so far, the positions so far."""
 MARK = b"mcs1"
+MOST_TICKS = 64
+"""Ticks of a call for one signal: a longer piece is cut."""
 MOST = 1 << 48
 """Positions of a signal, at most, that a state may claim."""
 
@@ -95,13 +97,12 @@ class LiveServed(Served):
         if STATE in arrays:
             raise Refused("the server keeps the state of a sequence; leave the input state out.")
         session.busy = True
-        job = self._job(arrays, _Piece(session.kept, not session.begun, end))
-        job.keeps = True
+        jobs = self._jobs(arrays, _Piece(session.kept, not session.begun, end), keeps=True)
         try:
-            answer = await self.queue.answer(job, seconds, gone)
+            answer = await self._answers(jobs, seconds, gone)
         except BaseException:
-            # What runs is not called back: the signal is somewhere after this piece, and nobody has the answer.
-            session.broken = job.runs
+            # What runs is not called back: the signal is somewhere in this piece, and nobody has the answer.
+            session.broken = jobs[0].runs
             raise
         finally:
             session.busy, session.used = False, time.monotonic()
@@ -120,7 +121,7 @@ class LiveServed(Served):
         slots = self._slots(rows)
         try:
             piece = _Piece(slots, state is None, end, None if state is None else self._checked(state), kept)
-            return await self.queue.answer(self._job(arrays, piece), seconds, gone)
+            return await self._answers(self._jobs(arrays, piece), seconds, gone)
         finally:
             self._free += slots
 
@@ -140,9 +141,41 @@ class LiveServed(Served):
             raise self._full()
         return [self._free.pop() for _ in range(rows)]
 
-    def _job(self, arrays: Mapping[str, np.ndarray], piece: _Piece) -> Job:
+    def _jobs(self, arrays: Mapping[str, np.ndarray], piece: _Piece, keeps: bool = False) -> list[Job]:
+        """Returns what is asked for, in jobs that are short enough not to hold up the signals of others."""
         values = [arrays[chunk.name] for chunk in self._chunks]
-        return Job(values, STATE, len(piece.slots), more=piece)
+        size, rows = values[0].shape[self._chunks[0].axis], len(piece.slots)
+        most = max(MOST_TICKS, self._timing.first) * self._timing.tick
+        if size <= most:
+            return [Job(values, STATE, rows, more=piece, keeps=keeps)]
+        jobs = []
+        for at in range(0, size, most):
+            first, last = at == 0, at + most >= size
+            parts = [
+                value[(slice(None),) * chunk.axis + (slice(at, at + most),)]
+                for value, chunk in zip(values, self._chunks, strict=True)
+            ]
+            own = _Piece(
+                piece.slots,
+                piece.begin and first,
+                piece.end and last,
+                piece.state if first else None,
+                piece.wants_state and last,
+            )
+            jobs.append(Job(parts, STATE, rows, more=own, keeps=keeps))
+        return jobs
+
+    async def _answers(self, jobs: Sequence[Job], seconds: float, gone: Gone | None) -> dict[str, np.ndarray]:
+        """Returns the answers to jobs of one signal, one after the other, in one."""
+        if len(jobs) == 1:
+            return await self.queue.answer(jobs[0], seconds, gone)
+        end = time.monotonic() + seconds
+        answers = [await self.queue.answer(job, max(0.0, end - time.monotonic()), gone) for job in jobs]
+        whole = {r.name: np.concatenate([answer[r.name] for answer in answers], r.axis) for r in self._results}
+        for result in self._results:  # which `concatenate` forgets
+            if isinstance(answers[0][result.name], Bits):
+                whole[result.name] = whole[result.name].view(Bits)
+        return {**answers[-1], **whole}
 
     def _run(self, jobs: Sequence[Job]) -> Sequence[dict[str, np.ndarray]]:
         pieces: list[_Piece] = [job.more for job in jobs]

@@ -70,6 +70,7 @@ async def _serve(
         if data or (end and session.begun and model.live):
             answer = await model.push(session, signal.arrays(data), end, options.deadline)
             await socket.send_bytes(signal.bytes(answer))
+            model.metrics.answered(200, loop.time() - now)
         else:
             await socket.send_bytes(b"")
         if end:

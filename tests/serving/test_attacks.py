@@ -234,6 +234,17 @@ def test_the_memory_of_bodies() -> None:
         wait_for(lambda: request(port, "POST", INFER, GOOD)[0] == 200, 10)
 
 
+def test_messages_are_counted() -> None:
+    with in_thread(app({"live": Live()})) as port:  # type: ignore[dict-item]
+        with stream(port, "live/stream") as talk:
+            for _ in range(3):
+                talk.send(np.ones(2, np.float32).tobytes())
+                talk.recv(20)
+        text = request(port, "GET", "/metrics")[2]
+        assert b'max_conv_requests_total{code="200",model="live"} 3.0' in text
+        assert b'max_conv_request_seconds_count{model="live"} 3.0' in text
+
+
 def test_a_token() -> None:
     with in_thread(app({"m": Plain(), "live": Live()}, token="secret é")) as port:  # type: ignore[dict-item]
         for path in ("/v2", "/metrics", "/v2/models/m", "/v2/models/other"):

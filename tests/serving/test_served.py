@@ -374,6 +374,24 @@ def test_live_signals_of_many_callers_run_in_one_batch() -> None:
     serve(model, test)
 
 
+@pytest.mark.parametrize("keeper", ["nobody", "server", "client"])
+def test_a_long_signal_is_cut_and_lets_others_in_between(keeper: str) -> None:
+    model = Live()
+
+    async def test(served: Served, ask: Ask) -> None:
+        signal = np.random.default_rng(3).standard_normal((2, 2 * 64 * 5 + 1)).astype(np.float32)
+        facts = {"sequence_id": 1, "sequence_start": True} if keeper == "server" else {}
+        facts["sequence_end"] = True
+        long = ask(x=signal, parameters=facts, outputs=["y", "state"] if keeper == "client" else None)
+        short = ask(x=np.ones((1, 3), np.float32))
+        whole_answer, short_answer = await together(model, served, long, short)
+        np.testing.assert_array_equal(whole_answer["y"], np.stack([whole(row) for row in signal]))
+        np.testing.assert_array_equal(short_answer["y"], [[2, 3, 2]])
+        assert len(model.batches) > 5 and served.streams() == 0
+
+    serve(model, test)
+
+
 def test_states_that_are_refused() -> None:
     async def test(served: Served, ask: Ask) -> None:
         state = (await ask(x=np.ones((1, 3), np.float32), outputs=["state"]))["state"]
