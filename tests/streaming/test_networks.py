@@ -1,8 +1,9 @@
 """Networks of the gallery, live in chunks of any size and ragged, against their own answer to each whole signal."""
 
+import asyncio
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 from typing import Any
 
@@ -12,6 +13,10 @@ from max_conv.graphs import hifigan, tcn, wav2vec2
 
 import max_conv
 from harness import compile_together
+from max_conv.serving.live import LiveServed
+from max_conv.serving.metrics import Metrics
+from max_conv.serving.protocol import Request
+from max_conv.serving.served import Options, Served, Whole
 from max_conv.streaming import Stream, Timing
 
 VOCODER = hifigan.Config(
@@ -152,3 +157,47 @@ def test_a_ragged_batch_is_its_signals_one_by_one(case: Case) -> None:
             own = want[0]
             np.testing.assert_array_equal(result[row, : len(own)], own, err_msg=f"{case.name}, row {row}")
             assert not result[row, len(own) :].any(), f"{case.name}, row {row}: not zero after its end"
+
+
+async def asked(served: Served, signals: list[list[np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """Returns what a served model answers to signals that come at once."""
+    served.start()
+    names = [name for name, spec in served.inputs.items() if spec.needed]
+    calls = [served.infer(Request([]), {n: x[None] for n, x in zip(names, given)}) for given in signals]
+    try:
+        return await asyncio.gather(*calls)
+    finally:
+        served.stop()
+
+
+class Counted:
+    """A ragged model with its inputs' names, which counts the rows of its calls."""
+
+    def __init__(self, model: max_conv.Model) -> None:
+        *inputs, lengths = model.inputs
+        self.model, self.rows = model, list[int]()
+        self.inputs, self.outputs = (*inputs, replace(lengths, name="lengths")), model.outputs
+        self.timing, self.facts = model.timing, model.facts
+
+    def __call__(self, *arrays: np.ndarray) -> Any:
+        self.rows.append(len(arrays[0]))
+        return self.model(*arrays)
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_callers_of_a_server_get_what_they_would_get_alone(case: Case) -> None:
+    """Ragged to the bit, live within the bound; a signal of NaN among them touches nobody."""
+    live, ragged, whole = models()[case.name]
+    rng = np.random.default_rng(6)
+    signals = [signal(case, rng, case.shortest + extra) for extra in (0, 37, 60, 11, 60, 200)]
+    signals[2] = [np.full_like(array, np.nan) for array in signals[2]]
+    counted: Any = Counted(ragged)
+    batched = asyncio.run(asked(Whole("m", counted, Options(), Metrics()), signals))
+    streamed = asyncio.run(asked(LiveServed("m", live, Options(), Metrics()), signals))
+    assert max(counted.rows) > 1, "requests share a call"
+    for row, given in enumerate(signals):
+        wants = as_tuple(whole(*(array[None] for array in given)))
+        for got, pieces, want in zip(batched[row].values(), streamed[row].values(), wants):
+            np.testing.assert_array_equal(got, want, err_msg=f"{case.name}, row {row}")
+            if row != 2:
+                near(pieces, want, f"{case.name}, row {row}")
