@@ -32,16 +32,27 @@ class Networks(click.Group):
         @CONFIG
         @click.option("--capacity", metavar="SIZE", help="For a network that has several sizes: tiny or full.")
         @EXACT
-        @click.option("--live", is_flag=True, help="For `max-conv stream`: takes its signal chunk by chunk.")
+        @click.option(
+            "--live", is_flag=True, help="Takes its signal chunk by chunk: for `max-conv stream` and `serve`."
+        )
+        @click.option("--ragged", is_flag=True, help="Signals of different length share a call: for `max-conv serve`.")
         @FORCE
         @JSON
         def network(
-            target: Path, weights: str | None, exact: bool, live: bool, force: bool, as_json: bool, **sizes: Any
+            target: Path,
+            weights: str | None,
+            exact: bool,
+            live: bool,
+            ragged: bool,
+            force: bool,
+            as_json: bool,
+            **sizes: Any,
         ) -> None:
             from ..serving import open_network
 
             new_file(target, force)
-            opened = open_network(name, config(name, **sizes), weights=weights, exact=exact, live=live, step=step)
+            settings = config(name, **sizes)
+            opened = open_network(name, settings, weights=weights, exact=exact, live=live, ragged=ragged, step=step)
             _save(opened.model, target, as_json)
 
         return network

@@ -15,7 +15,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.websockets import WebSocket
 
 from ..runtime import Model, load
 from .limits import Bodies
@@ -23,7 +22,7 @@ from .live import LiveServed
 from .metrics import Metrics
 from .protocol import Refused, decode, encode
 from .served import Options, Served, Whole
-from .socket import TOKEN, talk
+from .socket import TOKEN, Talk
 
 HEADER = "inference-header-content-length"
 Handler = Callable[[Request], Awaitable[Response]]
@@ -53,7 +52,7 @@ def app(models: Mapping[str, Model | str | PathLike] | Sequence[str], **limits: 
     base = "/v2/models/{model}"
     routes = [
         Route(base + "/infer", server.infer, methods=["POST"]),  # the one that has to be fast is looked at first
-        WebSocketRoute(base + "/stream", server.stream),
+        WebSocketRoute(base + "/stream", Talk(server.models, server.options)),
         Route(base, server.metadata),
         Route(base + "/ready", server.ready),
         Route(base + "/versions/{version}", server.metadata),
@@ -140,9 +139,6 @@ class Server:
             raise
         model.metrics.answered(200, time.perf_counter() - began)
         return Response(content, headers=headers)
-
-    async def stream(self, socket: WebSocket) -> None:
-        await talk(socket, self.models.get(socket.path_params["model"]), self.options)
 
     async def page(self, request: Request) -> Response:
         text = (resources.files(__package__) / "page.html").read_bytes()

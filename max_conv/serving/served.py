@@ -243,7 +243,8 @@ class Whole(Served):
         optional = {*self._state, *([LENGTHS] if self._ragged else [])}
         self.inputs = {port.name: Spec(port.dtype, port.shape, port.name not in optional) for port in model.inputs}
         self.outputs = {port.name: Spec(port.dtype, port.shape) for port in model.outputs}
-        self.facts = {"batched": self._batched, "ragged": self._ragged, "state": ", ".join(self._state), **model.facts}
+        own = {"batched": self._batched, "ragged": self._ragged, "state": ", ".join(self._state)}
+        self.facts = {**model.facts, **own}
 
     def open(self, rows: int) -> Session:
         if not self._state:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ SCALE = 1 << 15
 """Full scale of 16-bit samples."""
 
 
-async def talk(socket: WebSocket, model: Served | None, options: Options) -> None:
-    """Serves one signal.
+class Talk:
+    """An ASGI application that serves one signal a connection.
 
     A binary message holds the next positions of the input, any number, as little-endian values of its dtype, or 16-bit samples
     with `?in=s16`. Each is answered by one binary message: the output's positions that are ready, maybe none, or as 16-bit
@@ -28,54 +29,59 @@ async def talk(socket: WebSocket, model: Served | None, options: Options) -> Non
     Close codes: 1000 after "end"; 1003 for another text; 1007 for bytes that are no whole positions; 1008 for a model or an
     option that is not there; 1013 if there are too many signals; 4408 if nothing came for the idle time.
     """
-    offered = socket.scope.get("subprotocols", [])
-    await socket.accept(subprotocol=next((name for name in offered if name.startswith(TOKEN)), None))
-    try:
-        if model is None:
-            raise Refused(f"there is no model {socket.path_params['model'][:60]!r} here.", 404)
-        signal = _Signal(model, socket.query_params)
-        session = model.open(1)
-    except Refused as error:
-        await _close(socket, 1013 if error.status == 503 else 1008, str(error))
-        return
-    try:
-        async with asyncio.timeout(options.idle) as limit:
-            await _serve(socket, model, signal, session, options, limit)
-    except TimeoutError:
-        await _close(socket, IDLE, f"nothing came for {options.idle:g} s.")
-    except Refused as error:
-        await _close(socket, {400: 1007, 415: 1003, 503: 1013}.get(error.status, 1011), str(error))
-    except WebSocketDisconnect:
-        pass
-    finally:
-        model.close(session)
 
+    def __init__(self, models: Mapping[str, Served], options: Options) -> None:
+        self._models, self._options = models, options
 
-async def _serve(
-    socket: WebSocket, model: Served, signal: "_Signal", session: Any, options: Options, limit: asyncio.Timeout
-) -> None:
-    loop, moved = asyncio.get_running_loop(), 0.0
-    while True:
-        message = await socket.receive()
-        if (now := loop.time()) > moved + options.idle / 8:  # not at every message: it takes time
-            moved = now
-            limit.reschedule(now + options.idle)
-        if message["type"] == "websocket.disconnect":
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        socket, name = WebSocket(scope, receive, send), scope["path_params"]["model"]
+        offered = scope.get("subprotocols", [])
+        await socket.accept(subprotocol=next((name for name in offered if name.startswith(TOKEN)), None))
+        try:
+            if name not in self._models:
+                raise Refused(f"there is no model {name[:60]!r} here.", 404)
+            signal = _Signal(self._models[name], socket.query_params)
+        except Refused as error:
+            await _close(socket, 1013 if error.status == 503 else 1008, str(error))
             return
-        data = message.get("bytes")
-        if end := data is None:
-            if message.get("text") != "end":
-                raise Refused('the only text is "end"; send values as binary messages.', 415)
-            data = b""
-        if data or (end and session.begun and model.live):
-            answer = await model.push(session, signal.arrays(data), end, options.deadline)
-            await socket.send_bytes(signal.bytes(answer))
-            model.metrics.answered(200, loop.time() - now)
-        else:
-            await socket.send_bytes(b"")
-        if end:
+        try:
+            async with asyncio.timeout(self._options.idle) as limit:
+                await self._serve(signal, receive, send, limit)
             await _close(socket, 1000, "the signal has ended.")
-            return
+        except TimeoutError:
+            await _close(socket, IDLE, f"nothing came for {self._options.idle:g} s.")
+        except Refused as error:
+            await _close(socket, {400: 1007, 415: 1003, 503: 1013}.get(error.status, 1011), str(error))
+        except WebSocketDisconnect:
+            pass
+        finally:
+            signal.model.close(signal.session)
+
+    async def _serve(self, signal: "_Signal", receive: Any, send: Any, limit: asyncio.Timeout) -> None:
+        """Answers messages until the signal ends. It is on the path of every message, so it does without Starlette."""
+        loop, moved, idle = asyncio.get_running_loop(), 0.0, self._options.idle
+        model, session = signal.model, signal.session
+        while True:
+            message = await receive()
+            if (now := loop.time()) > moved + idle / 8:  # not at every message: it takes time
+                moved = now
+                limit.reschedule(now + idle)
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(message.get("code") or 1005)
+            data, answer = message.get("bytes"), b""
+            if end := data is None:
+                if message.get("text") != "end":
+                    raise Refused('the only text is "end"; send values as binary messages.', 415)
+                data = b""
+            if data or (end and session.begun and model.live):
+                answer = signal.bytes(await model.push(session, signal.arrays(data), end, self._options.deadline))
+            try:
+                await send({"type": "websocket.send", "bytes": answer})
+            except OSError:  # it has gone
+                raise WebSocketDisconnect(1006) from None
+            model.metrics.answered(200, loop.time() - now)
+            if end:
+                return
 
 
 async def _close(socket: WebSocket, code: int, reason: str) -> None:
@@ -84,9 +90,10 @@ async def _close(socket: WebSocket, code: int, reason: str) -> None:
 
 
 class _Signal:
-    """How the bytes of messages are the values of a model."""
+    """One signal: how the bytes of messages are the values of a model, and its session."""
 
     def __init__(self, model: Served, query: Any) -> None:
+        self.model = model
         names = [name for name, spec in model.inputs.items() if spec.needed]
         if len(names) != 1:
             raise Refused(f"{model.name} has the inputs {', '.join(names)}; a connection carries one: use sequence_id.")
@@ -104,6 +111,7 @@ class _Signal:
         self.dtype = np.dtype("<i2") if self.reads_pcm else self.spec.numpy
         self.unit = math.prod(size for size in sizes if isinstance(size, int)) * self.dtype.itemsize
         self.shape = [1, *(size if isinstance(size, int) else -1 for size in sizes)]
+        self.session = model.open(1)
 
     def arrays(self, data: bytes) -> dict[str, np.ndarray]:
         """Returns the model's input of one signal."""

@@ -136,6 +136,7 @@ def open_network(
     saved: str | Path | None = None,
     exact: bool = False,
     live: bool = False,
+    ragged: bool = False,
     step: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Network:
     """Returns a network ready to run: read from a saved model, or compiled with the weights of a reference.
@@ -147,6 +148,7 @@ def open_network(
         saved: A file that `Model.save` wrote for this network and config. Then nothing is compiled.
         exact: As in `max_conv.conv1d`.
         live: Whether the network takes its signals chunk by chunk: then use `model.stream()`.
+        ragged: Whether a batch has signals of different length, with their `lengths` as one more input: for `max-conv serve`.
         step: Called with a description of each step; returns a context manager, in which the step runs.
 
     Raises:
@@ -166,17 +168,24 @@ def open_network(
             model = load(saved)
         if (other := model.facts.get("network", file)) != file:
             raise ValueError(f"{name}: {saved} is a model of {other}; pass one that `max-conv compile {name}` wrote.")
+        if model.facts.get("ragged", False) != ragged:
+            raise ValueError(
+                f"{name}: {saved} is {'not ' if ragged else ''}a ragged model, which `max-conv serve` runs."
+            )
         if live != (model.timing is not None):
             raise ValueError(
                 f"{name}: {saved} is {'not ' if live else ''}a live model; compile it with{'' if live else 'out'} --live."
             )
         return Network(name, module.TASK, config, model)
+    if ragged and (live or "ragged" not in signature(module.build).parameters):
+        raise ValueError(f"{name}: {'live models need no --ragged' if live else 'has no ragged form'}; leave it out.")
     if weights is None and signature(module.load_weights).parameters["reference"].default is Parameter.empty:
         raise ValueError(f"{name} comes without weights; pass a checkpoint's, such as hf://ORG/REPO/FILE.")
     with step("fetching the weights"):
         state = module.load_weights(*([weights] if weights else []), config=config)
     with step("compiling"):
         build = partial(streaming, module.build) if live else module.build
-        model = compile(build(config, state, exact=exact), weights=state)
-    model.facts |= {"network": file, "kind": module.TASK.kind, "rate": getattr(config, "rate", 0)}
+        options = {"ragged": True} if ragged else {}
+        model = compile(build(config, state, exact=exact, **options), weights=state)
+    model.facts |= options | {"network": file, "kind": module.TASK.kind, "rate": getattr(config, "rate", 0)}
     return Network(name, module.TASK, config, model)

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import floor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ from max_conv.graphs import hifigan, tcn, wav2vec2
 
 import max_conv
 from harness import compile_together
+from max_conv.serving import open_network
 from max_conv.serving.live import LiveServed
 from max_conv.serving.metrics import Metrics
 from max_conv.serving.protocol import Request
 from max_conv.serving.served import Options, Served, Whole
-from max_conv.streaming import Stream, Timing
+from max_conv.streaming import RaggedGraph, Stream, Timing
 
 VOCODER = hifigan.Config(
     mels=20, channels=32, rates=(4, 2), rate_kernel_sizes=(8, 4), kernel_sizes=(3, 7), dilations=((1,), (3,))
@@ -201,3 +203,32 @@ def test_callers_of_a_server_get_what_they_would_get_alone(case: Case) -> None:
             np.testing.assert_array_equal(got, want, err_msg=f"{case.name}, row {row}")
             if row != 2:
                 near(pieces, want, f"{case.name}, row {row}")
+
+
+def test_a_ragged_network_is_opened_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is compiled already, with others, so it is not compiled again here."""
+    from safetensors.numpy import save_file
+
+    _, ragged, _ = models()["tcn"]
+    graphs = []
+
+    def compiled(graph: RaggedGraph, **_: Any) -> max_conv.Model:
+        graphs.append(graph)
+        return ragged
+
+    monkeypatch.setattr("max_conv.runtime.compile", compiled)
+    weights = weights_of(TCN.shapes())
+    save_file({name: np.ascontiguousarray(value.T) for name, value in weights.items()}, tmp_path / "w.safetensors")
+    model = open_network("tcn", TCN, weights=tmp_path / "w.safetensors", ragged=True).model
+    assert isinstance(graphs[0], RaggedGraph) and graphs[0].input_names[-1] == "lengths"
+    model.save(tmp_path / "tcn.maxconv")
+    again = open_network("tcn", TCN, saved=tmp_path / "tcn.maxconv", ragged=True).model
+    assert again.facts == {"ragged": True, "network": "tcn", "kind": "features", "rate": 0}
+    x, lengths = np.random.default_rng(7).standard_normal((2, 50, 20)).astype(np.float32), np.array([50, 41])
+    np.testing.assert_array_equal(again(x, lengths), model(x, lengths))
+    with pytest.raises(ValueError, match="is a ragged model, which `max-conv serve` runs"):
+        open_network("tcn", TCN, saved=tmp_path / "tcn.maxconv")
+    with pytest.raises(ValueError, match="live models need no --ragged"):
+        open_network("tcn", TCN, weights=tmp_path / "w.safetensors", ragged=True, live=True)
+    with pytest.raises(ValueError, match="silero_vad: has no ragged form"):
+        open_network("silero_vad", ragged=True)
