@@ -137,6 +137,8 @@ class LiveServed(Served):
     def _slots(self, rows: int) -> list[int]:
         if rows < 1:
             raise Refused("a live signal needs at least one row.")
+        if rows > self.options.max_streams:
+            raise Refused(f"{rows} rows came, but {self.options.max_streams} live signals are allowed; send fewer.")
         if rows > len(self._free):
             raise self._full()
         return [self._free.pop() for _ in range(rows)]

@@ -71,6 +71,7 @@ def configured(application: Any, max_connections: int) -> uvicorn.Config:
         loop="uvloop",
         ws="websockets-sansio",
         ws_max_size=MESSAGE,
+        ws_per_message_deflate=False,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -35,6 +36,11 @@ class Talk:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         socket, name = WebSocket(scope, receive, send), scope["path_params"]["model"]
+        origin = socket.headers.get("origin")
+        if origin and not self._options.token and urlsplit(origin).netloc != socket.headers.get("host"):
+            # Any page that somebody opens in a browser on this machine can reach a server on it.
+            await socket.close(1008)  # before it is accepted, this is 403
+            return
         offered = scope.get("subprotocols", [])
         await socket.accept(subprotocol=next((name for name in offered if name.startswith(TOKEN)), None))
         try:

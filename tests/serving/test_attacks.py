@@ -13,6 +13,7 @@ import websockets.exceptions
 import websockets.sync.client as websocket
 from running import closed, in_thread, raw, request, response, wait_for
 from test_served import Fixed, Live, Plain, x_of
+from websockets.typing import Origin
 
 from max_conv.serving import app
 
@@ -299,6 +300,17 @@ def test_sockets_that_are_closed(port: int, path: str, message: Any, code: int, 
             talk.recv(20)
     assert error.value.rcvd is not None
     assert (error.value.rcvd.code, error.value.rcvd.reason) == (code, reason)
+
+
+def test_a_page_of_another_site_gets_no_socket(port: int) -> None:
+    url = f"ws://127.0.0.1:{port}/v2/models/live/stream"
+    for origin in ("http://evil.example", "http://127.0.0.1:1", "null"):
+        with pytest.raises(websockets.exceptions.InvalidStatus) as error:
+            websocket.connect(url, origin=Origin(origin)).recv()
+        assert error.value.response.status_code == 403
+    with websocket.connect(url, origin=Origin(f"http://127.0.0.1:{port}")) as talk:
+        talk.send(np.ones(2, np.float32).tobytes())
+        assert talk.recv(20)
 
 
 def test_a_socket_that_sends_nothing() -> None:

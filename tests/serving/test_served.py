@@ -441,6 +441,17 @@ def test_a_client_that_goes_while_its_piece_runs_loses_its_sequence() -> None:
     serve(model, test)
 
 
+def test_more_rows_than_there_may_be() -> None:
+    async def test(served: Served, ask: Ask) -> None:
+        with pytest.raises(Refused, match="3 rows came, but 2 live signals are allowed; send fewer") as error:
+            await ask(x=np.ones((3, 4), np.float32))
+        assert status(error) == 400
+        with pytest.raises(Refused, match="needs at least one row"):
+            await ask(x=np.ones((0, 4), np.float32))
+
+    serve(Live(), test, max_streams=2)
+
+
 def test_what_is_missing() -> None:
     async def test(served: Served, ask: Ask) -> None:
         with pytest.raises(Refused, match="input 'x' is missing; the inputs are x, total"):
