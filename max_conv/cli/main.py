@@ -77,10 +77,26 @@ def _sizes(folder: Path) -> list[int]:
 
 
 @main.command()
-def warm() -> None:
-    """Compiles what layers alone need, so that the first one of a user starts in milliseconds: for images and CI."""
+@click.argument("networks", nargs=-1)
+@click.option("--live", is_flag=True, help="The networks take their signals chunk by chunk.")
+@click.option("--ragged", is_flag=True, help="Signals of different length share a call of the networks.")
+def warm(networks: tuple[str, ...], live: bool, ragged: bool) -> None:
+    """Compiles what is needed later, so that it starts in milliseconds: for images and CI.
+
+    These are NETWORKS of the published sizes, as in `warm hifigan`; without any, the common kinds of layers that stand alone.
+    """
     from ..cache import cache_dir
 
+    for name in networks:
+        with step(f"compiling {name}"):
+            from ..serving import warm_network
+
+            warm_network(name, live=live, ragged=ragged)
+        click.echo(f"{cache_dir()}: {name} is compiled")
+    if networks:
+        return
+    if live or ragged:
+        raise ValueError("warm: --live and --ragged are for networks; name them.")
     with step("compiling the common kinds of layers"):
         from ..runtime.kinds import common, ready
 

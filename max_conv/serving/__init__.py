@@ -13,14 +13,26 @@ if TYPE_CHECKING:
     from .batch import Batch
     from .networks import gallery, graph_file
     from .server import listen, run
-    from .task import Network, Task, config_of, open_network
+    from .task import Network, Task, config_of, open_network, warm_network
 
-__all__ = ["Batch", "Network", "Task", "app", "config_of", "gallery", "graph_file", "listen", "open_network", "run"]
+__all__ = [
+    "Batch",
+    "Network",
+    "Task",
+    "app",
+    "config_of",
+    "gallery",
+    "graph_file",
+    "listen",
+    "open_network",
+    "run",
+    "warm_network",
+]
 _HOMES = {
     "asgi": ["app"],
     "batch": ["Batch"],
     "networks": ["gallery", "graph_file"],
     "server": ["listen", "run"],
-    "task": ["Network", "Task", "config_of", "open_network"],
+    "task": ["Network", "Task", "config_of", "open_network", "warm_network"],
 }
 __getattr__ = lazily(__name__, {name: home for home, names in _HOMES.items() for name in names})

@@ -159,7 +159,6 @@ def open_network(
     (32,)
     """
     from ..runtime import compile, load
-    from ..streaming import streaming
 
     module, file = graph_file(name), name.replace("-", "_")
     config = module.Config() if config is None else config
@@ -177,15 +176,44 @@ def open_network(
                 f"{name}: {saved} is {'not ' if live else ''}a live model; compile it with{'' if live else 'out'} --live."
             )
         return Network(name, module.TASK, config, model)
-    if ragged and (live or "ragged" not in signature(module.build).parameters):
-        raise ValueError(f"{name}: {'live models need no --ragged' if live else 'has no ragged form'}; leave it out.")
+    builder = _builder(name, live, ragged)
     if weights is None and signature(module.load_weights).parameters["reference"].default is Parameter.empty:
         raise ValueError(f"{name} comes without weights; pass a checkpoint's, such as hf://ORG/REPO/FILE.")
     with step("fetching the weights"):
         state = module.load_weights(*([weights] if weights else []), config=config)
     with step("compiling"):
-        build = partial(streaming, module.build) if live else module.build
-        options = {"ragged": True} if ragged else {}
-        model = compile(build(config, state, exact=exact, **options), weights=state)
-    model.facts |= options | {"network": file, "kind": module.TASK.kind, "rate": getattr(config, "rate", 0)}
+        model = compile(builder(config, state, exact=exact), weights=state)
+    model.facts |= ({"ragged": True} if ragged else {}) | {
+        "network": file,
+        "kind": module.TASK.kind,
+        "rate": getattr(config, "rate", 0),
+    }
     return Network(name, module.TASK, config, model)
+
+
+def _builder(name: str, live: bool, ragged: bool) -> Callable[..., Any]:
+    """Returns the function that builds a network's graph: whole, live or ragged."""
+    from ..streaming import streaming
+
+    build = graph_file(name).build
+    if ragged and (live or "ragged" not in signature(build).parameters):
+        raise ValueError(f"{name}: {'live models need no --ragged' if live else 'has no ragged form'}; leave it out.")
+    return partial(streaming, build) if live else partial(build, ragged=True) if ragged else build
+
+
+def warm_network(name: str, *, live: bool = False, ragged: bool = False) -> None:
+    """Compiles a network of the published sizes into this machine's cache, so that `open_network` finds it there.
+
+    No weights are needed: a compiled graph has none.
+
+    Args:
+        name, live, ragged: As for `open_network`.
+
+    Raises:
+        ValueError: If there is no such network, or it has no such form.
+    """
+    from ..runtime import compile
+
+    config = graph_file(name).Config()
+    weights = {key: np.zeros(shape, np.float32) for key, shape in config.shapes().items()}
+    compile(_builder(name, live, ragged)(config, weights), weights=weights)

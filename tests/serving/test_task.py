@@ -1,5 +1,6 @@
 """Every network of the gallery has a task, and runs according to its description."""
 
+import functools
 import inspect
 import json
 from pathlib import Path
@@ -12,7 +13,8 @@ from max_conv.graphs import univnet, wav2vec2
 
 from max_conv.cli.main import main
 from max_conv.cli.run import NETWORKS
-from max_conv.serving import Network, Task, config_of, gallery, graph_file, open_network
+from max_conv.serving import Network, Task, config_of, gallery, graph_file, open_network, warm_network
+from max_conv.streaming import streaming
 
 
 @pytest.mark.parametrize("name", gallery())
@@ -159,3 +161,29 @@ def test_features_of_an_array(tmp_path: Path) -> None:
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 2 and "exists already" in again.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "w.safetensors", "x.npy", "y.npy"]
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("name", ["silero_vad", "crepe", "pesto", "tcn"])
+def test_a_warm_network_is_the_one_that_is_opened(name: str, live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled graphs are found by a digest, which must not depend on the weights. Nothing is compiled."""
+    from max_conv.runtime.compiled import key_of
+
+    keys = []
+    monkeypatch.setattr("max_conv.runtime.compile", lambda graph, **_: keys.append(key_of(graph)))
+    warm_network(name, live=live)
+    module = graph_file(name)
+    if name == "tcn":
+        random = np.random.default_rng(0)
+        weights = {key: random.random(shape, np.float32) for key, shape in module.Config().shapes().items()}
+    else:
+        weights = module.load_weights()
+    build = functools.partial(streaming, module.build) if live else module.build
+    assert keys == [key_of(build(module.Config(), weights))]
+
+
+def test_warm_networks_that_are_refused() -> None:
+    with pytest.raises(ValueError, match="silero_vad: has no ragged form"):
+        warm_network("silero_vad", ragged=True)
+    with pytest.raises(ValueError, match="there is no model 'x'"):
+        warm_network("x")
