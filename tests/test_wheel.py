@@ -31,9 +31,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    package = {
-        path.relative_to(ROOT) for kind in ("*.py", "*.mojo", "py.typed") for path in (ROOT / "max_conv").rglob(kind)
-    }
+    kinds = ("*.py", "*.mojo", "*.html", "py.typed")
+    package = {path.relative_to(ROOT) for kind in kinds for path in (ROOT / "max_conv").rglob(kind)}
     graphs = {Path("max_conv") / path.relative_to(ROOT) for path in (ROOT / "graphs").glob("*.py")}
     assert held == {str(path) for path in package | graphs}
     kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "max_conv" / "conv" / "kernels").rglob("*.mojo")}
