@@ -23,8 +23,7 @@ from max_conv.runtime import compiled
 from max_conv.runtime.devices import session_of
 from max_conv.streaming import Stream, Timing
 from max_conv.streaming.live import emit_window
-from max_conv.streaming.stream import Chunk
-from max_conv.streaming.timing import Signal
+from max_conv.streaming.timing import Chunk, Signal
 from properties import SHARES, Execute, from_bits, operands_of, to_bits
 
 HOST = DeviceRef.CPU()

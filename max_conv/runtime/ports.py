@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..streaming.stream import Chunk
+from ..streaming.timing import Chunk
 
 LARGEST = 1 << 31
 """The largest size that the search for the least valid size tries."""

@@ -1,7 +1,7 @@
 """`Stream`: signals that are pushed through a compiled live graph, chunk by chunk."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,18 +10,7 @@ from max.dtype import DType
 
 from ..conv.arrays import buffer_of
 from ..conv.lines import ENDLESS
-from .timing import Signal, Timing
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """An input or output of a live model: its name, dtype and shape, with None for batch and positions."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | None, ...]
-    axis: int
-    """Of the positions."""
+from .timing import Chunk, Signal, Timing
 
 
 class _Row(NamedTuple):
@@ -187,12 +176,15 @@ class Stream:
             raise TypeError(f"stream: takes {len(self._chunks)} inputs ({names}), but got {len(chunks)}.")
         arrays, positions = [], set()
         for value, chunk in zip(chunks, self._chunks, strict=True):
-            buffer = buffer_of(value, "stream: input", chunk.name)
-            shape = tuple(buffer.shape)
-            if buffer.dtype.name != chunk.dtype:
-                raise TypeError(
-                    f"stream: input {chunk.name!r} must be {chunk.dtype}, but is {buffer.dtype.name}; cast it first."
-                )
+            array = value
+            if type(value) is not np.ndarray or value.dtype != _bits(chunk) or chunk.dtype == "bfloat16":
+                buffer = buffer_of(value, "stream: input", chunk.name)
+                if (other := buffer.dtype.name) != chunk.dtype:
+                    raise TypeError(
+                        f"stream: input {chunk.name!r} must be {chunk.dtype}, but is {other}; cast it first."
+                    )
+                array = _numpy(buffer)
+            shape = array.shape
             if len(shape) != len(chunk.shape) or any(
                 want not in (None, given) for want, given in zip(chunk.shape, shape, strict=True)
             ):
@@ -202,7 +194,7 @@ class Stream:
                 what = "the stream was made for" if size == self.batch else "rows= names"
                 raise ValueError(f"stream: input {chunk.name!r} has {shape[0]} rows, but {what} {size}.")
             positions.add(shape[chunk.axis])
-            arrays.append(_numpy(buffer))
+            arrays.append(array)
         if len(positions) > 1:
             raise ValueError(f"stream: all inputs must have equally many positions, but have {sorted(positions)}.")
         return positions.pop(), arrays
@@ -377,6 +369,7 @@ class Stream:
         return _buffer(result, spec.dtype)
 
 
+@functools.cache
 def _bits(chunk: Chunk) -> np.dtype:
     """Returns NumPy's dtype for the values; bfloat16, which it lacks, are bits."""
     return np.dtype(np.uint16 if chunk.dtype == "bfloat16" else chunk.dtype)

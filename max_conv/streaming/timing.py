@@ -17,6 +17,17 @@ class Signal:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """An input or output of a live model: its name, dtype and shape, with None for batch and positions."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+    axis: int
+    """Of the positions."""
+
+
+@dataclass(frozen=True)
 class Timing:
     """When a live network has what.
 

@@ -17,8 +17,7 @@ from max_conv.serving.metrics import Metrics
 from max_conv.serving.protocol import Refused, decode
 from max_conv.serving.served import Options, Served, Whole
 from max_conv.streaming import Stream, Timing
-from max_conv.streaming.stream import Chunk
-from max_conv.streaming.timing import Signal
+from max_conv.streaming.timing import Chunk, Signal
 
 
 class Plain:

@@ -15,7 +15,7 @@ from test_networks import Case, answers, as_tuple, signal, weights_of
 
 import max_conv
 from max_conv.streaming import Stream
-from max_conv.streaming.stream import Chunk
+from max_conv.streaming.timing import Chunk
 
 UNIVNET = univnet.Config(
     mels=10,

@@ -30,8 +30,7 @@ from max_conv.conv.reference import conv1d_ref
 from max_conv.runtime.kinds import ready
 from max_conv.streaming import Stream, Timing
 from max_conv.streaming.live import ALIGNMENT
-from max_conv.streaming.stream import Chunk
-from max_conv.streaming.timing import Signal
+from max_conv.streaming.timing import Chunk, Signal
 from originals import from_wheel
 from properties import Execute, Way, kinds_of, operands_of
 

@@ -16,7 +16,7 @@ import max_conv
 from max_conv import PackedGraph, conv1d, conv_transpose1d
 from max_conv.conv import signals
 from max_conv.streaming import Stream
-from max_conv.streaming.stream import Chunk
+from max_conv.streaming.timing import Chunk
 
 CHANNELS = 4
 NETWORKS = 200

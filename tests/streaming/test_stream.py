@@ -10,8 +10,7 @@ import pytest
 from max_conv.conv.geometry import Geometry
 from max_conv.conv.lines import Line, Window
 from max_conv.streaming import Stream, Timing
-from max_conv.streaming.stream import Chunk
-from max_conv.streaming.timing import Signal
+from max_conv.streaming.timing import Chunk, Signal
 
 TICK = 2
 SUM = Geometry.of(3, padding=1)
