@@ -12,7 +12,7 @@ import numpy as np
 from .protocol import Refused
 
 FAST = 1e-3
-"""Seconds: if the last call took less, the next one runs in the event loop, since a change of threads costs as much."""
+"""Seconds: a call that should take less runs in the event loop, since a change of threads costs as much."""
 WATCH = 0.05
 """Seconds after which a waiting request begins to look whether its client is still there."""
 
@@ -73,7 +73,7 @@ class Queue:
         self._run, self._most_rows, self._most_jobs, self._pause, self._seen = run, most_rows, most_jobs, pause, seen
         self._lines: dict[Hashable, deque[Job]] = {}
         self._busy = False
-        self._began, self._took = -1e9, 1e9  # of the last call
+        self._began, self._took, self._size = -1e9, 1e9, 1  # of the last call: when, how long, how many values
         self._thread = ThreadPoolExecutor(1, "max_conv")
         self.waiting = 0
 
@@ -126,9 +126,8 @@ class Queue:
     def _forget(self, job: Job) -> None:
         """Takes a job out of its line, if nobody waits for its answer any more."""
         job.answer.cancel()
-        line = self._lines.get(job.kind)
-        if line and job in line:
-            line.remove(job)
+        if not job.runs and job in self._lines.get(job.kind, ()):
+            self._lines[job.kind].remove(job)
             self._left(job.kind, 1)
 
     def _left(self, kind: Hashable, count: int) -> None:
@@ -162,8 +161,10 @@ class Queue:
         if (early := self._began + self._pause - time.monotonic()) > 0:
             loop.call_later(early, self._next)
             return
-        jobs, fast = self._take(), self._took < FAST
-        self._began = time.monotonic()
+        jobs = self._take()
+        size = sum(array.size for job in jobs for array in job.arrays)
+        fast = self._took * max(1.0, size / self._size) < FAST
+        self._began, self._size = time.monotonic(), max(1, size)
         if fast:
             done: Future[Sequence[Any]] = Future()
             try:

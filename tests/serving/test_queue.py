@@ -244,6 +244,23 @@ def test_fast_calls_run_in_the_event_loop_and_slow_ones_beside_it() -> None:
     run(test)
 
 
+def test_a_call_that_is_much_larger_than_the_last_does_not_stop_the_event_loop() -> None:
+    async def test() -> None:
+        threads: dict[int, bool] = {}
+
+        def model(jobs: Sequence[Job]) -> list[None]:
+            threads[jobs[0].arrays[0].size] = threading.current_thread() is threading.main_thread()
+            return [None] * len(jobs)
+
+        queue = Queue(model, 1, 9)
+        while not threads.get(1):
+            await queue.answer(job(1.0), 20)
+        await queue.answer(Job([np.zeros(10**8, np.bool_)], "long"), 20)
+        assert threads == {1: True, 10**8: False}
+
+    run(test)
+
+
 def test_a_pause_between_calls_gathers_jobs() -> None:
     async def test() -> None:
         calls = Calls()
