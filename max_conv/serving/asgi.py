@@ -48,7 +48,8 @@ def app(models: Mapping[str, Model | str | PathLike] | Sequence[str], **limits: 
 
     Source: https://github.com/kserve/open-inference-protocol
     """
-    server = Server(opened(models), Options(**limits))
+    options = Options(**limits)
+    server = Server(opened(models), options)
     base = "/v2/models/{model}"
     routes = [
         Route(base + "/infer", server.infer, methods=["POST"]),  # the one that has to be fast is looked at first

@@ -1,8 +1,9 @@
 """A model that is served: its inputs and outputs as clients see them, its queue, and the signals that go on."""
 
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,9 @@ class Options:
         body_timeout: Seconds in which a request's body must come.
         max_connections: Connections.
         token: What clients have to send, `Authorization: Bearer TOKEN`; None lets everybody in.
+
+    Raises:
+        ValueError: If one of them is not above 0 (`tick` may be 0), or the token is not of visible ASCII characters.
     """
 
     max_batch: int = 32
@@ -48,6 +52,13 @@ class Options:
     body_timeout: float = 20.0
     max_connections: int = 2000
     token: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "token" and not (value > 0 or (name == "tick" and value == 0)):
+                raise ValueError(f"serve: {name} must be above 0, but is {value}.")
+        if self.token is not None and not re.fullmatch(r"[!-~]+", self.token):
+            raise ValueError("serve: the token must be of visible ASCII characters, without spaces.")
 
 
 @dataclass(eq=False)

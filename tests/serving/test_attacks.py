@@ -247,16 +247,16 @@ def test_messages_are_counted() -> None:
 
 
 def test_a_token() -> None:
-    with in_thread(app({"m": Plain(), "live": Live()}, token="secret é")) as port:  # type: ignore[dict-item]
+    with in_thread(app({"m": Plain(), "live": Live()}, token="secret")) as port:  # type: ignore[dict-item]
         for path in ("/v2", "/metrics", "/v2/models/m", "/v2/models/other"):
-            for wrong in ("Basic x", "Bearer secret", "secret e"):
+            for wrong in ("Basic x", "Bearer secre", "Bearer", "secret", "Bearer secret x", "Bearer \xe9"):
                 answer = request(port, "GET", path, Authorization=wrong)
                 assert answer[0] == 401 and "token" in sentence(answer)
         assert request(port, "POST", INFER, GOOD)[0] == 401
         for path in ("/v2/health/live", "/v2/health/ready", "/"):
             assert request(port, "GET", path)[0] == 200
         for path in ("/v2", "/metrics", "/v2/models/m"):
-            lines = f"GET {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret é\r\n\r\n"
+            lines = f"GET {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\n\r\n"
             assert raw(port, lines.encode())[0] == 200
         url = f"ws://127.0.0.1:{port}/v2/models/live/stream"
         with pytest.raises(websockets.exceptions.InvalidStatus) as error:

@@ -451,6 +451,22 @@ def test_more_rows_than_there_may_be() -> None:
     serve(Live(), test, max_streams=2)
 
 
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_batch": 0}, "serve: max_batch must be above 0, but is 0."),
+        ({"deadline": -1.0}, "serve: deadline must be above 0, but is -1.0."),
+        ({"token": ""}, "serve: the token must be of visible ASCII characters, without spaces."),
+        ({"token": "a b"}, "serve: the token must be of visible ASCII characters, without spaces."),
+    ],
+)
+def test_limits_that_are_none(limits: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Options(**limits)
+    assert str(error.value) == message
+    assert Options(tick=0).tick == 0
+
+
 def test_what_is_missing() -> None:
     async def test(served: Served, ask: Ask) -> None:
         with pytest.raises(Refused, match="input 'x' is missing; the inputs are x, total"):
