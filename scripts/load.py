@@ -7,9 +7,9 @@
     python scripts/load.py connections [--count 1000]
     python scripts/load.py faults [--seconds 120] [--restart 40]
 
-`chunk` and `file` race Silero (32 ms with its state, and 30 s) against ONNX Runtime behind the same server code, each in a
-process of its own, in turns. `streams` sends live sound at the speed of speech through WebSockets. `callers` streams HiFi-GAN
-V1 by live signals, and by windows with what is beside them. `faults` mixes good
+`chunk` and `file` race Silero (32 ms with its state, and 30 s) against ONNX Runtime in the same server code, each in a separate
+process, alternately. `streams` sends live sound at the speed of speech through WebSockets. `callers` streams HiFi-GAN
+V1 by live signals, and by windows with the frames around them. `faults` mixes good
 requests with bad ones, clients that go, and restarts. Everything is on the loopback interface, and bounded in time and count.
 """
 
@@ -111,7 +111,7 @@ def prepare_callers(folder: Path) -> None:
 
 
 class Server:
-    """A server in a process of its own."""
+    """A server in a separate process."""
 
     def __init__(self, contender: str, folder: Path, port: int = 0) -> None:
         words = [sys.executable, __file__, "serve-here", contender, str(folder), str(port)]

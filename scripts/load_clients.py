@@ -40,7 +40,7 @@ def request_of(
 
 
 async def read(reader: asyncio.StreamReader) -> tuple[int, bytes, bytes]:
-    """Returns the status, the JSON and what is behind it."""
+    """Returns the status, the JSON and the bytes after it."""
     head = await reader.readuntil(b"\r\n\r\n")
     lines = head.lower().split(b"\r\n")
     sizes = dict(line.split(b": ", 1) for line in lines[1:] if b": " in line)
@@ -172,7 +172,7 @@ async def streams(port: int, count: int, seconds: float, folder: str) -> dict[st
 
 
 async def callers(port: int, clients: int, seconds: float, folder: str, chunk: int, live: bool) -> dict[str, Any]:
-    """Each caller sends a spectrogram chunk by chunk, as fast as it can: to a live model, or with what is beside it."""
+    """Each caller sends a spectrogram chunk by chunk, as fast as it can: to a live model, or to a whole one with the frames around the chunk."""
     facts = json.loads((Path(folder) / "facts.json").read_text())
     left, right, hop = (0, 0, facts["hop"]) if live else (facts["left"], facts["right"], facts["hop"])
     mels, want = (np.load(Path(folder) / f"{name}.npy") for name in ("mels", "sound"))

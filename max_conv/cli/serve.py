@@ -13,13 +13,15 @@ from .terminal import step
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="NAME=FILE...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets other machines in.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 chooses a free one.")
 @click.option("--token", envvar="MAX_CONV_TOKEN", help="What clients must send. Default: MAX_CONV_TOKEN, or none.")
 @click.option("--max-batch", default=32, show_default=True, type=click.IntRange(1), help="Rows of a call.")
 @click.option("--max-queue", default=256, show_default=True, type=click.IntRange(1), help="Requests that wait.")
 @click.option("--deadline", default=30.0, show_default=True, type=click.FloatRange(0.001), help="Seconds to an answer.")
 @click.option("--max-streams", default=1000, show_default=True, type=click.IntRange(1), help="Live signals of a model.")
-@click.option("--idle", default=60.0, show_default=True, help="Seconds until a signal that gets nothing is let go.")
+@click.option(
+    "--idle", default=60.0, show_default=True, help="Seconds after which a signal that receives nothing is ended."
+)
 @click.option("--tick", default=5.0, show_default=True, help="Milliseconds between calls of a live model, at least.")
 @click.option("--max-body", default=64.0, show_default=True, help="MiB of a request.")
 @click.option("--max-memory", default=512.0, show_default=True, help="MiB of all requests that are being read.")

@@ -99,17 +99,17 @@ class Server:
     async def lifespan(self, application: Starlette) -> AsyncIterator[None]:
         for model in self.models.values():
             model.start()
-        watch = asyncio.create_task(self._let_go())
+        watch = asyncio.create_task(self._free_idle())
         yield
         watch.cancel()
         for model in self.models.values():
             model.stop()
 
-    async def _let_go(self) -> None:
+    async def _free_idle(self) -> None:
         while True:
             await asyncio.sleep(min(1.0, self.options.idle / 4))
             for model in self.models.values():
-                model.let_go()
+                model.free_idle()
 
     def find(self, given: Mapping[str, Any]) -> Served:
         """Returns the model that a path names."""
@@ -174,7 +174,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def sentence(text: str, status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Returns an error as all of them are told."""
+    """Returns an error response: JSON with one sentence."""
     return JSONResponse({"error": text}, status, headers=headers)
 
 

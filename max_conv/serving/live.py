@@ -207,7 +207,7 @@ class LiveServed(Served):
         return answers
 
     def _together(self, jobs: Sequence[Job], number: int, longest: int) -> Any:
-        """Returns an input of all jobs in one array, with zeros behind the shorter ones."""
+        """Returns an input of all jobs in one array, shorter ones are filled up with zeros."""
         parts, chunk = [job.arrays[number] for job in jobs], self._chunks[number]
         if len(parts) > 1:
             shape = [*parts[0].shape]
@@ -231,7 +231,7 @@ class LiveServed(Served):
         return answer
 
     def _packed(self, state: Mapping[str, Any]) -> np.ndarray:
-        """Returns what a stream tells of some rows, each as bytes: (rows, bytes)."""
+        """Returns the state of some rows, as `Stream.take` returned it, in bytes: (rows, bytes)."""
         rows = [
             HEAD.pack(MARK, int(ticks), int(seen)) + own.tobytes() + b"".join(array.tobytes() for array in held)
             for ticks, seen, own, held in zip(state["ticks"], state["seen"], state["state"], state["held"], strict=True)
@@ -248,9 +248,7 @@ class LiveServed(Served):
         waiting = seen - ticks * self._timing.tick
         need = HEAD.size + self._timing.state + waiting * sum(self._units())
         if not (0 <= ticks <= seen <= MOST and waiting >= 0 and need == state.shape[1]):
-            raise Refused(
-                f"the input state has {state.shape[1]} bytes, which are not those of a signal of {self.name}."
-            )
+            raise Refused(f"the input state has {state.shape[1]} bytes, which do not fit a signal of {self.name}.")
         return state
 
     def _units(self) -> list[int]:

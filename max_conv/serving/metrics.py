@@ -59,7 +59,7 @@ class ModelMetrics:
         self._codes: dict[int, Any] = {}
 
     def watch(self, waiting: Callable[[], int], streams: Callable[[], int]) -> None:
-        """Lets two functions tell how many requests wait and how many signals go on."""
+        """Registers two functions: the number of requests that wait, and of signals that go on."""
         self._metrics.waiting.labels(self._model).set_function(waiting)
         self._metrics.streams.labels(self._model).set_function(streams)
 

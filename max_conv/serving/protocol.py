@@ -123,7 +123,7 @@ def decode(body: bytes, header: str | None, inputs: Mapping[str, Spec]) -> tuple
     """Reads a request.
 
     Args:
-        body: JSON, and behind it the binary tensors, in the order of the inputs.
+        body: JSON, followed by the binary tensors in the order of the inputs.
         header: The header Inference-Header-Content-Length: how many bytes the JSON has; None if there are no others.
         inputs: The model's inputs by name.
 
@@ -157,7 +157,7 @@ def decode(body: bytes, header: str | None, inputs: Mapping[str, Spec]) -> tuple
         need = math.prod(tensor.shape) * spec.numpy.itemsize
         if length is True or length != need or need > len(body) - at:
             raise Refused(
-                f"input {tensor.name!r} of shape {tuple(tensor.shape)} takes {need} bytes, but binary_data_size is "
+                f"input {tensor.name!r} of shape {tuple(tensor.shape)} needs {need} bytes, but binary_data_size is "
                 f"{str(length)[:40]} and {len(body) - at} bytes are left in the body."
             )
         arrays[tensor.name] = np.frombuffer(body, spec.numpy, need // spec.numpy.itemsize, at).reshape(tensor.shape)
@@ -202,7 +202,7 @@ def _from_json(tensor: _Tensor, spec: Spec) -> np.ndarray:
         raise Refused(f"input {tensor.name!r}: its data is no list of {spec.dtype} ({str(error)[:200]}).") from None
     if values.size != math.prod(tensor.shape) or (depth > 1 and values.shape != tuple(tensor.shape)):
         raise Refused(
-            f"input {tensor.name!r} of shape {tuple(tensor.shape)} takes {math.prod(tensor.shape)} numbers, but its data "
+            f"input {tensor.name!r} of shape {tuple(tensor.shape)} needs {math.prod(tensor.shape)} numbers, but its data "
             f"has shape {values.shape}."
         )
     return values.reshape(tensor.shape)
@@ -216,7 +216,7 @@ def _depth(data: msgspec.Raw) -> int:
 
 @functools.cache
 def _lists(kind: str, depth: int) -> msgspec.json.Decoder[Any]:
-    """Returns the decoder of lists in lists of numbers. It takes neither texts nor null for a number."""
+    """Returns the decoder of lists in lists of numbers. Texts and null are not accepted as numbers."""
     type_: Any = {"b": bool, "f": float}.get(kind, int)
     for _ in range(depth):
         type_ = list[type_]
@@ -235,7 +235,7 @@ def _check_sizes(inputs: Mapping[str, Spec], arrays: Mapping[str, np.ndarray]) -
 
 
 def encode(model: str, request: Request, results: Mapping[str, np.ndarray]) -> tuple[bytes, dict[str, str]]:
-    """Writes a response: JSON, and behind it the outputs that were asked for in binary.
+    """Writes a response: JSON, followed by the outputs that were asked for in binary.
 
     Args:
         model: The model's name.

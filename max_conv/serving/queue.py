@@ -12,7 +12,7 @@ import numpy as np
 from .protocol import Refused
 
 FAST = 1e-3
-"""Seconds: a call that should take less runs in the event loop, since a change of threads costs as much."""
+"""Seconds: a call that should take less runs in the event loop, since switching threads costs about as much."""
 WATCH = 0.05
 """Seconds after which a waiting request begins to look whether its client is still there."""
 
@@ -23,13 +23,13 @@ class Job:
     Attributes:
         arrays: The model's inputs.
         kind: Only jobs of one kind run together.
-        rows: How many rows of a batch it takes.
+        rows: The number of its rows in a batch.
         size: How long its signals are, where jobs of different length run together.
         more: Whatever the function that runs it needs besides.
         keeps: Whether it changes what is kept for the next one. Once it runs, it is waited for, whatever the deadline says.
         runs: Whether it has been taken out of its line, and nothing has failed.
         since: When it came.
-        answer: What is told to whoever waits.
+        answer: The future of its answer.
     """
 
     __slots__ = ("answer", "arrays", "keeps", "kind", "more", "rows", "runs", "since", "size")
@@ -55,7 +55,7 @@ class Queue:
     fit into a call. If a call fails, each of its jobs runs again alone, so that a bad one fails alone.
 
     Args:
-        run: Computes: takes jobs of one kind, returns an answer for each.
+        run: A function from jobs of one kind to an answer for each.
         most_rows: The most rows of a call.
         most_jobs: The most jobs that wait.
         pause: Seconds between the begins of two calls, at least: to gather jobs that come one by one.
@@ -97,7 +97,7 @@ class Queue:
             self._busy = True
             asyncio.get_running_loop().call_soon(self._next)
         try:
-            if job.keeps and gone is None:  # a socket, which is told when its client has gone
+            if job.keeps and gone is None:  # a socket learns by itself that its client has gone
                 return await job.answer
             await asyncio.wait((job.answer,), timeout=min(seconds, WATCH))
             if not job.answer.done():
@@ -189,7 +189,7 @@ class Queue:
         asyncio.get_running_loop().call_soon(self._next)
 
     def _failed(self, jobs: Sequence[Job], error: BaseException) -> None:
-        """Tells the job of a call that failed; of several jobs, each is run again alone."""
+        """Fails the job of a call that failed; several jobs are run again, each alone."""
         for job in jobs:
             job.runs = False
             if job.answer.done():
@@ -202,5 +202,5 @@ class Queue:
                 self.waiting += 1
 
     def close(self) -> None:
-        """Lets go of the thread, when no job is left."""
+        """Ends the thread when no job is left."""
         self._thread.shutdown(wait=False)

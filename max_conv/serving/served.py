@@ -29,7 +29,7 @@ class Options:
         max_queue: Requests of a model that wait.
         deadline: Seconds until a request is answered; its parameter `timeout`, in microseconds, may shorten it.
         max_streams: Live signals and sequences of a model.
-        idle: Seconds after which a live signal or sequence that gets nothing is let go.
+        idle: Seconds after which a live signal or sequence that receives nothing is ended.
         tick: Seconds between the begins of two calls of a live model, at least: a caller alone does not wait.
         max_body: Bytes of a request.
         max_memory: Bytes of all requests that are being read.
@@ -90,8 +90,8 @@ class Served:
         model: The model.
         inputs, outputs: As clients see them.
         sequences: The signals that go on, by their id.
-        facts: What else is told about it.
-        live: Whether it takes signals in pieces of any length, and has more to say when one ends.
+        facts: What else its metadata has.
+        live: Whether it accepts signals in pieces of any length, and returns a rest when one ends.
     """
 
     live = False
@@ -109,7 +109,7 @@ class Served:
         self.metrics.watch(lambda: self.queue.waiting, self.streams)
 
     def stop(self) -> None:
-        """Lets go of everything."""
+        """Frees everything."""
         self.queue.close()
 
     def streams(self) -> int:
@@ -117,9 +117,9 @@ class Served:
         return len(self.sequences)
 
     def metadata(self) -> dict[str, Any]:
-        """Returns what the protocol tells of a model."""
+        """Returns the protocol's metadata of the model."""
 
-        def told(specs: Mapping[str, Spec]) -> list[dict[str, Any]]:
+        def listed(specs: Mapping[str, Spec]) -> list[dict[str, Any]]:
             return [
                 {
                     "name": name,
@@ -134,8 +134,8 @@ class Served:
             "name": self.name,
             "versions": ["1"],
             "platform": "max_conv",
-            "inputs": told(self.inputs),
-            "outputs": told(self.outputs),
+            "inputs": listed(self.inputs),
+            "outputs": listed(self.outputs),
             "parameters": self.facts,
         }
 
@@ -178,8 +178,8 @@ class Served:
         """Ends a signal that went on."""
         session.kept = None
 
-    def let_go(self) -> None:
-        """Lets go of the sequences that get nothing."""
+    def free_idle(self) -> None:
+        """Ends the sequences that have received nothing for too long."""
         old = time.monotonic() - self.options.idle
         for key, session in [*self.sequences.items()]:
             if session.used < old and not session.busy:
@@ -328,7 +328,7 @@ class Whole(Served):
         rows = array[at : at + job.rows]
         if not job.more:
             return rows
-        # The lengths of outputs follow from those of inputs, by the expressions in their shapes.
+        # An output's lengths follow from the inputs' lengths, by the expressions in its shape.
         sizes = {
             size: have
             for port, value in zip(self.model.inputs, job.arrays, strict=True)
@@ -341,7 +341,7 @@ class Whole(Served):
 
 
 def _longer(array: np.ndarray, axis: int, size: int) -> np.ndarray:
-    """Returns an array with zeros behind, up to `size` along an axis."""
+    """Returns an array, filled up with zeros to `size` along an axis."""
     if array.shape[axis] == size:
         return array
     room = np.zeros((*array.shape[:axis], size, *array.shape[axis + 1 :]), array.dtype)
@@ -354,7 +354,7 @@ def _numpy(port: Port) -> np.dtype[Any]:
 
 
 def as_input(port: Port, array: np.ndarray) -> Any:
-    """Returns an array as a model takes it: bits as bfloat16."""
+    """Returns an array in the form that a model accepts: bits as bfloat16."""
     if port.dtype != "bfloat16":
         return array
     from max.driver import Buffer

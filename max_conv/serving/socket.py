@@ -69,7 +69,7 @@ class Talk:
         model, session = signal.model, signal.session
         while True:
             message = await receive()
-            if (now := loop.time()) > moved + idle / 8:  # not at every message: it takes time
+            if (now := loop.time()) > moved + idle / 8:  # not at every message, since it costs time
                 moved = now
                 limit.reschedule(now + idle)
             if message["type"] == "websocket.disconnect":

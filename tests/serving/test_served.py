@@ -295,11 +295,11 @@ def test_sequences_of_a_model_without_state() -> None:
     serve(Fixed(), test)
 
 
-def test_sequences_that_get_nothing_are_let_go() -> None:
+def test_sequences_that_get_nothing_are_ended() -> None:
     async def test(served: Served, ask: Ask) -> None:
         await ask(x=np.ones((1, 4), np.float32), parameters={"sequence_id": 1, "sequence_start": True})
         await asyncio.sleep(0.02)
-        served.let_go()
+        served.free_idle()
         assert served.streams() == 0
 
     serve(Live(), test, idle=0.01)
