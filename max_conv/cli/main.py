@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from .batch import batch
+from .check import check
 from .compile import compile_
 from .convert import convert
 from .run import run
@@ -26,7 +27,7 @@ def main() -> None:
     """1-D convolution for Modular MAX: right on every shape, complete, and fast."""
 
 
-for command in (batch, compile_, convert, run, serve, stream):
+for command in (batch, check, compile_, convert, run, serve, stream):
     main.add_command(command)
 
 
@@ -66,9 +67,21 @@ def _machine_facts() -> dict[str, Any]:
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
         "accelerators": ", ".join(accelerators) or "none",
         "kernels": str(compiled) if compiled.is_file() else "not compiled yet",
+        "check": _last_check(),
         "graphs": f"{len(graphs)} compiled, {sum(graphs) / 1e6:.1f} MB",
         "cache": f"{cache_dir()} ({len(files)} files, {sum(files) / 1e6:.1f} MB)",
     }
+
+
+def _last_check() -> str:
+    """Returns what `max-conv check` found last on this machine."""
+    from ..runtime import last_check
+
+    rows = last_check()
+    if rows is None:
+        return "never; run `max-conv check`"
+    wrong = sum(not row.right for row in rows)
+    return f"{len(rows)} rows, {f'{wrong} WRONG' if wrong else 'all right'}"
 
 
 def _sizes(folder: Path) -> list[int]:

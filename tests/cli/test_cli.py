@@ -183,7 +183,7 @@ def test_refuses_in_one_sentence(case: str, folder: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["batch"], ["convert"], ["run", "speech"], ["compile", "conv1d"], ["info"], ["serve"]]
+    "command", [[], ["batch"], ["check"], ["convert"], ["run", "speech"], ["compile", "conv1d"], ["info"], ["serve"]]
 )
 def test_help_answers_at_once(command: list[str]) -> None:
     """It loads only click: importing MAX takes more than a second, NumPy a tenth."""
