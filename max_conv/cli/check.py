@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 import click
 
@@ -41,9 +42,8 @@ def check(timed: bool, as_json: bool) -> None:
         click.echo(f"{len(rows)} rows, {sum(row.layers for row in rows)} layers: all right")
 
 
-def _cells(row: "object") -> list[str]:
+def _cells(row: Any) -> list[str]:
     """Returns a row of the table."""
-    facts = vars(row)
-    cells = [facts["kernel"], facts["layout"], facts["dtype"], str(facts["layers"])]
-    error = f"{facts['error']:.3f}" + (" WRONG" if facts["error"] > 1 else "")
-    return [*cells, error, *([] if facts["gflops"] is None else [f"{facts['gflops']:.1f}"])]
+    error = f"{row.error:.3f}" + ("" if row.right else " WRONG")
+    speed = [] if row.gflops is None else [f"{row.gflops:.1f}"]
+    return [row.kernel, row.layout, row.dtype, str(row.layers), error, *speed]
