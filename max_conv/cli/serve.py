@@ -47,6 +47,8 @@ def serve(models: tuple[str, ...], host: str, port: int, logs: str, **limits: An
         os.environ.update(environment)
     limits |= {"tick": limits["tick"] / 1e3}
     limits |= {name: int(limits[name] * 2**20) for name in ("max_body", "max_memory")}
+    if host not in ("127.0.0.1", "::1", "localhost") and limits["token"] is None:
+        click.echo(f"serve: {host} lets other machines in, and nothing asks for a token; pass --token.", err=True)
     with listen(host, port) as listener:
         with step("loading"):
             application = app(models, **limits)
