@@ -1,6 +1,6 @@
-"""HiFi-GAN of this package behind `max serve`: a mel spectrogram in, a WAV file back, weights from a safetensors file.
+"""HiFi-GAN of this package for `max serve`: a mel spectrogram in, a WAV file back, weights from a safetensors file.
 
-Run it, from this folder, with `pip install "max[serve]==26.7.0"` beside this package:
+Run it, from this folder, with `pip install "max[serve]==26.7.0"` in the same environment as this package:
 
     max serve --model-path MODEL --custom-architectures .:max_serve_hifigan --devices cpu
 

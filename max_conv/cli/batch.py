@@ -205,7 +205,7 @@ class _Worker:
 
         context = get_context("spawn")  # a forked child of MAX would wait for ever
         self.pipe, theirs = context.Pipe()
-        # Not a daemon: MAX compiles in a process of its own, and daemons may not have children.
+        # Not a daemon: MAX compiles in a separate process, and daemons may not have children.
         self.process = context.Process(target=_work, args=(dict(given), theirs))
         self.process.start()
         theirs.close()

@@ -25,7 +25,6 @@ from .served import Options, Served, Whole
 from .socket import TOKEN, Talk
 
 HEADER = "inference-header-content-length"
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 def app(models: Mapping[str, Model | str | PathLike] | Sequence[str], **limits: Any) -> Callable[..., Awaitable[None]]:
@@ -89,6 +88,7 @@ class Server:
 
     def __init__(self, models: Mapping[str, Model], options: Options) -> None:
         self.options, self.metrics = options, Metrics()
+        self._version = metadata.version("max-conv")  # reading it takes milliseconds
         self.models: dict[str, Served] = {}
         for name, model in models.items():
             kind = LiveServed if model.timing is not None else Whole
@@ -147,7 +147,7 @@ class Server:
 
     async def about(self, request: Request) -> Response:
         extensions = ["binary_tensor_data", "sequence", "model_repository"]
-        return JSONResponse({"name": "max_conv", "version": metadata.version("max-conv"), "extensions": extensions})
+        return JSONResponse({"name": "max_conv", "version": self._version, "extensions": extensions})
 
     async def healthy(self, request: Request) -> Response:
         return Response()

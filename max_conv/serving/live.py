@@ -13,7 +13,7 @@ from ..runtime.ports import live_array
 from .metrics import Metrics
 from .protocol import Bits, Refused, Request, Spec
 from .queue import Job
-from .served import Gone, Options, Served, Session, as_input, as_output
+from .served import Gone, Options, Served, Session, as_output, together
 
 if TYPE_CHECKING:
     from ..runtime import Model
@@ -186,7 +186,7 @@ class LiveServed(Served):
                 self._stream.put(piece.slots, self._unpacked(piece.state))
         axis = self._chunks[0].axis
         counts = [job.arrays[0].shape[axis] for job in jobs]
-        chunks = [self._together(jobs, i, max(counts)) for i in range(len(self._chunks))]
+        chunks = [together(jobs, i, self.model.inputs[i]) for i in range(len(self._chunks))]
 
         def each(values: Sequence[Any]) -> list[Any]:
             return [value for value, piece in zip(values, pieces, strict=True) for _ in piece.slots]
@@ -205,19 +205,6 @@ class LiveServed(Served):
             answers.append(self._answer(piece, arrays, at))
             at += len(piece.slots)
         return answers
-
-    def _together(self, jobs: Sequence[Job], number: int, longest: int) -> Any:
-        """Returns an input of all jobs in one array, shorter ones are filled up with zeros."""
-        parts, chunk = [job.arrays[number] for job in jobs], self._chunks[number]
-        if len(parts) > 1:
-            shape = [*parts[0].shape]
-            shape[0], shape[chunk.axis] = sum(len(part) for part in parts), longest
-            room, at = np.zeros(shape, parts[0].dtype), 0
-            for part in parts:
-                room[(slice(at, at + len(part)), *[slice(size) for size in part.shape[1:]])] = part
-                at += len(part)
-            parts = [room]
-        return as_input(self.model.inputs[number], parts[0])
 
     def _answer(self, piece: _Piece, arrays: Sequence[np.ndarray], at: int) -> dict[str, np.ndarray]:
         answer = {}

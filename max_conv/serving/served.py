@@ -294,26 +294,17 @@ class Whole(Served):
         if not self._ragged:
             return Job(values, tuple(value.shape[1:] for value in values), rows)
         own = values[: len(self.model.inputs) - 1]
-        ports = self.model.inputs[: len(own)]
-        axes = [next(i for i, size in enumerate(port.shape[1:], 1) if isinstance(size, str)) for port in ports]
-        size = own[0].shape[axes[0]]
+        first = self.model.inputs[0]
+        size = own[0].shape[next(i for i, size in enumerate(first.shape[1:], 1) if isinstance(size, str))]
         lengths = arrays.get(LENGTHS, np.full(rows, size, np.int64))
         if rows and not 0 <= lengths.min() <= lengths.max() <= size:
             raise Refused(
                 f"input 'lengths' must be from 0 to the {size} positions that came, but is {lengths.tolist()}."
             )
-        return Job([*own, lengths], BATCH, rows, size, axes)
+        return Job([*own, lengths], BATCH, rows, size)
 
     def _run(self, jobs: Sequence[Job]) -> Sequence[dict[str, np.ndarray]]:
-        longest = max(job.size for job in jobs)
-        columns = []
-        for i, port in enumerate(self.model.inputs):
-            parts = [job.arrays[i] for job in jobs]
-            if jobs[0].more and i < len(jobs[0].more):
-                parts = [_longer(part, jobs[0].more[i], longest) for part in parts]
-            whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            columns.append(as_input(port, whole))
-        results = self.model(*columns)
+        results = self.model(*(together(jobs, i, port) for i, port in enumerate(self.model.inputs)))
         results = results if isinstance(results, tuple) else (results,)
         arrays = [as_output(port, result) for port, result in zip(self.model.outputs, results, strict=True)]
         answers, at = [], 0
@@ -326,7 +317,7 @@ class Whole(Served):
     def _own(self, job: Job, number: int, array: np.ndarray, at: int) -> np.ndarray:
         """Returns a job's rows of an output, and of them what its own signals have."""
         rows = array[at : at + job.rows]
-        if not job.more:
+        if not self._ragged:
             return rows
         # An output's lengths follow from the inputs' lengths, by the expressions in its shape.
         sizes = {
@@ -340,13 +331,19 @@ class Whole(Served):
         return rows[tuple(slice(end) for end in ends)].copy()
 
 
-def _longer(array: np.ndarray, axis: int, size: int) -> np.ndarray:
-    """Returns an array, filled up with zeros to `size` along an axis."""
-    if array.shape[axis] == size:
-        return array
-    room = np.zeros((*array.shape[:axis], size, *array.shape[axis + 1 :]), array.dtype)
-    room[(slice(None),) * axis + (slice(array.shape[axis]),)] = array
-    return room
+def together(jobs: Sequence[Job], number: int, port: Port) -> Any:
+    """Returns an input of all jobs as the model accepts it: rows after rows, shorter ones filled up with zeros."""
+    parts = [job.arrays[number] for job in jobs]
+    if len(parts) == 1:
+        return as_input(port, parts[0])
+    sizes = {part.shape[1:] for part in parts}
+    if len(sizes) == 1:
+        return as_input(port, np.concatenate(parts))
+    room, at = np.zeros((sum(map(len, parts)), *map(max, *sizes)), parts[0].dtype), 0
+    for part in parts:
+        room[(slice(at, at + len(part)), *map(slice, part.shape[1:]))] = part
+        at += len(part)
+    return as_input(port, room)
 
 
 def _numpy(port: Port) -> np.dtype[Any]:

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from ..sound import to_pcm
 from .protocol import Refused
 from .served import Options, Served
 
@@ -132,9 +133,7 @@ class _Signal:
     def bytes(self, answer: dict[str, np.ndarray]) -> bytes:
         """Returns the output of one signal."""
         values = answer[self.output]
-        if self.writes_pcm:
-            values = np.clip(np.rint(values * SCALE), -SCALE, SCALE - 1).astype("<i2")
-        return values.tobytes()
+        return to_pcm(values.reshape(1, -1), "s16") if self.writes_pcm else values.tobytes()
 
 
 def _pcm(query: Any, side: str) -> bool:
