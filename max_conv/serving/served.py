@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..runtime.ports import Port, size_of
+from ..streaming.stream import to_buffer, to_numpy
 from .metrics import Metrics
 from .protocol import DATATYPES, Bits, Refused, Request, Spec
 from .queue import Job, Queue
@@ -287,7 +288,7 @@ class Whole(Served):
         for name, port in self._state.items():
             if name not in arrays:
                 shape = [size if isinstance(size, int) else 1 for size in port.shape[1:]]
-                arrays[name] = np.zeros((rows, *shape), _numpy(port))
+                arrays[name] = np.zeros((rows, *shape), self.inputs[name].numpy)
         values = [arrays[port.name] for port in self.model.inputs if port.name in arrays]
         if not self._batched:
             return Job(values, object())
@@ -334,40 +335,20 @@ class Whole(Served):
 def together(jobs: Sequence[Job], number: int, port: Port) -> Any:
     """Returns an input of all jobs as the model accepts it: rows after rows, shorter ones filled up with zeros."""
     parts = [job.arrays[number] for job in jobs]
-    if len(parts) == 1:
-        return as_input(port, parts[0])
     sizes = {part.shape[1:] for part in parts}
-    if len(sizes) == 1:
-        return as_input(port, np.concatenate(parts))
-    room, at = np.zeros((sum(map(len, parts)), *map(max, *sizes)), parts[0].dtype), 0
-    for part in parts:
-        room[(slice(at, at + len(part)), *map(slice, part.shape[1:]))] = part
-        at += len(part)
-    return as_input(port, room)
-
-
-def _numpy(port: Port) -> np.dtype[Any]:
-    return Spec(port.dtype, port.shape).numpy
-
-
-def as_input(port: Port, array: np.ndarray) -> Any:
-    """Returns an array in the form that a model accepts: bits as bfloat16."""
-    if port.dtype != "bfloat16":
-        return array
-    from max.driver import Buffer
-    from max.dtype import DType
-
-    return Buffer.from_numpy(np.ascontiguousarray(array)).view(DType.bfloat16, list(array.shape))
+    if len(parts) == 1:
+        whole = parts[0]
+    elif len(sizes) == 1:
+        whole = np.concatenate(parts)
+    else:
+        whole, at = np.zeros((sum(map(len, parts)), *map(max, *sizes)), parts[0].dtype), 0
+        for part in parts:
+            whole[(slice(at, at + len(part)), *map(slice, part.shape[1:]))] = part
+            at += len(part)
+    return to_buffer(np.ascontiguousarray(whole), port.dtype)
 
 
 def as_output(port: Port, result: Any) -> np.ndarray:
     """Returns a model's output as a contiguous array; bfloat16 as bits."""
-    if isinstance(result, np.ndarray):
-        return np.ascontiguousarray(result)
-    from max.driver import CPU
-    from max.dtype import DType
-
-    buffer = result.to(CPU())
-    if port.dtype != "bfloat16":
-        return np.ascontiguousarray(buffer.to_numpy())
-    return np.ascontiguousarray(buffer.view(DType.uint16, buffer.shape).to_numpy()).view(Bits)
+    values = np.ascontiguousarray(to_numpy(result))
+    return values.view(Bits) if port.dtype == "bfloat16" else values

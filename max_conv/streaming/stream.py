@@ -183,7 +183,7 @@ class Stream:
                     raise TypeError(
                         f"stream: input {chunk.name!r} must be {chunk.dtype}, but is {other}; cast it first."
                     )
-                array = _numpy(buffer)
+                array = to_numpy(buffer)
             shape = array.shape
             if len(shape) != len(chunk.shape) or any(
                 want not in (None, given) for want, given in zip(chunk.shape, shape, strict=True)
@@ -253,10 +253,10 @@ class Stream:
             picked = [changed[n] for n in members]
             whole = self._are_all(members)
             *values, kept = self._compute(picked, ticks, self._state if whole else self._state[members])
-            states.append((members, _numpy(kept)))
+            states.append((members, to_numpy(kept)))
             order += members
             for i, (signal, value) in enumerate(zip(outputs, values, strict=True)):
-                answers[i] += self._valid(picked, ticks, signal, _numpy(value))
+                answers[i] += self._valid(picked, ticks, signal, to_numpy(value))
             for n in members:
                 changed[n] = self._later(changed[n], ticks)
         where = {n: i for i, n in enumerate(changed)}
@@ -304,10 +304,10 @@ class Stream:
         results = []
         for i, (signal, value) in enumerate(zip(self.timing.outputs, values, strict=True)):
             begin = max(0, signal.line.delay - rows[0].ticks * signal.line.per_tick)
-            result = _cut(_numpy(value), signal.axis, begin, None)
-            results.append(_buffer(np.ascontiguousarray(result), self._results[i].dtype))
+            result = _cut(to_numpy(value), signal.axis, begin, None)
+            results.append(to_buffer(np.ascontiguousarray(result), self._results[i].dtype))
             self.output_lengths[i] = np.full(len(rows), result.shape[signal.axis])
-        self._keep(which, _numpy(state))
+        self._keep(which, to_numpy(state))
         for n, row in zip(which, rows, strict=True):
             self._rows[n] = _Row(row.ticks + ticks, row.seen + given, False, self._nothing)
         return results[0] if len(results) == 1 else tuple(results)
@@ -317,7 +317,7 @@ class Stream:
         axis = self._chunks[number].axis
         if self.timing.tick > 1:
             batch = batch.reshape(*batch.shape[:axis], ticks, self.timing.tick, *batch.shape[axis + 1 :])
-        return _buffer(batch, self._chunks[number].dtype)
+        return to_buffer(batch, self._chunks[number].dtype)
 
     def _compute(self, rows: Sequence[_Row], ticks: int, state: np.ndarray) -> Sequence[Any]:
         """Runs some rows for some ticks. Ended rows are filled up with zeros, which no output depends on."""
@@ -366,7 +366,7 @@ class Stream:
         result = np.zeros(shape, _bits(spec))
         for n, value in zip(order, found, strict=True):
             _cut(result[n], axis - 1, 0, int(counts[n]))[...] = value
-        return _buffer(result, spec.dtype)
+        return to_buffer(result, spec.dtype)
 
 
 @functools.cache
@@ -375,7 +375,7 @@ def _bits(chunk: Chunk) -> np.dtype:
     return np.dtype(np.uint16 if chunk.dtype == "bfloat16" else chunk.dtype)
 
 
-def _numpy(value: Any) -> np.ndarray:
+def to_numpy(value: Any) -> np.ndarray:
     """Returns values, or the bits of bfloat16."""
     if not isinstance(value, Buffer):
         return np.asarray(value)
@@ -383,7 +383,7 @@ def _numpy(value: Any) -> np.ndarray:
     return value.view(DType.uint16, value.shape).to_numpy() if value.dtype == DType.bfloat16 else value.to_numpy()
 
 
-def _buffer(values: np.ndarray, dtype: str) -> Any:
+def to_buffer(values: np.ndarray, dtype: str) -> Any:
     """Returns values as MAX takes them: bits as bfloat16."""
     return Buffer.from_numpy(values).view(DType.bfloat16, list(values.shape)) if dtype == "bfloat16" else values
 
