@@ -164,8 +164,10 @@ def build(
 
 def _normalised(frames: TensorValue) -> TensorValue:
     """Returns each frame with a mean of 0 and a deviation of 1; silence stays silent."""
-    frames = frames - ops.mean(frames, axis=2)
-    variance = ops.sum(frames * frames, axis=2) / (int(frames.shape[2]) - 1)
+    # Products instead of quotients and `ops.mean`: MAX compiles another graph to divide constants.
+    count = int(frames.shape[2])
+    frames = frames - ops.sum(frames, axis=2) * (1 / count)
+    variance = ops.sum(frames * frames, axis=2) * (1 / (count - 1))
     return frames / ops.max(ops.sqrt(variance), 1e-10)
 
 

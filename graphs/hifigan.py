@@ -168,7 +168,8 @@ def _blocks(config: Config, w: Weights, begin: TensorValue, first: int) -> Tenso
             x = leaky_relu(y, config.slope)
         total = y if total is None else total + y
     assert total is not None, "a stage has blocks"
-    return total / len(config.kernel_sizes)
+    # A product, as MAX would compile a second graph to compute 1 divided by the constant.
+    return total * (1 / len(config.kernel_sizes))
 
 
 def _conv(

@@ -253,10 +253,13 @@ def _encoded(config: Config, w: Weights, levels: TensorValue) -> TensorValue:
 
 def _pitch(config: Config, activations: TensorValue) -> TensorValue:
     """Returns the mean pitch around the likeliest, in Hz, (batch, frames)."""
-    bins = ops.range(0, config.pitches, 1, out_dim=config.pitches, dtype=DType.int64, device=activations.device)
+    # Two constants: MAX compiles another graph to turn one into the other.
+    numbers, device = np.arange(config.pitches), activations.device
+    bins = ops.constant(numbers.astype(np.int64), DType.int64, device=device)
+    values = ops.constant(numbers.astype(np.float32), DType.float32, device=device)
     middle = ops.argmax(activations, axis=2)
     near = ops.cast(ops.greater(config.steps, ops.abs(bins - middle)), DType.float32) * activations
-    semitone = ops.sum(near * ops.cast(bins, DType.float32), axis=2) / (ops.sum(near, axis=2) * config.steps)
+    semitone = ops.sum(near * values, axis=2) / (ops.sum(near, axis=2) * config.steps)
     return ops.squeeze(440 * ops.exp((semitone - 69) * (np.log(2) / 12)), 2)
 
 

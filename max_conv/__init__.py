@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import frontends
-    from .conv.dispatch import explain
+    from .conv.explanation import explain
     from .conv.graph import PackedGraph
     from .conv.nn import Conv1D, ConvTranspose1D, ConvTranspose1d
     from .conv.ops import conv1d, conv_transpose1d
@@ -80,7 +80,7 @@ __getattr__ = lazily(
         "compile": "runtime.session",
         "conv1d": "conv.ops",
         "conv_transpose1d": "conv.ops",
-        "explain": "conv.dispatch",
+        "explain": "conv.explanation",
         "frontends": "frontends",
         "load": "runtime.session",
         "registry": "runtime.session",

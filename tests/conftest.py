@@ -1,14 +1,18 @@
 """Options of the test suite, and a report of what it compiled."""
 
 import functools
+import importlib
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 DAILY, DEFAULT = 5_000, 20_000
 """Random layers of a daily run, and of one with `--all`: up to there they are the same in every run."""
-BUDGET = 80
+NOWHERE = Path(__file__) / "tuned"
+"""The folder of measured choices, which does not exist: layers get their usual kernels, whatever this machine's user measured."""
+BUDGET = 50
 """Compiles of one run of all tests; more fail it. One takes 10 to 30 s; a further graph in one `Module` takes 1 to 3 s."""
 
 
@@ -23,14 +27,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Starts the longest files first, so that no worker has one of them left at the end."""
-    items.sort(key=lambda item: "property" not in item.path.name)
+    items.sort(key=lambda item: "property" not in item.path.name and item.path.parent.name != "graphs")
     if not config.getoption("--all"):
         for item in items:
             if item.get_closest_marker("nightly"):
                 item.add_marker(pytest.mark.skip(reason="nightly: runs with --all"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives each file to one worker, and all files of tests/graphs to the same one: they share a compile."""
+    from xdist.scheduler import LoadFileScheduling
+
+    scheduling = LoadFileScheduling(config, log)
+    file_of = scheduling._split_scope
+
+    def scope_of(test: str) -> str:
+        folder, found, _ = test.partition("graphs/")
+        return folder + found if found else file_of(test)
+
+    scheduling._split_scope = scope_of
+    return scheduling
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    importlib.import_module("max_conv.conv.max_nn")  # before a test imports max.nn in two workers at once
+    pytest.MonkeyPatch().setattr("max_conv.conv.tuned.folder", lambda: NOWHERE)
     config.pluginmanager.register(Compiles())
     if config.option.configurations is None:
         config.option.configurations = DEFAULT if config.option.all else DAILY

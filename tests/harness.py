@@ -116,6 +116,11 @@ def compile_together(*graphs: tuple[Graph, Mapping[str, Any]]) -> list[max_conv.
     return models
 
 
+def shapes(values: Iterable[Any]) -> list[tuple[int | str, ...]]:
+    """Returns the shapes of a graph's inputs or output types, as a compiled model's ports have them."""
+    return [port_of("", getattr(value, "type", value)).shape for value in values]
+
+
 def execute(model: Model, arrays: Sequence[Array]) -> list[Array]:
     """Runs a model on arrays; returns tensors if the first input is a tensor, otherwise NumPy arrays."""
     contiguous = [a.detach().contiguous() if isinstance(a, torch.Tensor) else np.asarray(a, order="C") for a in arrays]

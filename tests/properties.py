@@ -17,7 +17,7 @@ from max.dtype import DType
 
 from conftest import DEFAULT
 from max_conv.conv.dispatch import Form
-from max_conv.conv.packing import cpu_features
+from max_conv.conv.processor import cpu_features
 from max_conv.runtime.kinds import Kind, ready
 
 GUARD = 1024

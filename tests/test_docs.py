@@ -88,8 +88,9 @@ def test_pages_name_files_that_exist(page: str) -> None:
     assert not missing
 
 
-def test_readme_is_short() -> None:
+def test_pages_are_short() -> None:
     assert README.count("\n") <= 150
+    assert (ROOT / "ARCHITECTURE.md").read_text().count("\n") <= 180
 
 
 def test_sources_are_found() -> None:

@@ -40,7 +40,10 @@ LIGHT = [
         "cli.terminal",
         "conv",
         "conv.dispatch",
+        "conv.explanation",
         "conv.library",
+        "conv.processor",
+        "conv.tuned",
     ),
     *("frontends", "serving", "serving.task", "sound", "sound.audio", "sound.picture", "weights", "weights.convert"),
 ]

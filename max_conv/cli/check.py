@@ -12,17 +12,18 @@ from .terminal import JSON, table
 
 
 @click.command()
-@click.option("--time", "timed", is_flag=True, help="Times the longest layer of each kernel, too.")
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True, help="Whose kernels.")
+@click.option("--time", "timed", is_flag=True, help="Times the longest layer of each kernel of the CPU, too.")
 @JSON
-def check(timed: bool, as_json: bool) -> None:
-    """Compares every kernel of this machine's CPU with a reference in float64.
+def check(device: str, timed: bool, as_json: bool) -> None:
+    """Compares every kernel of this machine's CPU or GPU with a reference in float64.
 
     Random layers in all layouts and dtypes, padding modes, strides, dilations and groups, also transposed, live and ragged.
     The first check compiles the kernels, for a minute or two. The exit status is 1 if a kernel is wrong here.
     """
     from ..runtime import check as compare
 
-    rows = compare(timed=timed, step=lambda text: click.echo(f"{text} …", err=True))
+    rows = compare(device=device, timed=timed, step=lambda text: click.echo(f"{text} …", err=True))
     wrong = [row for row in rows if not row.right]
     if as_json:
         click.echo(json.dumps([asdict(row) | {"right": row.right} for row in rows]))

@@ -17,6 +17,7 @@ from .run import run
 from .serve import serve
 from .stream import stream
 from .terminal import JSON, Commands, step, table
+from .tune import tune
 
 # Importing MAX, NumPy and rich is slow: each command imports what it uses, so that --help is fast.
 
@@ -27,7 +28,7 @@ def main() -> None:
     """1-D convolution for Modular MAX: right on every shape, complete, and fast."""
 
 
-for command in (batch, check, compile_, convert, run, serve, stream):
+for command in (batch, check, compile_, convert, run, serve, stream, tune):
     main.add_command(command)
 
 
@@ -51,6 +52,7 @@ def _machine_facts() -> dict[str, Any]:
 
     from ..cache import cache_dir
     from ..conv.library import library_path
+    from ..conv.tuned import layers
 
     with step("asking MAX for its devices"):
         from max.driver import accelerator_architecture_name, accelerator_count
@@ -58,7 +60,7 @@ def _machine_facts() -> dict[str, Any]:
         accelerators = [accelerator_architecture_name()] * accelerator_count() if accelerator_count() else []
     compiled = library_path()
     files = _sizes(cache_dir())
-    graphs = _sizes(cache_dir() / "graphs")
+    graphs = cache_dir() / "graphs"
     return {
         "max_conv": version("max-conv"),
         "max": version("max"),
@@ -68,7 +70,8 @@ def _machine_facts() -> dict[str, Any]:
         "accelerators": ", ".join(accelerators) or "none",
         "kernels": str(compiled) if compiled.is_file() else "not compiled yet",
         "check": _last_check(),
-        "graphs": f"{len(graphs)} compiled, {sum(graphs) / 1e6:.1f} MB",
+        "timed": f"{layers() or 'no'} layers; `max-conv tune NETWORK` finds the fastest kernel of each",
+        "graphs": f"{len(list(graphs.glob('*.mef')))} compiled, {sum(_sizes(graphs)) / 1e6:.1f} MB",
         "cache": f"{cache_dir()} ({len(files)} files, {sum(files) / 1e6:.1f} MB)",
     }
 
@@ -85,8 +88,9 @@ def _last_check() -> str:
 
 
 def _sizes(folder: Path) -> list[int]:
-    """Returns the bytes of every file in a folder."""
-    return [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    """Returns the bytes of every file in a folder; one with several names, as graphs that were compiled together, counts once."""
+    facts = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return list({(fact.st_dev, fact.st_ino): fact.st_size for fact in facts}.values())
 
 
 @main.command()
@@ -125,10 +129,10 @@ def cache() -> None:
 
 @cache.command()
 def clear() -> None:
-    """Removes compiled graphs and kernels; downloaded files stay. What is needed again is compiled again."""
+    """Removes compiled graphs, kernels and their times; downloaded files stay. What is needed again is compiled again."""
     from ..cache import cache_dir
 
-    folders = [cache_dir() / name for name in ("graphs", "kernels")]
+    folders = [cache_dir() / name for name in ("graphs", "kernels", "tuned")]
     sizes = [size for folder in folders for size in _sizes(folder)]
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,16 +1,22 @@
 """Which CPU kernel a layer gets, and why. MEASUREMENTS.md has the numbers for every limit."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
 
-from .geometry import PADDING_MODES, Geometry, TransposedGeometry, positive
-from .layouts import Layout, check_layout
+from . import tuned
+from .geometry import PADDING_MODES, Geometry, TransposedGeometry
+from .layouts import Layout
 
 LEAST_OUTPUTS = 256
 """Least outputs, of all batch items together, for which transforming the filter on every call pays; see `winograd`."""
 LEAST_PACKED = 8
 """The same for a filter that was transformed when the model was compiled."""
+
+SHORT = 128
+"""Most taps times channels of one running sum: "short" has no other."""
 
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
@@ -23,6 +29,7 @@ PANEL = 32
 """Filters that are computed together and are adjacent in a packed filter; also in `kernels/lanes.mojo`."""
 PANELS = {"winograd", "dense", "short", "paired"}
 """The kernels that compute panels of filters."""
+CPU_KERNELS = {*PANELS, "lengthwise", "depthwise"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,18 @@ class Layer:
         return given.stride, given.dilation, given.left, given.right, mode, self.groups, given.kernel_size
 
     @property
+    def key(self) -> str:
+        """The layer's name among the layers that were timed: all that decides which kernel is fastest.
+
+        >>> Layer.of(Geometry.of(3, padding=1), "NLC", 80, 384, 1).key
+        'conv1d k3 s1 d1 80 -> 384 g1 NLC float32'
+        """
+        given = self.transposed or self.geometry
+        taps = f"k{given.kernel_size} s{given.stride} d{given.dilation}"
+        sizes = f"{self.groups * self.group_channels} -> {self.groups * self.group_filters} g{self.groups}"
+        return f"{'conv_transpose1d' if self.transposed else 'conv1d'} {taps} {sizes} {self.layout} {self.dtype}"
+
+    @property
     def columns(self) -> int:
         """Filters of a group that kernels of whole vectors compute; for a transposed convolution, of all phases."""
         if self.transposed is None:
@@ -76,7 +95,14 @@ class Layer:
         return self.group_filters * (self.transposed.phases if self.transposed else 1)
 
     def whole(self, kernel: str) -> bool:
-        """Returns whether the filters of a group are a multiple of a panel's 32 filters, for a kernel."""
+        """Returns whether the filters of a group are a multiple of a panel's 32 filters, for a kernel.
+
+        For a GPU's kernel, whether 8 divides the channels and the filters of a group, or all channels of "rows".
+        """
+        if kernel == "rows":
+            return self.groups % 8 == 0
+        if kernel.startswith(("tiles", "hopper")):
+            return self.group_channels % 8 == 0 and self.group_filters % 8 == 0
         return (self.columns if kernel in PANELS else self.filters) % PANEL == 0
 
     @property
@@ -128,8 +154,27 @@ class Choice:
     why: str
 
 
+_only: ContextVar[str | None] = ContextVar("only", default=None)
+
+
+@contextmanager
+def only(kernel: str) -> Iterator[None]:
+    """Gives this kernel to every layer of the graphs that are built meanwhile: kernels are timed and checked so."""
+    token = _only.set(kernel)
+    try:
+        yield
+    finally:
+        _only.reset(token)
+
+
 def choose(
-    layer: Layer, batch: int | None = None, outputs: int | None = None, *, packed: bool = False, exact: bool = False
+    layer: Layer,
+    batch: int | None = None,
+    outputs: int | None = None,
+    *,
+    packed: bool = False,
+    exact: bool = False,
+    timed: bool = False,
 ) -> Choice:
     """Returns the kernel for a layer.
 
@@ -139,10 +184,18 @@ def choose(
             back to another kernel. If they are unknown and the filter is not packed, the kernel decides at run time.
         packed: Whether the filter is packed when the model is compiled.
         exact: Whether only direct kernels are allowed.
+        timed: Whether the fastest kernel is chosen, if `compile(..., tune=...)` has timed the layer on this machine. Only
+            layers whose filters `compile` has are timed.
 
     >>> choose(Layer(Geometry.of(3, padding=1), "NLC", 80, 384, 1)).kernel
     'winograd'
     """
+    if kernel := _only.get():
+        return Choice(kernel, "it is timed or checked")
+    # Exact layers get one kernel for all lengths, so that a signal in chunks is to the bit the whole one.
+    if timed and (times := tuned.times(layer.key, *((None, None) if exact else (batch, outputs)))):
+        kernel = min((kernel for kernel in times if not (exact and kernel == "winograd")), key=times.__getitem__)
+        return Choice(kernel, "the fastest of the kernels that were timed on this machine")
     choice = paired(layer) or (None if exact else winograd(layer, packed)) or direct(layer)
     if choice.kernel != "winograd" or batch is None or outputs is None:
         return choice
@@ -171,14 +224,20 @@ def winograd(layer: Layer, packed: bool) -> Choice | None:
         return None  # vectors would be half empty
     if layer.products < 1.25 * layer.quad_products:
         return None  # the transforms cost more than they save
+    if not fits_winograd(layer):
+        return None
+    return Choice("winograd", f"{layer.quad_products} multiplications for {layer.products} of a direct convolution")
+
+
+def fits_winograd(layer: Layer) -> bool:
+    """Returns whether what Winograd's kernel transforms stays in the caches."""
     products = quad_products(layer.geometry)
     if products * layer.group_channels > 12288:
-        return None  # a panel of the transformed filter would exceed 1.5 MiB
+        return False  # a panel of the transformed filter would exceed 1.5 MiB
     spacing = quad_spacing(layer.geometry)
     rows = 4 * spacing * layer.geometry.stride + layer.geometry.reach
-    if layer.layout == "NCL" and max(rows, products * spacing) * layer.group_channels > 128 * 1024:
-        return None  # NCL data is transposed in blocks of whole quads, which would exceed 512 KiB
-    return Choice("winograd", f"{layer.quad_products} multiplications for {layer.products} of a direct convolution")
+    # NCL data is transposed in blocks of whole quads, which would exceed 512 KiB.
+    return layer.layout == "NLC" or max(rows, products * spacing) * layer.group_channels <= 128 * 1024
 
 
 def direct(layer: Layer) -> Choice:
@@ -195,9 +254,32 @@ def direct(layer: Layer) -> Choice:
         return Choice("depthwise", "one channel in and one out per group")
     if layer.group_filters < 8:
         return Choice("lengthwise", "fewer filters than half a vector")
-    if layer.geometry.kernel_size * layer.group_channels <= 128:
+    if layer.geometry.kernel_size * layer.group_channels <= SHORT:
         return Choice("short", "filters fill the vectors, and one running sum covers all taps and channels")
     return Choice("dense", "filters fill the vectors")
+
+
+def able(layer: Layer, packed: bool = True) -> list[str]:
+    """Returns the kernels that can compute a layer, and that may be the fastest; the one that `choose` returns comes first.
+
+    >>> able(Layer.of(Geometry.of(3, padding=1), "NLC", 8, 16, 1))
+    ['short', 'lengthwise', 'winograd']
+    """
+    found = [choose(layer, packed=packed).kernel, direct(layer).kernel]
+    depthwise = layer.group_channels == layer.group_filters == 1
+    if layer.layout == "NCL":
+        found += ["lengthwise"]
+        plain = layer.geometry.stride == 1 and layer.transposed is None and BYTES[layer.dtype] > 2
+        found += ["depthwise"] if depthwise and plain else []
+    else:
+        short = layer.geometry.kernel_size * layer.group_channels <= SHORT
+        found += ["short" if short else "dense"] if layer.filters >= 4 else []
+        found += ["depthwise"] if depthwise else []
+        found += ["lengthwise"] if layer.group_filters <= 32 else []
+    saves = layer.quad_products < layer.products and fits_winograd(layer)
+    if saves and min(layer.group_channels, layer.filters) >= 8 and (packed or layer.groups == 1):
+        found += ["winograd"]
+    return list(dict.fromkeys(found))
 
 
 def quad_spacing(geometry: Geometry) -> int:
@@ -226,137 +308,6 @@ def quad_products(geometry: Geometry) -> int:
     (23, 9)
     """
     return sum(len(group) + 3 for group in tap_groups(geometry))
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` found. It prints one fact per line.
-
-    Attributes:
-        kernel: The CPU kernel's name, "gpu" for a layer on a GPU.
-        why: The reason for the choice.
-        output_shape: (N, L_out, F), or (N, F, L_out) for NCL data.
-        flops: Multiplications and additions of a direct convolution, taps in the padding included; for a transposed
-            one, every input value is multiplied with every tap.
-        multiplications: The multiplications of the chosen kernel: fewer with Winograd's algorithm.
-        bytes: Input, weights and output, each moved once.
-        bound: "compute" or "memory": whichever takes longer on a machine with the given peaks.
-        seconds: The least time that it takes; for "compute", the least time of a direct convolution.
-        exact: Whether the kernel is a direct one, so that no bit of an output depends on inputs outside its filter's
-            reach.
-        cost: What `exact=True` costs: a direct kernel's multiplications divided by this kernel's.
-        shared: Whether the layer, alone in a graph, runs in the compiled graph of its kind, which fits all sizes.
-    """
-
-    kernel: str
-    why: str
-    output_shape: tuple[int, int, int]
-    flops: int
-    multiplications: int
-    bytes: int
-    bound: str
-    seconds: float
-    exact: bool
-    cost: float
-    shared: bool
-
-    def __str__(self) -> str:
-        return (
-            f"kernel      {self.kernel}: {self.why}\n"
-            f"output      {self.output_shape}\n"
-            f"work        {self.flops / 1e6:,.2f} MFLOP, {self.multiplications / 1e6:,.2f} million multiplications\n"
-            f"memory      {self.bytes / 1e6:,.2f} MB, {self.flops / self.bytes:.1f} FLOP per byte\n"
-            f"bound       {self.bound}: {self.seconds * 1e3:,.3f} ms at least\n"
-            f"exact       {'yes' if self.exact else f'no, exact=True costs {self.cost:.2f} times as many multiplications'}\n"
-            f"compiled    {'once for all layers of its kind, if it is alone in a graph' if self.shared else 'for itself'}"
-        )
-
-
-def explain(
-    layer: Any,
-    *,
-    length: int,
-    batch: int = 1,
-    channels: int | None = None,
-    filters: int | None = None,
-    groups: int = 1,
-    layout: Layout = "NLC",
-    dtype: str = "float32",
-    packed: bool = True,
-    exact: bool = False,
-    gflops: float = 500.0,
-    gbytes: float = 50.0,
-) -> Explanation:
-    """Prints and returns which kernel a layer gets for an input, why, and what bounds its time.
-
-    Args:
-        layer: A `Conv1D` or `ConvTranspose1D`, of the package or of a front end, a `Geometry` or a `TransposedGeometry`.
-        length: The input's length, L.
-        batch: The input's batch size, N.
-        channels, filters, groups, layout, dtype: The layer's; needed only if `layer` is a `Geometry`.
-        packed: Whether `max_conv.compile` packs the filter, as it does in float32 and float64; in a plain MAX session
-            Winograd's kernel falls back to another one for more inputs.
-        exact: Whether only direct kernels are allowed; always true for a layer that was made with `exact=True`.
-        gflops: The machine's peak, 10^9 operations per second in float32; doubled for bfloat16, halved for float64.
-        gbytes: The machine's memory bandwidth, 10^9 bytes per second.
-
-    Raises:
-        TypeError, ValueError: One sentence: a length that is too short, a Geometry without channels.
-
-    >>> _ = explain(Geometry.of(3, padding=1), length=3000, channels=80, filters=384)
-    kernel      winograd: 6 multiplications for 12 of a direct convolution
-    output      (1, 3000, 384)
-    work        552.96 MFLOP, 138.24 million multiplications
-    memory      5.94 MB, 93.1 FLOP per byte
-    bound       compute: 1.106 ms at least
-    exact       no, exact=True costs 2.00 times as many multiplications
-    compiled    once for all layers of its kind, if it is alone in a graph
-    """
-    on_gpu = False
-    geometry = layer
-    if not isinstance(layer, Geometry | TransposedGeometry):
-        geometry = layer.geometry
-        channels, filters, groups = layer.in_channels, layer.out_channels, layer.num_groups
-        layout, dtype, exact = layer.layout, layer.dtype.name, exact or layer.exact
-        on_gpu = layer.device is not None and not layer.device.is_cpu()
-    elif channels is None or filters is None:
-        raise TypeError("explain: a Geometry needs channels=... and filters=... as well.")
-    check_layout(layout)
-    if dtype not in BYTES:
-        raise ValueError(f"explain: dtype must be one of {', '.join(BYTES)}, but is {dtype!r}.")
-    length, batch, groups = positive("length", length), positive("batch", batch), positive("groups", groups)
-    channels, filters = positive("channels", channels), positive("filters", filters)
-    if channels % groups or filters % groups:
-        raise ValueError(f"explain: {groups} groups must divide channels={channels} and filters={filters}.")
-    geometry.check_length(length)
-    described = Layer.of(geometry, layout, channels // groups, filters // groups, groups, dtype)
-    outputs = geometry.output_length(length)
-    choice = Choice("gpu", "one thread for each output")
-    if not on_gpu:
-        choice = choose(described, batch, outputs, packed=packed and BYTES[dtype] > 2, exact=exact)
-    positions = length if described.transposed else outputs
-    direct = multiplications = batch * positions * filters * geometry.kernel_size * described.group_channels
-    if choice.kernel == "winograd":
-        multiplications = direct * described.quad_products // described.products
-    weights = filters * geometry.kernel_size * described.group_channels
-    moved = BYTES[dtype] * (batch * length * channels + weights + batch * outputs * filters)
-    compute = 2 * direct / (gflops * 1e9 * {"float64": 0.5, "bfloat16": 2.0}.get(dtype, 1.0))
-    memory = moved / (gbytes * 1e9)
-    found = Explanation(
-        choice.kernel,
-        choice.why,
-        (batch, outputs, filters) if layout == "NLC" else (batch, filters, outputs),
-        2 * direct,
-        multiplications,
-        moved,
-        "compute" if compute > memory else "memory",
-        max(compute, memory),
-        choice.kernel != "winograd",
-        direct / multiplications,
-        not on_gpu,
-    )
-    print(found)
-    return found
 
 
 def too_short(geometry: Geometry, batch: int, outputs: int, packed: bool) -> str | None:

@@ -6,12 +6,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from max import nn
 from max.driver import Buffer
 from max.graph import BufferValue, DeviceRef, Graph, KernelLibrary, TensorType, TensorValue, Weight, ops
 
 from .dispatch import Form, Layer
 from .library import kernel_library
+from .max_nn import nn
 from .whole import Signals
 
 
@@ -35,6 +35,7 @@ class Emitted:
         outputs: The convolution's output length, if it is known.
         units: The LSTM's hidden units.
         form: What is compiled into the operation of one convolution.
+        sizes: The convolution's batch size and output length, as dimensions of the graph.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Emitted:
     outputs: int | None = None
     units: int = 0
     form: Form | None = None
+    sizes: tuple[Any, ...] = ()
 
 
 class _Kernels(KernelLibrary):

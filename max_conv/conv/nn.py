@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from max import nn
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType, TensorValue, Weight
 
@@ -12,6 +11,7 @@ from .checks import check_dtype
 from .geometry import Geometry, Padding, TransposedGeometry, positive
 from .graph import packed_graph
 from .layouts import FilterLayout, Layout, TransposedFilterLayout
+from .max_nn import nn
 from .ops import conv1d, conv_transpose1d
 
 

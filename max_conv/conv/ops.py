@@ -7,6 +7,7 @@ import numpy as np
 from max.dtype import DType
 from max.graph import DeviceRef, Dim, StaticDim, TensorType, TensorValue, ops
 
+from .accelerators import accelerated
 from .checks import Operands, check_lengths
 from .dispatch import Form, Layer, choose
 from .geometry import Geometry, Padding, TransposedGeometry, positive
@@ -154,12 +155,16 @@ def _convolve(
     sizes = (given.group_channels, given.group_filters, given.groups, given.x.dtype.name)
     layer = Layer.of(geometry, given.layout, *sizes)
     graph = packed_graph()
-    choice = choose(
-        layer,
-        *(int(size) if isinstance(size, StaticDim) else None for size in (given.batch, outputs)),
-        packed=held(given.filter) and packable(given.filter.dtype),
-        exact=exact or (graph is not None and graph.exact),
-    )
+    if given.x.device.is_cpu():
+        choice = choose(
+            layer,
+            *(int(size) if isinstance(size, StaticDim) else None for size in (given.batch, outputs)),
+            packed=held(given.filter) and packable(given.filter.dtype),
+            exact=exact or (graph is not None and graph.exact),
+            timed=held(given.filter),
+        )
+    else:
+        choice = accelerated(layer, held(given.filter))
     x = in_graph(given.x)
     x = x if given.batched else ops.unsqueeze(x, 0)
     if lengths is None:
@@ -171,7 +176,7 @@ def _convolve(
     bias = ops.constant([], x.dtype, device=x.device) if given.bias is None else in_graph(given.bias)
     length = int(outputs) if isinstance(outputs, StaticDim) else None
     form = Form.of(layer, choice.kernel, order)
-    record(Emitted(weight_name(given.filter), layer, choice.kernel, length, form=form))
+    record(Emitted(weight_name(given.filter), layer, choice.kernel, length, form=form, sizes=(given.batch, outputs)))
     numbers = ops.constant(
         np.array(Layer.of(read, given.layout, *sizes).numbers, np.int64), DType.int64, device=DeviceRef.CPU()
     )

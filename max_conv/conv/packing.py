@@ -5,21 +5,19 @@ operation's filter is a separate weight, made from the documented one. In any ot
 it is.
 """
 
-import platform
-import re
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from max.driver import CPU, Buffer
 from max.dtype import DType
-from max.graph import DeviceRef, Graph, TensorValue, Weight
+from max.graph import Graph, TensorValue, Weight
 
+from .accelerators import filter_order
 from .dispatch import PANEL, PANELS, Layer, quad_products, tap_groups
 from .graph import derived, in_graph, packed_graph
 from .layouts import by_group, permute
+from .processor import cpu_features
 
 LINE = 64
 """Bytes of a cache line. Vectors across two lines load half as fast."""
@@ -60,6 +58,11 @@ class Packing:
         return f"{self.source}.{self.kernel}.{self.filter_layout}.{step}"
 
     @property
+    def order(self) -> str:
+        """The axes of a filter that is not in panels."""
+        return filter_order(self.kernel) or "SCF"
+
+    @property
     def matrix(self) -> np.ndarray:
         """The factor of each tap in each of Winograd's products: (products, K)."""
         taps = self.layer.geometry.kernel_size
@@ -77,14 +80,16 @@ class Packing:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """The packed shape: panels of 32 filters, of all groups; taps or products; channels and filters. Else SCF.
+        """The packed shape: panels of 32 filters, of all groups; taps or products; channels and filters. Else `order`.
 
         "paired" has an even number of channels, and the two channels of a pair are adjacent.
         """
         layer = self.layer
         taps = layer.geometry.kernel_size
         if self.kernel not in PANELS:
-            return taps, layer.group_channels, layer.groups * layer.filters
+            sizes = {"S": taps, "C": layer.group_channels, "F": layer.groups * layer.filters}
+            first, second, third = (sizes[axis] for axis in self.order)
+            return first, second, third
         panels = -(-layer.columns // PANEL)
         rows = quad_products(layer.geometry) if self.kernel == "winograd" else taps
         channels = layer.group_channels + (self.kernel == "paired" and layer.group_channels % 2)
@@ -96,7 +101,7 @@ class Packing:
         taps = self.phased(filter) if layer.transposed else permute(filter, self.filter_layout, "SCF")
         room = aligned(self.shape, filter.dtype)
         if self.kernel not in PANELS:
-            room[...] = taps
+            room[...] = permute(taps, "SCF", self.order)
             return room
         taps = taps.reshape(*taps.shape[:2], layer.groups, layer.columns)
         room[...] = 0
@@ -157,9 +162,8 @@ class Packing:
 
 
 def held(filter: TensorValue) -> bool:
-    """Returns whether `compile` has a filter's values and can pack them: a weight on the CPU, in a PackedGraph."""
-    packs = packed_graph() is not None and isinstance(filter, Weight) and filter.shard_idx is None
-    return packs and filter.device.is_cpu()
+    """Returns whether `compile` has a filter's values and can pack them: a weight in a PackedGraph."""
+    return packed_graph() is not None and isinstance(filter, Weight) and filter.shard_idx is None
 
 
 def packable(dtype: DType, kernel: str = "") -> bool:
@@ -171,14 +175,17 @@ def packable(dtype: DType, kernel: str = "") -> bool:
 
 def filter_operand(filter: TensorValue, filter_layout: str, layer: Layer, kernel: str) -> tuple[TensorValue, str]:
     """Returns the filter as the kernel reads it, packed if `compile` can do that, and the name of its layout."""
-    depthwise = kernel == "depthwise" and filter.device.is_cpu()  # the GPU's kernel reads any layout
-    needs_scf = depthwise or (layer.layout == "NLC" and kernel != "lengthwise")
-    permuted = needs_scf and filter_layout != "SCF" and not layer.transposed
-    if held(filter) and packable(filter.dtype, kernel) and (kernel in PANELS or permuted or layer.transposed):
+    if filter.device.is_cpu():
+        order = "SCF" if kernel == "depthwise" or (layer.layout == "NLC" and kernel != "lengthwise") else ""
+        packs = packable(filter.dtype, kernel)
+    else:
+        order, packs = filter_order(kernel), kernel != "each"
+    permuted = order not in ("", filter_layout) and not layer.transposed
+    if held(filter) and packs and (kernel in PANELS or permuted or layer.transposed):
         assert isinstance(filter, Weight)
         return _packed(filter, filter_layout, layer, kernel)
     filter = in_graph(filter)
-    return (permute(filter, filter_layout, "SCF"), "SCF") if permuted else (filter, filter_layout)
+    return (permute(filter, filter_layout, order), order) if permuted else (filter, filter_layout)
 
 
 def _packed(filter: Weight, filter_layout: str, layer: Layer, kernel: str) -> tuple[TensorValue, str]:
@@ -190,22 +197,12 @@ def _packed(filter: Weight, filter_layout: str, layer: Layer, kernel: str) -> tu
             bits = bits.view(DType.uint16, buffer.shape)
         return Buffer.from_numpy(packing(bits.to_numpy())).view(buffer.dtype, packing.shape)
 
-    weight = derived(Weight(packing.name, filter.dtype, packing.shape, DeviceRef.CPU()), (filter,), make)
+    weight = derived(Weight(packing.name, filter.dtype, packing.shape, filter.device), (filter,), make)
     assert weight is not None, "the graph is a PackedGraph"
-    layout = "packed" if kernel in PANELS else "phased" if layer.transposed else "SCF"
+    layout = "packed"
+    if kernel not in PANELS:
+        layout = {"SCF": "phased", "FSC": "phased FSC"}[packing.order] if layer.transposed else packing.order
     return Graph.current.add_weight(weight), layout
-
-
-@cache
-def cpu_features() -> frozenset[str]:
-    """Returns the CPU's instruction set extensions, the names that compiled code may depend on."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset([platform.processor() or platform.machine()])
-    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    kinds = r"(avx|sse|ssse|fma|f16c|bmi|amx|aes|vaes|vpclmul|gfni|sha|adx|movbe|popcnt|abm|asimd|sve|bf16|i8mm|fphp)"
-    return frozenset(flag for flag in line.group(1).split() if re.match(kinds, flag)) if line else frozenset()
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

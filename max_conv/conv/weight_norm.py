@@ -8,7 +8,6 @@ call.
 from collections.abc import Mapping
 from typing import Any
 
-from max import nn
 from max.driver import Buffer
 from max.dtype import DType
 from max.graph import TensorValue, Weight, ops
@@ -17,6 +16,7 @@ from .arrays import as_buffer, as_float64
 from .folding import fold_weight_norm, weight_norm_names
 from .graph import derived, in_graph
 from .layouts import permutation, permute
+from .max_nn import nn
 from .nn import Conv1D, ConvolutionLayer, ConvTranspose1D
 from .nn import ConvTranspose1d as PlainConvTranspose1d
 

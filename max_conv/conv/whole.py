@@ -52,9 +52,8 @@ class Signals:
 
     def neighbours(self, x: TensorValue, before: int, after: int) -> list[TensorValue]:
         """Returns what is at each position, from `before` positions before it to `after` after it, zeros outside."""
-        length, reach = x.shape[1], before + after
         padded = ops.pad(x, [0, 0, before, after, 0, 0])
-        return [padded[:, (slice(i, i - reach if i < reach else None), length)] for i in range(reach + 1)]
+        return [ops.rebind(padded[:, i : x.shape[1] + i], x.shape) for i in range(before + after + 1)]
 
     def in_frames(self, x: TensorValue, size: int, frames: TensorValue) -> TensorValue:
         """Returns a value in frames of `size` positions, (N, T, size, C), for `frames`, (N, T, ...)."""

@@ -17,7 +17,7 @@ from max.mlir import ArrayAttr
 
 from ..cache import cache_dir, cache_limit, whole_file
 from ..conv.library import kernel_key, kernel_library
-from ..conv.packing import cpu_features
+from ..conv.processor import cpu_features
 
 PATHS = "_kernel_library_paths"
 """The attribute of a graph that holds the paths of its kernel libraries."""

@@ -5,18 +5,19 @@ from typing import Any
 
 from max.driver import CPU, Accelerator, Device, accelerator_count
 from max.engine import InferenceSession
-from max.graph import DeviceRef, StaticDim, SymbolicDim
+from max.graph import DeviceRef, Dim, StaticDim, SymbolicDim
 
 from .ports import Port
 
 
 def port_of(name: str, type_: Any) -> Port:
     """Returns the port of an input or output of a graph."""
-    shape = [
-        int(dim) if isinstance(dim, StaticDim) else dim.name if isinstance(dim, SymbolicDim) else str(dim)
-        for dim in type_.shape
-    ]
-    return Port(name, type_.dtype.name, tuple(shape), name_of(type_.device))
+    return Port(name, type_.dtype.name, tuple(map(size_in, type_.shape)), name_of(type_.device))
+
+
+def size_in(dim: Dim) -> int | str:
+    """Returns a dimension of a graph as ports have it: a number, a name, or an expression of names."""
+    return int(dim) if isinstance(dim, StaticDim) else dim.name if isinstance(dim, SymbolicDim) else str(dim)
 
 
 def name_of(device: DeviceRef) -> str:

@@ -4,25 +4,28 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from max.driver import CPU, accelerator_count
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType, TensorValue
 
 from ..cache import cache_dir, whole_file
+from ..conv.accelerators import accelerated, architecture, check_file, trying
 from ..conv.arrays import as_buffer, as_float64
-from ..conv.dispatch import Layer, choose
+from ..conv.dispatch import Layer, choose, only
 from ..conv.geometry import PADDING_MODES, Geometry
 from ..conv.graph import PackedGraph
 from ..conv.library import kernel_key
 from ..conv.nn import Conv1D, ConvolutionLayer, ConvTranspose1D
 from ..conv.ops import conv1d
-from ..conv.packing import cpu_features
+from ..conv.packing import packable
+from ..conv.processor import cpu_features
 from ..conv.reference import conv1d_ref, conv_transpose1d_ref
 from ..streaming.graph import streaming
 from .kinds import Kind, ready
@@ -87,51 +90,84 @@ class _Case:
         return f"{sizes} g{layer.num_groups}, padding {layer.padding} {mode}, data {tuple(self.x.shape)}"
 
 
-def check(layers: int = 8, *, timed: bool = False, step: Callable[[str], Any] = lambda text: None) -> list[Checked]:
-    """Compares this machine's kernels for the CPU with the reference, in every layout and dtype.
+def check(
+    layers: int | None = None,
+    *,
+    device: str = "cpu",
+    timed: bool = False,
+    step: Callable[[str], Any] = lambda text: None,
+) -> list[Checked]:
+    """Compares this machine's kernels with the reference, in every layout and dtype.
 
-    Each kernel computes random layers whose sizes are near those of its tiles, in all padding modes, with strides, dilations
+    Each kernel computes random layers whose sizes are near its tiles' sizes, in all padding modes, with strides, dilations
     and groups, and one of more than 65,536 positions. Signals in chunks and ragged batches are compared, too. The first
     check on a machine compiles what it needs, which takes a minute or two; later ones take seconds. The result is kept in
     the user's cache.
 
     Args:
-        layers: The number of layers of each row.
+        layers: The number of layers of each row: 8 for a CPU, and 2 for a GPU, which compiles each layer.
+        device: "cpu" or "gpu". Where all is right on a GPU, layers get its fast kernels from then on.
         timed: Whether the longest layer of each row is timed.
         step: Called with a description of each step.
 
     Returns:
         A row for each kernel, layout and dtype.
     """
-    groups = _drawn(layers)
-    step(f"compiling {len(groups)} kernels that this machine has not compiled yet")
-    ready(*(_kind(cases[0].layer) for cases in groups.values()))
-    step("comparing layers with the reference")
-    rows = [_compared(key, groups[key], timed) for key in sorted(groups)]
-    step("comparing signals in chunks and ragged batches")
-    rows += [_live(layers), _ragged(layers)]
-    path = _path()
+    host = device == "cpu"
+    layers = layers or (8 if host else 2)
+    if not host and not accelerator_count():
+        raise ValueError("check: this machine has no accelerator that MAX can use; check the CPU.")
+    token = trying.set(not host)
+    try:
+        groups = _drawn(layers, None if host else DeviceRef.GPU())
+        step(f"compiling {len(groups)} kernels that this machine has not compiled yet")
+        ready(*(_kind(cases[0].layer) for cases in groups.values() if host))
+        answers = {} if host else _answers(groups)
+        step("comparing layers with the reference")
+        rows = [_compared(key, groups[key], timed, answers.get(key)) for key in sorted(groups)]
+        step("comparing signals in chunks and ragged batches")
+        rows += [_live(layers, device), _ragged(layers, device)]
+    finally:
+        trying.reset(token)
+    path = _path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not host:
+        check_file().unlink(missing_ok=True)
+        if all(row.right for row in rows):
+            check_file().touch()
     with whole_file(path) as whole:
         whole.write_text(json.dumps([asdict(row) for row in rows]))
     return rows
 
 
-def last_check() -> list[Checked] | None:
-    """Returns the rows of the last check of these kernels on this processor; None if there was none."""
+def last_check(device: str = "cpu") -> list[Checked] | None:
+    """Returns the rows of the last check of these kernels on this processor or GPU; None if there was none."""
     try:
-        return [Checked(**row) for row in json.loads(_path().read_text())]
+        return [Checked(**row) for row in json.loads(_path(device).read_text())]
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _path() -> Path:
-    facts = "\n".join([kernel_key(), version("max"), *sorted(cpu_features())])
+def _path(device: str) -> Path:
+    processor = sorted(cpu_features()) if device == "cpu" else [architecture()]
+    facts = "\n".join([kernel_key(), version("max"), *processor])
     return cache_dir() / "checks" / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
 
 
 def _graph(layer: ConvolutionLayer) -> PackedGraph:
-    return PackedGraph("check", layer, input_types=layer.input_types())
+    """Returns the graph of a layer on the CPU, with its usual kernel, whatever was the fastest on this machine."""
+    with only(_usual(layer)):
+        return PackedGraph("check", layer, input_types=layer.input_types())
+
+
+def _usual(layer: ConvolutionLayer) -> str:
+    """Returns the kernel that a layer gets on the CPU where nothing was timed."""
+    return choose(_described(layer), packed=packable(layer.dtype), exact=layer.exact).kernel
+
+
+def _described(layer: ConvolutionLayer) -> Layer:
+    sizes = (layer.in_channels // layer.num_groups, layer.out_channels // layer.num_groups, layer.num_groups)
+    return Layer.of(layer.geometry, layer.layout, *sizes, layer.dtype.name)
 
 
 def _kind(layer: ConvolutionLayer) -> Kind:
@@ -140,24 +176,23 @@ def _kind(layer: ConvolutionLayer) -> Kind:
     return Kind.of(emitted.form, layer.dtype)
 
 
-def _drawn(count: int) -> dict[Key, list[_Case]]:
+def _drawn(count: int, gpu: DeviceRef | None = None) -> dict[Key, list[_Case]]:
     """Returns `count` random layers for each kernel, layout and dtype, the last of them long; the same in every check."""
     groups: dict[Key, list[_Case]] = {}
     random = np.random.default_rng(0)
     for number in range(1600 * count):
-        layer, long = _random_layer(random), number % 3 == 0
-        sizes = (layer.in_channels // layer.num_groups, layer.out_channels // layer.num_groups, layer.num_groups)
-        described = Layer.of(layer.geometry, layer.layout, *sizes, layer.dtype.name)
-        packed = layer.dtype in (DType.float32, DType.float64)
-        kernel = choose(described, packed=packed, exact=layer.exact).kernel
+        layer, long = _random_layer(random, gpu), number % 3 == 0
+        described = _described(layer)
+        kernel = accelerated(described, True).kernel if gpu else _usual(layer)
         cases = groups.setdefault((f"{layer.op} {kernel}", layer.layout, layer.dtype.name), [])
         full = len(cases) == count - 1
-        if len(cases) < count and long == full and not (long and sizes[0] * sizes[1] > 4500):
+        heavy = described.group_channels * described.group_filters > 4500
+        if len(cases) < count and long == full and not (long and heavy):
             cases.append(_loaded(layer, LONG if long else 0, random))
     return groups
 
 
-def _random_layer(random: np.random.Generator) -> ConvolutionLayer:
+def _random_layer(random: np.random.Generator, gpu: DeviceRef | None) -> ConvolutionLayer:
     pick = random.choice
     groups = int(pick([1, 1, 1, 2, 4]))
     channels, filters = (int(pick(CHANNELS)) * groups for _ in range(2))
@@ -167,7 +202,7 @@ def _random_layer(random: np.random.Generator) -> ConvolutionLayer:
     taps, stride, dilation = int(pick([1, 2, 3, 5, 7, 11])), int(pick([1, 1, 2, 3])), int(pick([1, 1, 2]))
     left = int(random.integers(0, taps))
     options: dict[str, Any] = {"has_bias": bool(random.random() < 0.7), "permute": bool(random.random() < 0.5)}
-    options |= {"num_groups": groups, "exact": bool(random.random() < 0.5)}
+    options |= {"num_groups": groups, "exact": bool(random.random() < 0.5), "device": gpu}
     if random.random() < 0.5:
         return ConvTranspose1D(taps, channels, filters, dtype, stride, min(left, taps // 2), dilation, **options)
     options["padding_mode"] = str(pick(PADDING_MODES))
@@ -190,16 +225,33 @@ def _loaded(layer: ConvolutionLayer, length: int, random: np.random.Generator) -
     return _Case(layer, weights, as_buffer(random.standard_normal([sizes[axis] for axis in layer.layout]), layer.dtype))
 
 
-def _compared(key: Key, cases: Sequence[_Case], timed: bool) -> Checked:
-    """Runs the layers of a kernel and compares them with the reference."""
+def _answers(groups: Mapping[Key, Sequence[_Case]]) -> dict[Key, list[Any]]:
+    """Returns what a GPU makes of all layers. They are one graph: a graph costs seconds, a layer in it a part of one."""
+    cases = [case for key in sorted(groups) for case in groups[key]]
+
+    def network(*values: TensorValue) -> list[TensorValue]:
+        return [case.layer(value) for case, value in zip(cases, values, strict=True)]
+
+    types = []
+    for number, case in enumerate(cases):
+        sizes: dict[str, int | str] = {"N": f"n{number}", "L": f"l{number}", "C": case.layer.in_channels}
+        shape = [sizes[axis] for axis in case.layer.layout]
+        types.append(TensorType(case.layer.dtype, shape, DeviceRef.GPU()))
+    results = iter(compile(network, types)(*(case.x for case in cases)))
+    return {key: [next(results) for _ in groups[key]] for key in sorted(groups)}
+
+
+def _compared(key: Key, cases: Sequence[_Case], timed: bool, answers: Sequence[Any] | None = None) -> Checked:
+    """Compares the layers of a kernel with the reference; runs them if their answers are not given."""
     errors, gflops = [], None
-    for case in cases:
-        graph = _graph(case.layer)
-        model = compile(graph, weights=graph.loaded())
-        got = as_float64(model(case.x))
+    for number, case in enumerate(cases):
+        if answers is None:
+            graph = _graph(case.layer)
+            model = compile(graph, weights=graph.loaded())
+        got = as_float64(model(case.x) if answers is None else answers[number].to(CPU()))
         want, allowed, work = _reference(case)
         errors.append(_error(got, want, allowed))
-    if timed:
+    if timed and answers is None:
         gflops = work / _seconds(lambda: model(case.x)) / 1e9
     worst = int(np.argmax(errors))
     return Checked(*key, len(cases), errors[worst], str(cases[worst]), gflops)
@@ -244,6 +296,10 @@ def _seconds(run: Callable[[], Any]) -> float:
     return min(times)
 
 
+def _device(name: str) -> DeviceRef:
+    return DeviceRef.CPU() if name == "cpu" else DeviceRef.GPU()
+
+
 def _signals(count: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """Returns a filter, and signals of different length."""
     random = np.random.default_rng(1)
@@ -261,10 +317,10 @@ def _whole(key: Key, got: Sequence[np.ndarray], signals: Sequence[np.ndarray], f
     return Checked(*key, len(signals), errors[worst], f"a signal of {len(signals[worst])} positions")
 
 
-def _live(count: int) -> Checked:
+def _live(count: int, device: str) -> Checked:
     """Compares signals that come in chunks of any size."""
     filter, signals = _signals(count)
-    layer = Conv1D(5, 8, 17, DType.float32, **SIGNAL_LAYER)
+    layer = Conv1D(5, 8, 17, DType.float32, **SIGNAL_LAYER, device=_device(device))
     layer.load_state_dict({"weight": filter})
     stream = compile(streaming(layer)).stream()
     random, got = np.random.default_rng(2), []
@@ -276,18 +332,18 @@ def _live(count: int) -> Checked:
     return _whole(("conv1d in chunks", "NLC", "float32"), got, signals, filter)
 
 
-def _ragged(count: int) -> Checked:
+def _ragged(count: int, device: str) -> Checked:
     """Compares signals of different length in one batch, which NaN fills up."""
     filter, signals = _signals(count)
 
     def layer(x: TensorValue, w: TensorValue, lengths: TensorValue) -> TensorValue:
         return conv1d(x, w, **SIGNAL_LAYER, lengths=lengths)
 
-    host = DeviceRef.CPU()
+    place = _device(device)
     types = {
-        "x": TensorType(DType.float32, ["batch", "length", 8], host),
-        "w": TensorType(DType.float32, [5, 8, 17], host),
-        "lengths": TensorType(DType.int64, ["batch"], host),
+        "x": TensorType(DType.float32, ["batch", "length", 8], place),
+        "w": TensorType(DType.float32, [5, 8, 17], place),
+        "lengths": TensorType(DType.int64, ["batch"], place),
     }
     lengths = np.array([len(signal) for signal in signals])
     batch = np.full((len(signals), lengths.max(), 8), np.nan, np.float32)

@@ -18,7 +18,8 @@ from max.engine import read as read_mef
 
 from ..cache import whole_file
 from ..conv.arrays import bytes_of
-from ..conv.packing import aligned, cpu_features
+from ..conv.packing import aligned
+from ..conv.processor import cpu_features
 from ..streaming.timing import Timing
 from .kinds import Alone, from_json, to_json
 from .ports import Port

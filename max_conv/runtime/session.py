@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from max import nn
 from max.driver import CPU, Buffer, accelerator_count
 from max.dtype import DType
 from max.graph import Graph, TensorType, Weight
@@ -13,6 +12,7 @@ from max.graph import Graph, TensorType, Weight
 from ..conv.arrays import ARRAYS, buffer_of
 from ..conv.folding import weight_norm_names
 from ..conv.graph import PackedGraph, argument_names
+from ..conv.max_nn import nn
 from ..streaming.graph import StreamingGraph
 from ..streaming.stream import Stream
 from ..streaming.timing import Timing
@@ -24,10 +24,6 @@ from .idle import first_run
 from .kinds import Alone
 from .notice import slow_compile
 from .ports import Port, check_inputs, live_array
-
-# Importing MAX exports this variable, which `os.environ` does not show: new processes would leave the environment.
-if "PYTHONEXECUTABLE" not in os.environ:
-    os.unsetenv("PYTHONEXECUTABLE")
 
 NOT_IN_NUMPY = (DType.bfloat16,)
 
@@ -199,6 +195,7 @@ def compile(
     weights: Mapping[str, Any] | None = None,
     exact: bool = False,
     specialise: bool = False,
+    tune: Sequence[int | Mapping[str, int]] | None = None,
 ) -> Model:
     """Compiles a layer, a builder function or a graph into a callable on arrays.
 
@@ -216,6 +213,8 @@ def compile(
             kernels are chosen already: build it with `exact=True` instead.
         specialise: Whether a convolution alone is compiled for its own sizes. Otherwise it runs in the graph of its kind,
             whose sizes are symbolic, and which is compiled once on a machine.
+        tune: Lengths of the input for which each layer's kernels are timed first, if this machine has not timed them yet;
+            the layers get the fastest. `max_conv.runtime.tune` does the timing, and says what else a length may be.
 
     Returns:
         A `Model`.
@@ -232,7 +231,7 @@ def compile(
     [2.0, 3.0, 3.0, 2.0]
     """
     check_fork("compile")
-    graph, names, weights = _trace(model, inputs, weights, exact)
+    graph, names, weights = _tuned(tune, model, inputs, weights, exact)
     ports = [port_of(name, value.type) for name, value in zip(names, graph.inputs, strict=True)]
     names = list(
         outputs or getattr(graph, "output_names", ()) or [f"output{i}" for i in range(len(graph.output_types))]
@@ -254,6 +253,23 @@ def compile(
     found = compiled(graph, compile_now)
     timing = graph.timing if isinstance(graph, StreamingGraph) else None
     return Model(found.compiled, buffers, ports, results, number=found.number, timing=timing)
+
+
+def _tuned(
+    lengths: Sequence[int | Mapping[str, int]] | None, model: Any, inputs: Any, weights: Any, exact: bool
+) -> tuple[Graph, list[str], Mapping[str, Any]]:
+    """Does what `_trace` does, after the kernels of the layers were timed for lengths, if there are any."""
+    traced = _trace(model, inputs, weights, exact)
+    if lengths is None:
+        return traced
+    if isinstance(model, Graph):
+        raise TypeError(
+            "compile: a finished Graph has its kernels already; call max_conv.runtime.tune(graph, lengths), and build it again."
+        )
+    from .tuning import tune
+
+    tune(traced[0], lengths, again=False)
+    return _trace(model, inputs, weights, exact)
 
 
 def registry(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Buffer]:

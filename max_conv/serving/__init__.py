@@ -2,6 +2,18 @@
 
 `Task` says what a network of the gallery accepts and returns, and `Network` runs any of them. `Batch` runs one on files. `app`
 serves saved models.
+
+The server answers by the Open Inference Protocol 2. `protocol.py` turns bytes into arrays and back; it is a pure function, which the
+tests fuzz. Each model has a `Queue`: what came while the last call ran is the next call, so nobody waits for company; the job that
+has waited longest goes first; if a call fails, its jobs run again one by one, so a bad one fails alone. A call runs in the event
+loop if the last one took less than a millisecond, otherwise in a thread.
+
+`Whole` (`served.py`) batches rows of equal shape, and signals of different length for a model built with `ragged=True`, whose
+outputs' lengths follow from the expressions in their shapes; only models whose first dimension is named "batch" are batched.
+`LiveServed` (`live.py`) holds one `Stream` with a slot for every signal; all pieces that have come are one `push(rows=...)`. A client
+that goes while its piece runs loses the sequence: the signal has gone on, and nobody has the answer. A state that travels with
+requests is checked as hostile. `limits.py` closes what uvicorn and httptools leave open: endless headers, large ones, too many
+connections.
 """
 
 from typing import TYPE_CHECKING

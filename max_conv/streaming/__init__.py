@@ -1,6 +1,18 @@
 """Signals that come chunk by chunk: live graphs, their latency, and the receptive field of any graph.
 
 `max_conv.streaming(...)` calls this module: it is the function `streaming`.
+
+`streaming(build, ...)` runs the network's own code with a `PackedGraph` that is a `StreamingGraph`. Its input comes in *ticks* of M
+positions, M the common multiple of the strides, so every length in the graph is `per_tick * ticks`. `traced.py` looks at every
+operation that is made: a value has a `Line` (`conv/lines.py`: positions a tick, delay, and its length as a function of the
+input's); an operation that is not on the white list of `positions.py` is refused; where values of different delay meet, the
+earlier one gets a delay line, in place.
+
+A layer reads a window that one operation lays out (`kernels/signals.mojo`): rows that the state holds, the new rows, and the padding
+at each signal's own begin and end; the layer itself is then the same kernel without padding. All windows keep their rows in one
+tensor of bytes, `state`. Each row of the batch has its own `ticks` (0 begins a new signal, whatever the state holds) and `ends`.
+`Stream` holds all three on the host and commits them after a call has succeeded. Ragged batches (`lengths`, `conv/ragged.py`) are
+the same windows without a state.
 """
 
 import sys

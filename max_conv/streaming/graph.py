@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from max import nn
 from max.dtype import DType
 from max.graph import BufferType, Dim, TensorType, ops
 
 from ..conv.graph import PackedGraph, argument_names, graph_class
+from ..conv.max_nn import nn
 from .describe import describe
 from .live import LiveSignals, Longer
 from .positions import input_axis, where

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 from click.testing import CliRunner, Result
-from max_conv.graphs import encodec, hifigan
+from max_conv.graphs import dac, hifigan
 from safetensors.numpy import save_file
 
 import max_conv
@@ -126,7 +126,8 @@ def test_clear_keeps_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name in ("graphs/a.mef", "kernels/b/c.mojoc", "assets/d/e.wav"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(bytes(500_000))
-    assert json.loads(good("info", "--json"))["graphs"] == "1 compiled, 0.5 MB"
+    (tmp_path / "graphs/b.mef").hardlink_to(tmp_path / "graphs/a.mef")  # two graphs that were compiled together
+    assert json.loads(good("info", "--json"))["graphs"] == "2 compiled, 0.5 MB"
     assert good("cache", "clear") == f"{tmp_path}: removed 2 files, 1.0 MB\n"
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["e.wav"]
     assert good("cache", "clear") == f"{tmp_path}: removed 0 files, 0.0 MB\n"
@@ -213,8 +214,8 @@ def test_makes_sound_of_a_spectrogram_and_of_sound(tmp_path: Path) -> None:
         save_file(state, path)
         return path
 
-    sizes = {"upsample_rates": [4, 2], "upsample_kernel_sizes": [8, 4], "upsample_initial_channel": 32}
-    sizes |= {"resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3]], "sampling_rate": 8000, "num_mels": 10}
+    sizes = {"upsample_rates": [8], "upsample_kernel_sizes": [16], "upsample_initial_channel": 32}
+    sizes |= {"resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1]], "sampling_rate": 8000, "num_mels": 10}
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     weights = prepare(hifigan, hifigan.Config.from_dict(sizes))
     np.save(tmp_path / "mels.npy", random.standard_normal((50, 10)))
@@ -237,10 +238,11 @@ def test_makes_sound_of_a_spectrogram_and_of_sound(tmp_path: Path) -> None:
     result = call("run", "vocoder", tmp_path / "mels.npy", tmp_path / "out.txt", *hifi)
     assert "must end in .wav, .flac, .ogg or .mp3." in result.stderr and not (tmp_path / "out.txt").exists()
 
-    sizes = {"num_filters": 8, "hidden_size": 16, "codebook_size": 32, "num_lstm_layers": 1, "sampling_rate": 8000}
+    sizes = {"encoder_hidden_size": 8, "decoder_hidden_size": 16, "downsampling_ratios": [2], "sampling_rate": 8000}
+    sizes |= {"n_codebooks": 2, "codebook_size": 32, "codebook_dim": 4}
     (tmp_path / "config.json").write_text(json.dumps(sizes))
-    weights = prepare(encodec, encodec.Config.from_dict(sizes))
+    weights = prepare(dac, dac.Config.from_dict(sizes))
     soundfile.write(tmp_path / "in.flac", random.standard_normal((5000, 2)) * 0.1, 8000)
-    codec = ["--network", "encodec", "--weights", weights, *options[2:]]
+    codec = ["--network", "dac", "--weights", weights, *options[2:]]
     good("run", "codec", tmp_path / "in.flac", tmp_path / "out.flac", *codec)
     assert soundfile.read(tmp_path / "out.flac")[0].shape == (5000, 2)

@@ -21,12 +21,12 @@ from max.graph import DeviceRef, Graph, TensorType, TensorValue, Weight  # noqa:
 
 import max_conv  # noqa: E402
 from max_conv import conv1d, conv_transpose1d  # noqa: E402
+from max_conv.conv.accelerators import trying  # noqa: E402
 from max_conv.conv.checks import DTYPES  # noqa: E402
 from max_conv.conv.layouts import Layout  # noqa: E402
 from max_conv.conv.recurrent import lstm  # noqa: E402
 
-# Layout, filter layout, filter shape, options: one of each CPU kernel, and every layout. The GPU has one kernel for
-# each layout of the data, so the other dtypes use only the last two.
+# Layout, filter layout, filter shape, options: every kernel, and every layout. The other dtypes use only the last three.
 FLOAT32, *OTHERS = DTYPES
 Row = tuple[Layout, Any, tuple[int, ...], dict[str, Any]]
 LAYERS: list[Row] = [
@@ -35,6 +35,7 @@ LAYERS: list[Row] = [
     ("NLC", "SCF", (4, 1, 8), {"groups": 8, "padding": "causal"}),
     ("NCL", "FCS", (16, 8, 5), {"dilation": 3, "padding_mode": "circular", "padding": 2}),
     ("NLC", "SCF", (4, 8, 3), {"padding_mode": "replicate", "padding": (1, 4)}),
+    ("NLC", "FCS", (40, 8, 3), {"padding": 1}),
 ]
 TRANSPOSED: list[Row] = [
     ("NLC", "FSC", (16, 5, 4), {"groups": 2, "stride": 3, "dilation": 2}),
@@ -51,11 +52,12 @@ def live(x: TensorValue) -> TensorValue:
 
 
 def main() -> None:
+    trying.set(True)  # also the kernels that have not run on this GPU
     gpu = DeviceRef.GPU()
     rows: list[tuple[DType, Callable[..., TensorValue], Row]] = [(FLOAT32, conv1d, layer) for layer in LAYERS]
     rows += [(FLOAT32, conv_transpose1d, layer) for layer in TRANSPOSED]
     for dtype in OTHERS:
-        rows += [(dtype, conv1d, layer) for layer in LAYERS[-2:]]
+        rows += [(dtype, conv1d, layer) for layer in LAYERS[-3:]]
         rows += [(dtype, conv_transpose1d, layer) for layer in TRANSPOSED[-1:]]
     types = []
     for dtype, _, (layout, _, shape, _) in rows:

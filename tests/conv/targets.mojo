@@ -4,13 +4,14 @@ from std.math import ceildiv, cos, gcd, pi, sin, sqrt
 from std.sys import exit
 from std.utils.numerics import inf, isnan, nan
 
-from kernels.by_phase import conv_transpose1d
-from kernels.dense import conv1d_dense
+from kernels.by_phase import conv_transpose1d, place_rows
+from kernels.dense import conv1d_dense, conv1d_short
 from kernels.depthwise import conv1d_depthwise
 from kernels.geometry import CIRCULAR, Geometry, REFLECT, REPLICATE, ZEROS
 from kernels.lanes import PACK, FilterSteps, Memory, Operands, accumulator
 from kernels.lengthwise import conv1d_lengthwise
 from kernels.paired import conv1d_paired, has_pairs
+from kernels.sink import Bytes, Outputs, Sink, address, store_rows
 from kernels.models.silero_vad import FREQUENCIES, Frames, Layer as FramesLayer, convolve, fold, spectrum
 from kernels.transposed import Transposed
 from kernels.winograd import conv1d_winograd
@@ -103,6 +104,49 @@ def packed[dtype: DType, //, points: Bool](g: Geometry, w: List[Scalar[dtype]]) 
     return to^
 
 
+@fieldwise_init
+struct Room[dtype: DType, nlc: Bool](ImplicitlyCopyable, TrivialRegisterPassable):
+    """The memory of an output."""
+
+    var data: Memory[Self.dtype]
+    var length: Int
+    var filters: Int
+
+    def put[width: Int](self, n: Int, position: Int, filter: Int, value: SIMD[Self.dtype, width]):
+        var at = (n * self.length + position) * self.filters + filter
+        comptime if not Self.nlc:
+            at = (n * self.filters + filter) * self.length + position
+        self.data.unsafe_offset(at).unsafe_store(value)
+
+
+def store[dtype: DType, nlc: Bool](to: Bytes, _p: Bytes, at: Outputs, values: Memory[dtype], row_size: Int):
+    """Stores rows of values in a `Room`."""
+    var room = to.unsafe_bitcast[Room[dtype, nlc]]()[]
+
+    @__parameter
+    @always_inline
+    @__copy_capture(room)
+    def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
+        room.put(n, position, filter, value)
+
+    store_rows[write, nlc](at, values, row_size)
+
+
+def store_placed[
+    dtype: DType, kernel: StaticString, nlc: Bool
+](to: Bytes, places: Bytes, at: Outputs, values: Memory[dtype], row_size: Int):
+    """Stores rows of a transposed layer's columns in a `Room`."""
+    var room = to.unsafe_bitcast[Room[dtype, nlc]]()[]
+
+    @__parameter
+    @always_inline
+    @__copy_capture(room)
+    def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
+        room.put(n, position, filter, value)
+
+    place_rows[write, kernel, False, nlc, False](places, at, values, row_size)
+
+
 def compare[dtype: DType, kernel: StaticString, nlc: Bool](g: Geometry, spike: Float64 = 0) -> Int:
     """Runs one kernel on one layer of noise and tells whether it is right.
 
@@ -123,7 +167,6 @@ def compare[dtype: DType, kernel: StaticString, nlc: Bool](g: Geometry, spike: F
     for _ in range(g.filters):
         bias.append(noise(state).cast[dtype]())
     var y = List[Scalar[dtype]](length=g.batch * g.out_length * g.filters, fill=0)
-    var out = y.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
     var o = Operands[dtype](
         x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
         w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
@@ -131,20 +174,23 @@ def compare[dtype: DType, kernel: StaticString, nlc: Bool](g: Geometry, spike: F
         True,
     )
 
+    var room = Room[dtype, nlc](y.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](), g.out_length, g.filters)
+
     @__parameter
     @always_inline
     def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
-        comptime if nlc:
-            out.unsafe_offset((n * g.out_length + position) * g.filters + filter).unsafe_store(value)
-        else:
-            out.unsafe_offset((n * g.filters + filter) * g.out_length + position).unsafe_store(value)
+        room.put(n, position, filter, value)
 
+    var sink = Sink[dtype](store[dtype, nlc], address(room), address(room))
     var steps = FilterSteps(channels * g.filters, g.filters, 1)
     comptime if kernel == "dense" or kernel == "short":
         comptime assert nlc
         if kernel == "short" and g.kernel * channels > 128:
             return NONE
-        conv1d_dense[write, kernel == "short"](g, o)
+        comptime if kernel == "short":
+            conv1d_short[write](g, o)
+        else:
+            conv1d_dense(g, o, sink)
     elif kernel == "depthwise":
         if g.groups != g.channels or g.filters != g.channels or (not nlc and g.stride != 1):
             return NONE
@@ -155,7 +201,7 @@ def compare[dtype: DType, kernel: StaticString, nlc: Bool](g: Geometry, spike: F
     elif kernel == "lengthwise":
         conv1d_lengthwise[write, nlc](g, steps, o)
     elif kernel == "winograd":
-        conv1d_winograd[write, nlc](g, steps, o)
+        conv1d_winograd[nlc](g, steps, o, sink)
     elif kernel == "packed dense" or kernel == "packed winograd":
         comptime if dtype != accumulator[dtype]:
             return NONE
@@ -164,9 +210,9 @@ def compare[dtype: DType, kernel: StaticString, nlc: Bool](g: Geometry, spike: F
             o.w = w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
             comptime if kernel == "packed dense":
                 comptime assert nlc
-                conv1d_dense[write, False, packed=True](g, o)
+                conv1d_dense[packed=True](g, o, sink)
             else:
-                conv1d_winograd[write, nlc, packed=True](g, steps, o)
+                conv1d_winograd[nlc, packed=True](g, steps, o, sink)
     else:
         comptime assert kernel == "paired", "there is no such kernel"
         comptime if dtype == DType.bfloat16 and has_pairs():
@@ -200,7 +246,7 @@ def compare[dtype: DType, kernel: StaticString, nlc: Bool](g: Geometry, spike: F
                 var off = abs(got - want)
                 if not (off <= worst) and not isnan(worst):  # NaN is kept
                     worst = off
-    _ = out
+    _ = room
     _ = x^
     _ = w^
     _ = bias^
@@ -247,7 +293,6 @@ def compare_transposed[dtype: DType, kernel: StaticString, nlc: Bool](t: Transpo
     for _ in range(t.filters):
         bias.append(noise(state).cast[dtype]())
     var y = List[Scalar[dtype]](length=t.batch * t.out_length * t.filters, fill=0)
-    var out = y.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
     var o = Operands[dtype](
         x.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
         w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](),
@@ -255,16 +300,16 @@ def compare_transposed[dtype: DType, kernel: StaticString, nlc: Bool](t: Transpo
         True,
     )
 
+    var room = Room[dtype, nlc](y.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin](), t.out_length, t.filters)
+
     @__parameter
     @always_inline
     def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
-        comptime if nlc:
-            out.unsafe_offset((n * t.out_length + position) * t.filters + filter).unsafe_store(value)
-        else:
-            out.unsafe_offset((n * t.filters + filter) * t.out_length + position).unsafe_store(value)
+        room.put(n, position, filter, value)
 
     var steps = FilterSteps(filters * t.channels, 1, t.channels)
-    conv_transpose1d[write, kernel, 0, False, False, nlc, "SFC"](t, steps, channels, o)
+    var to = store_placed[dtype, kernel, nlc]
+    conv_transpose1d[write, kernel, 0, False, False, nlc, "SFC"](t, steps, channels, o, to, address(room))
     var worst = 0.0
     for n in range(t.batch):
         for l in range(t.out_length):
@@ -287,7 +332,7 @@ def compare_transposed[dtype: DType, kernel: StaticString, nlc: Bool](t: Transpo
                 var off = abs(y[place].cast[DType.float64]() - want)
                 if not (off <= worst) and not isnan(worst):  # NaN is kept
                     worst = off
-    _ = out
+    _ = room
     _ = x^
     _ = w^
     _ = bias^

@@ -152,7 +152,7 @@ def test_a_layer_on_a_gpu() -> None:
     from max_conv import Conv1D
 
     found = explain(Conv1D(3, 8, 8, DType.float32, device=DeviceRef.GPU()), length=10)
-    assert found.kernel == "gpu" and not found.shared and str(found).endswith("compiled    for itself")
+    assert found.kernel == "each" and not found.shared and str(found).endswith("compiled    for itself")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +169,11 @@ def test_a_layer_on_a_gpu() -> None:
             ValueError,
             "explain: dtype must be one of float32, float64, float16, bfloat16, but is 'int8'.",
             {"length": 9, "channels": 1, "filters": 1, "dtype": "int8"},
+        ),
+        (
+            ValueError,
+            "explain: device must be cpu or gpu, but is 'cuda'.",
+            {"length": 9, "channels": 1, "filters": 1, "device": "cuda"},
         ),
     ],
 )

@@ -20,7 +20,8 @@ from max_conv.conv.arrays import as_buffer
 from max_conv.conv.dispatch import Layer
 from max_conv.conv.geometry import Geometry, TransposedGeometry
 from max_conv.conv.layouts import permute
-from max_conv.conv.packing import LINE, Packing, aligned, cpu_features
+from max_conv.conv.packing import LINE, Packing, aligned
+from max_conv.conv.processor import cpu_features
 from max_conv.conv.reference import conv1d_ref
 from max_conv.frontends.torch import Conv1d
 from max_conv.runtime import idle

@@ -1,4 +1,7 @@
-"""The CPU kernels on other processors: compiled for all, and run if this processor can."""
+"""The CPU kernels on other processors: compiled for all, and run if this processor can.
+
+On this processor itself, the property tests run them every day.
+"""
 
 import os
 import platform
@@ -7,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from max_conv.conv.packing import cpu_features
+from max_conv.conv.processor import cpu_features
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +30,7 @@ def build(output: Path, *options: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [pytest.param("avx2", marks=pytest.mark.nightly), "neon"])
 def test_kernels_compile(target: str, tmp_path: Path) -> None:
     triple, processor = TARGETS[target]
     output = tmp_path / f"{target}.s"
@@ -52,7 +55,7 @@ PAIRED = {"paired NLC", "paired NCL"}
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason=f"AVX2 code does not run on {platform.machine()}")
-@pytest.mark.parametrize("processor", ["haswell", None], ids=["avx2", "here"])
+@pytest.mark.parametrize("processor", ["haswell", pytest.param(None, marks=pytest.mark.nightly)], ids=["avx2", "here"])
 def test_kernels_are_right(processor: str | None, tmp_path: Path) -> None:
     """For each kernel, the program prints how many layers it has compared."""
     build(tmp_path / "kernels", *(["--target-cpu", processor] if processor else []))

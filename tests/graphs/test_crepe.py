@@ -80,10 +80,14 @@ def expected(torchcrepe: Any, module: Any, audio: np.ndarray) -> np.ndarray:
         return module(frames).numpy()
 
 
-@pytest.fixture(scope="module")
-def model() -> max_conv.Model:
+def networks() -> dict[str, tuple[Any, Any]]:
     weights = crepe.load_weights()
-    return max_conv.compile(crepe.build(crepe.Config(), weights), ["sound"], weights=weights)
+    return {"tiny": (crepe.build(crepe.Config(), weights), weights)}
+
+
+@pytest.fixture(scope="module")
+def model(models: dict[str, max_conv.Model]) -> max_conv.Model:
+    return models["tiny"]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """EnCodec against transformers' implementation, with a checkpoint under the original's names."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from max_conv.graphs import encodec
 from transformers import EncodecConfig, EncodecModel
 
 import max_conv
-from harness import compile_together
+from harness import shapes
 from max_conv.weights.convert import to_native
 from originals import arrays, compare
 from originals import encodec as network
@@ -63,63 +64,69 @@ def weights(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, n
     return encodec.load_weights(path)
 
 
-@pytest.fixture(scope="module")
-def models(weights: dict[str, np.ndarray]) -> list[max_conv.Model]:
-    """The compiled encoder, decoder, and the whole of one stage."""
-    _, config, small = one_stage()
-    return compile_together(
-        (encodec.build_encoder(CONFIG, weights), weights),
-        (encodec.build_decoder(CONFIG, weights), weights),
-        (encodec.build(config, small), small),
-    )
+def test_encoder(model: Any, weights: dict[str, np.ndarray], started: Callable[..., Any]) -> None:
+    encoder = started(encodec.build_encoder(CONFIG, weights), weights)
+    for samples in (320 * 24, 320 * 30 + 77):
+        sound = noise(2, samples)
+        codes, found = encoder(sound.numpy())
+        assert codes.shape == (2, QUANTIZERS, -(-samples // 320)) and len(np.unique(codes)) > 200
+        check_codes(model, codes, found, sound)
 
 
-@pytest.fixture(scope="module")
-def encoder(models: list[max_conv.Model]) -> max_conv.Model:
-    return models[0]
-
-
-@pytest.fixture(scope="module")
-def decoder(models: list[max_conv.Model]) -> max_conv.Model:
-    return models[1]
-
-
-@pytest.mark.parametrize("samples", [320 * 24, 320 * 30 + 77])
-def test_encoder(model: Any, encoder: max_conv.Model, samples: int) -> None:
-    sound = noise(2, samples)
+def check_codes(model: Any, codes: np.ndarray, found: np.ndarray, sound: torch.Tensor) -> None:
+    """Compares codes and embeddings with the original's."""
     with torch.inference_mode():
         embeddings = model.encoder(sound[:, None])
         expected = model.encode(sound[:, None], bandwidth=KBITS).audio_codes[0].numpy()
         free = choices_free(model, embeddings)
-    codes, found = encoder(sound.numpy())
     compare(found, embeddings.transpose(1, 2))
-    assert codes.shape == expected.shape == (2, QUANTIZERS, -(-samples // 320)) and codes.dtype == np.int64
-    assert free.mean() < 0.05 and len(np.unique(codes)) > 200
+    assert codes.shape == expected.shape and codes.dtype == np.int64
+    assert free.mean() < 0.05
     np.testing.assert_array_equal(np.where(free, -1, codes), np.where(free, -1, expected))
 
 
-@pytest.mark.parametrize("frames", [7, 31])
-def test_decoder(model: Any, decoder: max_conv.Model, frames: int) -> None:
-    codes = torch.randint(0, 1024, (2, QUANTIZERS, frames), generator=torch.Generator().manual_seed(frames))
-    with torch.inference_mode():
-        expected = model.decode(codes[None], [None]).audio_values[:, 0]
-    compare(decoder(codes.numpy()), expected)
+def test_decoder(model: Any, weights: dict[str, np.ndarray], started: Callable[..., Any]) -> None:
+    decoder = started(encodec.build_decoder(CONFIG, weights), weights)
+    for frames in (7, 31):
+        codes = torch.randint(0, 1024, (2, QUANTIZERS, frames), generator=torch.Generator().manual_seed(frames))
+        with torch.inference_mode():
+            expected = model.decode(codes[None], [None]).audio_values[:, 0]
+        compare(decoder(codes.numpy()), expected)
 
 
-def test_graphs_are_described(encoder: max_conv.Model, decoder: max_conv.Model) -> None:
-    assert [port.shape for port in encoder.inputs] == [("batch", "samples")]
-    assert encoder.outputs[0].shape[:2] == ("batch", QUANTIZERS) and encoder.outputs[1].shape[::2] == ("batch", 128)
-    assert [port.shape for port in decoder.inputs] == [("batch", QUANTIZERS, "frames")]
-    assert [port.shape for port in decoder.outputs] == [("batch", "frames * 320")]
+def test_graphs_are_described(weights: dict[str, np.ndarray]) -> None:
+    encoder, decoder = encodec.build_encoder(CONFIG, weights), encodec.build_decoder(CONFIG, weights)
+    assert shapes(encoder.inputs) == [("batch", "samples")]
+    codes, embeddings = shapes(encoder.output_types)
+    assert codes[:2] == ("batch", QUANTIZERS) and embeddings[::2] == ("batch", 128)
+    assert shapes(decoder.inputs) == [("batch", QUANTIZERS, "frames")]
+    assert shapes(decoder.output_types) == [("batch", "frames * 320")]
+
+
+SIZES: dict[str, Any] = {"num_filters": 16, "hidden_size": 32, "codebook_size": 32}
+
+
+@functools.cache
+def causal() -> tuple[Any, encodec.Config, dict[str, np.ndarray]]:
+    """The published network with fewer channels and two stages, and half as many quantizers as codebooks."""
+    model = network(EncodecConfig(upsampling_ratios=[4, 2], target_bandwidths=[60.0, 120.0], **SIZES))
+    shape = {"channels": 16, "hidden": 32, "codebook_size": 32, "codebooks": 8, "quantizers": 4}
+    config = replace(encodec.Config.from_dict(EncodecConfig().to_dict()), ratios=(4, 2), **shape)
+    filters = (
+        *("encoder.*conv.weight", "decoder.layers.[09].conv.weight"),
+        *("decoder.*.block.*.conv.weight", "decoder.*.shortcut.conv.weight"),
+    )
+    transposed = ("decoder.layers.[36].conv.weight",)
+    layers = replace(encodec.LAYERS, conv=filters, conv_transpose=transposed, optional=())
+    return model, config, to_native(arrays(model), layers, "encodec")
 
 
 @functools.cache
 def one_stage() -> tuple[Any, encodec.Config, dict[str, np.ndarray]]:
     # As in MusicGen's 32 kHz model, with an odd ratio: padding on both sides, and a plain identity around a block.
-    sizes: dict[str, Any] = {"num_filters": 8, "hidden_size": 16, "codebook_size": 32, "num_lstm_layers": 1}
     flags: dict[str, Any] = {"use_causal_conv": False, "use_conv_shortcut": False, "target_bandwidths": [96.0]}
-    model = network(EncodecConfig(upsampling_ratios=[5], **sizes, **flags))
-    small = {"channels": 8, "hidden": 16, "codebook_size": 32, "lstm_layers": 1, "codebooks": 4, "quantizers": 4}
+    model = network(EncodecConfig(upsampling_ratios=[5], num_lstm_layers=1, **SIZES, **flags))
+    small = {"channels": 16, "hidden": 32, "codebook_size": 32, "lstm_layers": 1, "codebooks": 4, "quantizers": 4}
     config = encodec.Config(ratios=(5,), causal=False, shortcut=False, **small)
     filters = ("encoder.*conv.weight", "decoder.layers.[06].conv.weight", "decoder.*.block.*.conv.weight")
     layers = replace(encodec.LAYERS, conv=filters, conv_transpose=("decoder.layers.3.conv.weight",), optional=())
@@ -127,13 +134,28 @@ def one_stage() -> tuple[Any, encodec.Config, dict[str, np.ndarray]]:
     return model, config, weights
 
 
-def test_whole_of_one_stage_that_sees_the_future(models: list[max_conv.Model]) -> None:
-    model, *_ = one_stage()
+def networks() -> dict[str, tuple[Any, Any]]:
+    _, config, weights = causal()
+    return {"causal": (encodec.build(config, weights), weights)}
+
+
+@pytest.mark.parametrize("samples", [4000, 4003])
+def test_a_small_network(models: dict[str, max_conv.Model], samples: int) -> None:
+    model, *_ = causal()
+    sound = noise(2, samples)
+    with torch.inference_mode():
+        expected = model(sound[:, None], bandwidth=60.0).audio_values[:, 0]
+    compare(models["causal"](sound.numpy()), expected)
+
+
+def test_one_stage_that_sees_the_future(started: Callable[..., Any]) -> None:
+    original, config, weights = one_stage()
+    model = started(encodec.build(config, weights), weights)
     for samples in (4000, 4003):
         sound = noise(2, samples)
         with torch.inference_mode():
-            expected = model(sound[:, None], bandwidth=96.0).audio_values[:, 0]
-        compare(models[2](sound.numpy()), expected)
+            expected = original(sound[:, None], bandwidth=96.0).audio_values[:, 0]
+        compare(model(sound.numpy()), expected)
 
 
 def test_published_configs() -> None:

@@ -1,5 +1,8 @@
 """HiFi-GAN against transformers' implementation, under its names and the original's."""
 
+import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,6 @@ from max_conv.graphs import hifigan
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 import max_conv
-from harness import compile_together
 from max_conv.weights.convert import to_native
 from originals import arrays, compare, enliven
 
@@ -22,6 +24,14 @@ V1: dict[str, Any] = {  # config_v1.json of the original, the part about the net
     "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5], [1, 3, 5]],
     "num_mels": 80,
     "sampling_rate": 22050,
+}
+SMALL: dict[str, Any] = {
+    "upsample_rates": [4, 2],
+    "upsample_kernel_sizes": [8, 4],
+    "upsample_initial_channel": 64,
+    "resblock_kernel_sizes": [3, 7],
+    "resblock_dilation_sizes": [[1, 3], [1, 5]],
+    "num_mels": 20,
 }
 V3 = V1 | {
     "resblock": "2",
@@ -46,63 +56,71 @@ def original_names(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def spectrogram(batch: int, frames: int) -> torch.Tensor:
-    return torch.randn(batch, frames, 80, generator=torch.Generator().manual_seed(frames))
+def spectrogram(batch: int, frames: int, mels: int = 80) -> torch.Tensor:
+    return torch.randn(batch, frames, mels, generator=torch.Generator().manual_seed(frames))
 
 
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, max_conv.Model]]:
-    """The networks in PyTorch and the compiled graphs: V1 from the checkpoint that the original would save, and others."""
+def original(sizes: dict[str, Any], **more: Any) -> Any:
     torch.manual_seed(0)
-    sizes = {name: value for name, value in V1.items() if name not in ("resblock", "num_mels")}
-    v1 = enliven(SpeechT5HifiGan(SpeechT5HifiGanConfig(**sizes, normalize_before=False)))
-    path = tmp_path_factory.mktemp("v1") / "g_02500000.pth"
-    torch.save({"generator": original_names(v1)}, path)
-    config = SpeechT5HifiGanConfig()  # as published
-    speecht5: Any = enliven(SpeechT5HifiGan(config))
-    speecht5.mean.copy_(torch.linspace(-1, 1, 80))
-    speecht5.scale.copy_(torch.linspace(0.5, 2, 80))
-    read = hifigan.Config.from_dict(config.to_dict())
-    assert read.normalised and read.hop == 256 and read.rate == 16000
-    given = [
-        (hifigan.Config(), hifigan.load_weights(path)),
-        (read, to_native(arrays(speecht5), hifigan.LAYERS, "hifigan")),
-        (hifigan.Config.from_dict(V3), v3_weights()),
-    ]
-    models = compile_together(*((hifigan.build(config, weights), weights) for config, weights in given))
-    return {"v1": (v1, models[0]), "speecht5": (speecht5, models[1]), "v3": (given[2], models[2])}
+    given = {name.replace("num_mels", "model_in_dim"): value for name, value in sizes.items() if name != "resblock"}
+    network: Any = enliven(SpeechT5HifiGan(SpeechT5HifiGanConfig(**given, **more)))
+    network.mean.copy_(torch.linspace(-1, 1, len(network.mean)))
+    network.scale.copy_(torch.linspace(0.5, 2, len(network.scale)))
+    return network
 
 
-@pytest.fixture(scope="module")
-def v1(networks: dict[str, tuple[Any, max_conv.Model]]) -> tuple[Any, max_conv.Model]:
-    return networks["v1"]
+@functools.cache
+def small() -> Any:
+    return original(SMALL)
 
 
-@pytest.mark.parametrize(("batch", "frames"), [(1, 50), (2, 7), (1, 1)])
-def test_v1_is_the_original(v1: tuple[Any, max_conv.Model], batch: int, frames: int) -> None:
-    network, model = v1
-    mels = spectrogram(batch, frames)
-    with torch.inference_mode():
-        want = network(mels)
-    compare(model(mels.numpy()), want)
-    assert model(mels.numpy()).shape == (batch, frames * hifigan.Config().hop)
+def networks() -> dict[str, tuple[Any, Any]]:
+    config = hifigan.Config.from_dict(small().config.to_dict())
+    weights = to_native(arrays(small()), hifigan.LAYERS, "hifigan")
+    return {"small": (hifigan.build(config, weights), weights)}
 
 
-def test_signals_do_not_touch(v1: tuple[Any, max_conv.Model]) -> None:
-    _, model = v1
-    mels = spectrogram(2, 7).numpy()
-    alone = model(mels[1:])
-    mels[0] = np.nan
-    np.testing.assert_array_equal(model(mels)[1:], alone)
-    assert model(mels[:0]).shape == (0, 7 * 256)
+def test_v1_is_the_original(started: Callable[..., Any], tmp_path: Path) -> None:
+    """From the checkpoint that the original would save."""
+    network = original(V1, normalize_before=False)
+    torch.save({"generator": original_names(network)}, tmp_path / "g_02500000.pth")
+    weights = hifigan.load_weights(tmp_path / "g_02500000.pth")
+    model = started(hifigan.build(hifigan.Config(), weights), weights)
+    for batch, frames in ((1, 50), (2, 7), (1, 1)):
+        mels = spectrogram(batch, frames)
+        with torch.inference_mode():
+            want = network(mels).reshape(batch, -1)
+        got = model(mels.numpy())
+        compare(got, want)
+        assert got.shape == (batch, frames * hifigan.Config().hop)
 
 
-def test_speecht5_is_the_original(networks: dict[str, tuple[Any, max_conv.Model]]) -> None:
-    network, model = networks["speecht5"]
+def test_speecht5_is_the_original(started: Callable[..., Any]) -> None:
+    network = original({})  # as published
+    config = hifigan.Config.from_dict(network.config.to_dict())
+    assert config.normalised and config.hop == 256 and config.rate == 16000
+    weights = to_native(arrays(network), hifigan.LAYERS, "hifigan")
     mels = spectrogram(2, 9)
     with torch.inference_mode():
         want = network(mels)
-    compare(model(mels.numpy()), want)
+    compare(started(hifigan.build(config, weights), weights)(mels.numpy()), want)
+
+
+@pytest.mark.parametrize(("batch", "frames"), [(1, 300), (2, 7), (1, 1)])
+def test_a_small_network(models: dict[str, max_conv.Model], batch: int, frames: int) -> None:
+    mels = spectrogram(batch, frames, 20)
+    with torch.inference_mode():
+        want = small()(mels).reshape(batch, -1)
+    compare(models["small"](mels.numpy()), want)
+
+
+def test_signals_do_not_touch(models: dict[str, max_conv.Model]) -> None:
+    model = models["small"]
+    mels = spectrogram(2, 7, 20).numpy()
+    alone = model(mels[1:])
+    mels[0] = np.nan
+    np.testing.assert_array_equal(model(mels)[1:], alone)
+    assert model(mels[:0]).shape == (0, 7 * 8)
 
 
 def v3_weights() -> dict[str, np.ndarray]:
@@ -115,10 +133,10 @@ def v3_weights() -> dict[str, np.ndarray]:
     return weights
 
 
-def test_v3_is_the_paper(networks: dict[str, tuple[Any, max_conv.Model]]) -> None:
-    (config, weights), model = networks["v3"]
+def test_v3_is_the_paper(started: Callable[..., Any]) -> None:
+    config, weights = hifigan.Config.from_dict(V3), v3_weights()
     mels = spectrogram(2, 6)
-    compare(model(mels.numpy()), v3(config, weights, mels))
+    compare(started(hifigan.build(config, weights), weights)(mels.numpy()), v3(config, weights, mels))
 
 
 def v3(config: hifigan.Config, weights: dict[str, np.ndarray], mels: torch.Tensor) -> torch.Tensor:

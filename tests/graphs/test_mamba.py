@@ -1,5 +1,7 @@
 """Mamba's block up to the scan, against transformers' implementation."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,6 @@ from max_conv.graphs import mamba
 from transformers import MambaConfig, MambaModel
 
 import max_conv
-from harness import compile_together
 from max_conv.weights.convert import to_native
 from originals import arrays, compare, enliven
 
@@ -33,20 +34,19 @@ def want(network: Any, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch
     return value.transpose(1, 2), gate.transpose(1, 2)
 
 
-@pytest.fixture(scope="module")
-def blocks() -> list[tuple[Any, mamba.Config, max_conv.Model]]:
-    """The published model's second block and a small one: the network in PyTorch, its config, and the compiled graph."""
-    networks = [
-        original(**PUBLISHED | {"num_hidden_layers": 2, "vocab_size": 10}),
-        original(num_hidden_layers=1, **SMALL),
-    ]
-    configs = [mamba.Config(layers=2, layer=1), mamba.Config.from_dict(networks[1].config.to_dict())]
-    weights = [to_native(arrays(network), mamba.LAYERS, "mamba") for network in networks]
-    graphs = [(mamba.build(config, own), own) for config, own in zip(configs, weights)]
-    return list(zip(networks, configs, compile_together(*graphs)))
+@functools.cache
+def small() -> tuple[Any, mamba.Config]:
+    network = original(num_hidden_layers=1, **SMALL)
+    return network, mamba.Config.from_dict(network.config.to_dict())
 
 
-def check(model: max_conv.Model, network: Any, layer: int, sizes: list[tuple[int, int]]) -> None:
+def networks() -> dict[str, tuple[Any, Any]]:
+    network, config = small()
+    weights = to_native(arrays(network), mamba.LAYERS, "mamba")
+    return {"small": (mamba.build(config, weights), weights)}
+
+
+def check(model: Callable[..., Any], network: Any, layer: int, sizes: list[tuple[int, int]]) -> None:
     for batch, length in sizes:
         x = torch.randn(batch, length, network.config.hidden_size, generator=torch.Generator().manual_seed(length))
         with torch.inference_mode():
@@ -54,16 +54,20 @@ def check(model: max_conv.Model, network: Any, layer: int, sizes: list[tuple[int
                 compare(got, expected)
 
 
-def test_block_is_the_original(blocks: list[tuple[Any, mamba.Config, max_conv.Model]]) -> None:
-    network, _, model = blocks[0]
-    check(model, network, 1, [(2, 300), (1, 1), (3, 17)])
+def test_block_is_the_original(started: Callable[..., Any]) -> None:
+    """The published model's second block."""
+    network = original(**PUBLISHED | {"num_hidden_layers": 2, "vocab_size": 10})
+    weights = to_native(arrays(network), mamba.LAYERS, "mamba")
+    check(
+        started(mamba.build(mamba.Config(layers=2, layer=1), weights), weights), network, 1, [(2, 300), (1, 1), (3, 17)]
+    )
 
 
-def test_small_block_is_the_original(blocks: list[tuple[Any, mamba.Config, max_conv.Model]]) -> None:
+def test_small_block_is_the_original(models: dict[str, max_conv.Model]) -> None:
     """With a bias where the published model has none, and without one where it has one."""
-    network, config, model = blocks[1]
+    network, config = small()
     assert (config.intermediate, config.bias, config.conv_bias) == (144, True, False)
-    check(model, network, 0, [(2, 30)])
+    check(models["small"], network, 0, [(2, 30), (1, 1), (3, 300)])
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone."])

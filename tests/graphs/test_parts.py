@@ -1,9 +1,11 @@
 """Activations that are polynomials, against NumPy in float64."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue
+from max.graph import DeviceRef, TensorType
 from max_conv.graphs import parts
 
 import max_conv
@@ -11,15 +13,18 @@ import max_conv
 RATE, GAIN = 0.7, 0.3
 
 
-def activations(x: TensorValue, rate: TensorValue, gain: TensorValue) -> tuple[TensorValue, ...]:
-    return parts.sine(x), parts.snake(x, rate, gain)
+def networks() -> dict[str, tuple[Any, Any]]:
+    shapes: tuple[list[int | str], ...] = ([1, "length", 1], [1], [1])
+    types = [TensorType(DType.float32, shape, DeviceRef.CPU()) for shape in shapes]
+    with max_conv.PackedGraph("parts", input_types=types) as graph:
+        x, rate, gain = (value.tensor for value in graph.inputs)
+        graph.output(parts.sine(x), parts.snake(x, rate, gain))
+    return {"parts": (graph, {})}
 
 
 @pytest.fixture(scope="module")
-def model() -> max_conv.Model:
-    shapes: tuple[list[int | str], ...] = ([1, "length", 1], [1], [1])
-    types = [TensorType(DType.float32, shape, DeviceRef.CPU()) for shape in shapes]
-    return max_conv.compile(activations, types)
+def model(models: dict[str, max_conv.Model]) -> max_conv.Model:
+    return models["parts"]
 
 
 def values(model: max_conv.Model, x: np.ndarray) -> list[np.ndarray]:

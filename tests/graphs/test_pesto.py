@@ -89,10 +89,14 @@ def audio() -> np.ndarray:
     return read_audio(resolve(silero_vad.SAMPLE_AUDIO), 16000).mean(axis=0)[7 * 16000 : 10 * 16000]
 
 
-@pytest.fixture(scope="module")
-def model() -> max_conv.Model:
+def networks() -> dict[str, tuple[Any, Any]]:
     weights = pesto.load_weights()
-    return max_conv.compile(pesto.build(pesto.Config(), weights), ["sound"], weights=weights)
+    return {"pesto": (pesto.build(pesto.Config(), weights), weights)}
+
+
+@pytest.fixture(scope="module")
+def model(models: dict[str, max_conv.Model]) -> max_conv.Model:
+    return models["pesto"]
 
 
 @pytest.fixture(scope="module")

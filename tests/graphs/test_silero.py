@@ -1,6 +1,7 @@
 """Silero VAD on a real conversation, against Silero's own ONNX file."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,22 @@ def tensors() -> dict[str, np.ndarray]:
     return load_file(resolve(silero_vad.SAFETENSORS))
 
 
+def networks() -> dict[str, tuple[Any, Any]]:
+    weights, other = silero_vad.load_weights(), silero_vad.load_weights(silero_vad.SAFETENSORS)
+    return {
+        "one": (silero_vad.build(CONFIG, weights), weights),
+        "other": (silero_vad.build(CONFIG, other), other),
+    }
+
+
 @pytest.fixture(scope="module")
-def model() -> max_conv.Model:
-    return compiled(silero_vad.load_weights())
+def model(models: dict[str, max_conv.Model]) -> max_conv.Model:
+    return models["one"]
 
 
 @pytest.fixture(scope="module")
 def probabilities(model: max_conv.Model, audio: np.ndarray) -> np.ndarray:
     return silero_vad.detect(model, audio)
-
-
-def compiled(weights: dict[str, np.ndarray]) -> max_conv.Model:
-    return max_conv.compile(silero_vad.build(CONFIG, weights), weights=weights)
 
 
 def onnx_tensors(network: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
@@ -79,13 +84,16 @@ def test_every_chunk_agrees_with_onnx(probabilities: np.ndarray, onnx_answers: n
 
 
 def test_the_safetensors_are_other_values(
-    audio: np.ndarray, tensors: dict[str, np.ndarray], probabilities: np.ndarray
+    audio: np.ndarray,
+    tensors: dict[str, np.ndarray],
+    probabilities: np.ndarray,
+    models: dict[str, max_conv.Model],
 ) -> None:
     network = onnx.load(resolve(FLAT))
     for name, tensor in onnx_tensors(network).items():
         own = tensors[silero_vad.LAYERS.renamed(name)]
         tensor.CopyFrom(onnx.numpy_helper.from_array(own.reshape(tuple(tensor.dims)), name))
-    other = silero_vad.detect(compiled(silero_vad.load_weights(silero_vad.SAFETENSORS)), audio)
+    other = silero_vad.detect(models["other"], audio)
     assert np.abs(other - onnx_probabilities(network, audio)).max() <= 1e-4
     assert 0.36 < np.abs(other - probabilities).max() < 0.37  # as `load_weights` says
 
@@ -161,7 +169,9 @@ def test_takes_any_length(model: max_conv.Model) -> None:
     assert [silero_vad.detect(model, np.zeros(n)).shape for n in (1, 512, 513)] == [(1,), (1,), (2,)]
 
 
-def test_layer_by_layer_is_all_in_one(audio: np.ndarray, probabilities: np.ndarray) -> None:
+def test_layer_by_layer_is_all_in_one(
+    audio: np.ndarray, probabilities: np.ndarray, started: Callable[..., Any]
+) -> None:
     # In float32 on a CPU the graph is one operation, otherwise one per layer.
     weights = silero_vad.load_weights()
     graph = silero_vad.build(CONFIG, weights, dtype=DType.float64)
@@ -172,7 +182,7 @@ def test_layer_by_layer_is_all_in_one(audio: np.ndarray, probabilities: np.ndarr
     assert names == [layer.name for layer in one.emitted[0]]
     alike = dataclasses.replace(describe(graph, *CONFIG.framing), layers=())
     assert alike == dataclasses.replace(describe(one, *CONFIG.framing), layers=())
-    layered = silero_vad.detect(max_conv.compile(graph, weights=weights), audio)
+    layered = silero_vad.detect(started(graph, weights), audio)
     np.testing.assert_allclose(layered, probabilities, rtol=0, atol=1e-5)
 
 

@@ -1,6 +1,8 @@
 """UnivNet against transformers' implementation, under its names and the original's."""
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,41 @@ from max_conv.streaming.describe import describe
 from max_conv.weights.convert import to_native
 from originals import arrays, compare, enliven
 
+SMALL: dict[str, Any] = dict(
+    model_in_channels=16,
+    model_hidden_channels=16,
+    num_mel_bins=20,
+    resblock_kernel_sizes=[3],
+    resblock_stride_sizes=[4],
+    resblock_dilation_sizes=[[1, 3]],
+    kernel_predictor_num_blocks=1,
+    kernel_predictor_hidden_channels=16,
+)
 
-@pytest.fixture(scope="module")
-def original() -> Any:
-    """The published network, with predicted filters for which the gates do not saturate."""
+
+def network(config: UnivNetConfig) -> Any:
+    """A network with predicted filters for which the gates do not saturate."""
     torch.manual_seed(0)
-    network = enliven(UnivNetModel(UnivNetConfig()))
+    network = enliven(UnivNetModel(config))
     for name, value in network.named_parameters():
         if name.endswith("kernel_conv.weight"):
             value.data *= 0.1
     return network
+
+
+@functools.cache
+def small() -> Any:
+    return network(UnivNetConfig(**SMALL))
+
+
+def networks() -> dict[str, tuple[Any, Any]]:
+    weights = to_native(arrays(small()), univnet.LAYERS, "univnet")
+    return {"small": (univnet.build(univnet.Config.from_dict(small().config.to_dict()), weights), weights)}
+
+
+@pytest.fixture(scope="module")
+def original() -> Any:
+    return network(UnivNetConfig())  # as published
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +59,21 @@ def weights(original: Any) -> dict[str, np.ndarray]:
     return to_native(arrays(original), univnet.LAYERS, "univnet")
 
 
-@pytest.fixture(scope="module")
-def model(weights: dict[str, np.ndarray]) -> max_conv.Model:
-    return max_conv.compile(univnet.build(univnet.Config(), weights), weights=weights)
+def check(network: Any, model: Callable[..., Any], *inputs: int) -> None:
+    for batch, frames in ((1, 31), (3, 4)):
+        random = torch.Generator().manual_seed(frames)
+        mels, noise = (torch.randn(batch, frames, size, generator=random) for size in inputs)
+        with torch.inference_mode():
+            want = network(mels, noise).waveforms.reshape(batch, -1)
+        compare(model(mels.numpy(), noise.numpy()), want)
 
 
-@pytest.mark.parametrize(("batch", "frames"), [(1, 31), (3, 4)])
-def test_is_the_original(original: Any, model: max_conv.Model, batch: int, frames: int) -> None:
-    random = torch.Generator().manual_seed(frames)
-    mels, noise = (torch.randn(batch, frames, size, generator=random) for size in (100, 64))
-    with torch.inference_mode():
-        want = original(mels, noise).waveforms
-    compare(model(mels.numpy(), noise.numpy()), want)
+def test_is_the_original(original: Any, weights: dict[str, np.ndarray], started: Callable[..., Any]) -> None:
+    check(original, started(univnet.build(univnet.Config(), weights), weights), 100, 64)
+
+
+def test_a_small_network(models: dict[str, max_conv.Model]) -> None:
+    check(small(), models["small"], 20, 16)
 
 
 def test_reads_what_the_original_saves(original: Any, weights: dict[str, np.ndarray], tmp_path: Path) -> None:

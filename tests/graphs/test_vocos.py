@@ -1,5 +1,7 @@
 """Vocos against its own package."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +22,45 @@ PUBLISHED: dict[str, Any] = {  # config.yaml of charactr/vocos-mel-24khz
 }
 
 
-@pytest.fixture(scope="module")
-def network() -> Any:
+SMALL: dict[str, Any] = {
+    "feature_extractor": {"init_args": {"sample_rate": 24000, "n_fft": 64, "hop_length": 16, "n_mels": 20}},
+    "backbone": {"init_args": {"input_channels": 20, "dim": 32, "intermediate_dim": 96, "num_layers": 2}},
+    "head": {"init_args": {"dim": 32, "n_fft": 64, "hop_length": 16, "padding": "center"}},
+}
+
+
+@functools.cache
+def original(small: bool) -> Any:
     # torchaudio's mel scale and the other heads are not used.
     absent = ["torchaudio", "torchaudio.functional", "torchaudio.functional.functional", "scipy"]
     *_, models, heads = from_wheel(WHEEL, "vocos", ["spectral_ops", "modules", "models", "heads"], absent)
+    sizes = SMALL if small else PUBLISHED
     torch.manual_seed(0)
-    backbone = models.VocosBackbone(**PUBLISHED["backbone"]["init_args"])
-    head = heads.ISTFTHead(**PUBLISHED["head"]["init_args"])
+    backbone = models.VocosBackbone(**sizes["backbone"]["init_args"])
+    head = heads.ISTFTHead(**sizes["head"]["init_args"])
     return enliven(torch.nn.ModuleDict({"backbone": backbone, "head": head}))
 
 
-@pytest.fixture(scope="module")
-def model(network: Any) -> max_conv.Model:
-    weights = to_native(arrays(network), vocos.LAYERS, "vocos")
-    return max_conv.compile(vocos.build(vocos.Config(), weights), weights=weights)
+def networks() -> dict[str, tuple[Any, Any]]:
+    weights = to_native(arrays(original(True)), vocos.LAYERS, "vocos")
+    return {"small": (vocos.build(vocos.Config.from_dict(SMALL), weights), weights)}
 
 
-@pytest.mark.parametrize(("batch", "frames"), [(1, 94), (3, 17), (1, 2)])
-def test_is_the_original(network: Any, model: max_conv.Model, batch: int, frames: int) -> None:
-    mels = torch.randn(batch, 100, frames, generator=torch.Generator().manual_seed(frames))
-    with torch.inference_mode():
-        want = network["head"](network["backbone"](mels))
-    compare(model(mels.transpose(1, 2).numpy()), want)
+def check(network: Any, model: Callable[..., Any], bins: int) -> None:
+    for batch, frames in ((1, 94), (3, 17), (1, 2)):
+        mels = torch.randn(batch, bins, frames, generator=torch.Generator().manual_seed(frames))
+        with torch.inference_mode():
+            want = network["head"](network["backbone"](mels))
+        compare(model(mels.transpose(1, 2).numpy()), want)
+
+
+def test_is_the_original(started: Callable[..., Any]) -> None:
+    weights = to_native(arrays(original(False)), vocos.LAYERS, "vocos")
+    check(original(False), started(vocos.build(vocos.Config(), weights), weights), 100)
+
+
+def test_a_small_network(models: dict[str, max_conv.Model]) -> None:
+    check(original(True), models["small"], 20)
 
 
 def test_reads_the_published_config() -> None:
@@ -52,8 +70,8 @@ def test_reads_the_published_config() -> None:
         vocos.Config.from_dict(conditional)
 
 
-def test_reads_a_checkpoint(network: Any, tmp_path: Path) -> None:
-    state = dict(network.state_dict()) | {"feature_extractor.mel_spec.mel_scale.fb": torch.zeros(513, 100)}
+def test_reads_a_checkpoint(tmp_path: Path) -> None:
+    state = dict(original(False).state_dict()) | {"feature_extractor.mel_spec.mel_scale.fb": torch.zeros(513, 100)}
     torch.save(state, tmp_path / "pytorch_model.bin")
     weights = vocos.load_weights(tmp_path / "pytorch_model.bin")
     assert {name: array.shape for name, array in weights.items()} == vocos.Config().shapes()

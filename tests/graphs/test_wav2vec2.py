@@ -1,6 +1,7 @@
 """wav2vec 2.0 and HuBERT against transformers' implementation."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from safetensors.torch import save_file
 from transformers import HubertConfig, HubertModel, Wav2Vec2Config, Wav2Vec2Model
 
 import max_conv
-from harness import compile_together
 from max_conv.sound.audio import read_audio
 from max_conv.weights.assets import resolve
 from max_conv.weights.convert import to_native
@@ -36,6 +36,14 @@ SMALL: dict[str, Any] = dict(
     num_conv_pos_embeddings=15,
     num_conv_pos_embedding_groups=4,
 )
+NARROW: dict[str, Any] = dict(
+    conv_dim=(32,) * 7,
+    hidden_size=64,
+    num_attention_heads=4,
+    num_conv_pos_embeddings=16,
+    num_conv_pos_embedding_groups=4,
+)
+"""The published kernels and strides with fewer channels."""
 
 
 def original(kind: Any, config: Any) -> Any:
@@ -64,82 +72,88 @@ def base() -> Any:
 
 
 @functools.cache
-def large() -> Any:
-    return original(HubertModel, HubertConfig(num_hidden_layers=1, **LARGE))
+def narrow() -> Any:
+    return original(Wav2Vec2Model, Wav2Vec2Config(num_hidden_layers=1, **NARROW))
 
 
 @functools.cache
-def small() -> Any:
-    return original(Wav2Vec2Model, Wav2Vec2Config(num_hidden_layers=1, **SMALL))
+def stable() -> Any:
+    return original(HubertModel, HubertConfig(num_hidden_layers=1, **LARGE | NARROW))
 
 
-@pytest.fixture(scope="module")
-def models(base: Any) -> dict[str, max_conv.Model]:
-    """The compiled graphs: the base model's features and positions, HuBERT large, and the small model."""
-    own = wav2vec2.Config()
-    rows = [("features", wav2vec2.build_features, own, base), ("positions", wav2vec2.build_positional, own, base)]
-    for name, network in (("large", large()), ("small", small())):
-        rows.append((name, wav2vec2.build, wav2vec2.Config.from_dict(network.config.to_dict()), network))
-    graphs = []
-    for _, build, config, network in rows:
-        weights = to_native(arrays(network), wav2vec2.LAYERS, "wav2vec2")
-        graphs.append((build(config, weights), weights))
-    return dict(zip([name for name, *_ in rows], compile_together(*graphs)))
+def network_of(original: Any, build: Callable[..., Any] = wav2vec2.build) -> tuple[Any, dict[str, np.ndarray]]:
+    weights = to_native(arrays(original), wav2vec2.LAYERS, "wav2vec2")
+    return build(wav2vec2.Config.from_dict(original.config.to_dict()), weights), weights
 
 
-@pytest.fixture(scope="module")
-def features(models: dict[str, max_conv.Model]) -> max_conv.Model:
-    return models["features"]
+def networks() -> dict[str, tuple[Any, Any]]:
+    return {"features": network_of(narrow(), wav2vec2.build_features), "stable": network_of(stable())}
 
 
 def noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(shape[-1]))
 
 
-@pytest.mark.parametrize(("batch", "samples"), [(2, 16000), (3, 1234), (1, 400), (1, 719)])
-def test_features_are_the_original(base: Any, features: max_conv.Model, batch: int, samples: int) -> None:
-    sound = noise(batch, samples) * torch.arange(1.0, batch + 1)[:, None]
-    with torch.inference_mode():
-        compare(features(sound.numpy()), base.feature_extractor(sound).transpose(1, 2))
+def check_features(network: Any, features: Callable[..., Any], sizes: list[tuple[int, int]]) -> None:
+    for batch, samples in sizes:
+        sound = noise(batch, samples) * torch.arange(1.0, batch + 1)[:, None]
+        with torch.inference_mode():
+            compare(features(sound.numpy()), network.feature_extractor(sound).transpose(1, 2))
 
 
-@pytest.mark.parametrize(("gain", "offset"), [(1, 0), (0.1, 0.5)])
-def test_features_of_speech(base: Any, features: max_conv.Model, gain: float, offset: float) -> None:
+def check_speech(network: Any, features: Callable[..., Any]) -> None:
     """Speech is loudest in the bass, and the offset is even louder: sums over time must not cancel."""
     audio = read_audio(resolve(silero_vad.SAMPLE_AUDIO), 16000).mean(axis=0)[16000 * 8 : 16000 * 12]
-    sound = torch.from_numpy(audio[None] / audio.std() * gain + offset).float()
-    with torch.inference_mode():
-        # In float32 the original itself is off by 1e-5.
-        want = base.double().feature_extractor(sound.double()).transpose(1, 2).float()
-    base.float()
-    compare(features(sound.numpy()), want, 2e-5)
-
-
-def test_positions_are_the_original(base: Any, models: dict[str, max_conv.Model]) -> None:
-    model = models["positions"]
-    for batch, frames in ((2, 149), (1, 1), (1, 70)):
-        hidden = noise(batch, frames, 768)
+    for gain, offset in ((1, 0), (0.1, 0.5)):
+        sound = torch.from_numpy(audio[None] / audio.std() * gain + offset).float()
         with torch.inference_mode():
-            compare(model(hidden.numpy()), base.encoder.pos_conv_embed(hidden))
+            # In float32 the original itself is off by 1e-5.
+            want = network.double().feature_extractor(sound.double()).transpose(1, 2).float()
+        network.float()
+        compare(features(sound.numpy()), want, 2e-5)
 
 
-def test_hubert_large_is_the_original(models: dict[str, max_conv.Model]) -> None:
-    network, model = large(), models["large"]
+def check_positions(network: Any, model: Callable[..., Any]) -> None:
+    for batch, frames in ((2, 149), (1, 1), (1, 70)):
+        hidden = noise(batch, frames, network.config.hidden_size)
+        with torch.inference_mode():
+            compare(model(hidden.numpy()), network.encoder.pos_conv_embed(hidden))
+
+
+def check_whole(network: Any, model: Callable[..., Any], sizes: list[tuple[int, int]]) -> None:
+    for batch, samples in sizes:
+        sound = noise(batch, samples)
+        with torch.inference_mode():
+            compare(model(sound.numpy()), transformer_input(network, sound))
+
+
+SOUNDS = [(2, 16000), (3, 1234), (1, 400), (1, 719)]
+
+
+def test_base_is_the_original(base: Any, started: Callable[..., Any]) -> None:
+    features = started(*network_of(base, wav2vec2.build_features))
+    check_features(base, features, SOUNDS)
+    check_speech(base, features)
+    check_positions(base, started(*network_of(base, wav2vec2.build_positional)))
+
+
+def test_hubert_large_is_the_original(started: Callable[..., Any]) -> None:
+    network = original(HubertModel, HubertConfig(num_hidden_layers=1, **LARGE))
     config = wav2vec2.Config.from_dict(network.config.to_dict())
     assert (config.norm, config.bias, config.stable, config.hidden) == ("layer", True, True, 1024)
-    for batch, samples in ((2, 8000), (1, 719)):
-        sound = noise(batch, samples)
-        with torch.inference_mode():
-            compare(model(sound.numpy()), transformer_input(network, sound))
+    check_whole(network, started(*network_of(network)), [(2, 8000), (1, 719)])
 
 
-def test_small_is_the_original(models: dict[str, max_conv.Model]) -> None:
+def test_narrow_networks(models: dict[str, max_conv.Model]) -> None:
+    check_features(narrow(), models["features"], SOUNDS)
+    check_speech(narrow(), models["features"])
+    check_whole(stable(), models["stable"], [(2, 8000), (1, 719)])
+
+
+def test_small_is_the_original(started: Callable[..., Any]) -> None:
     """Another first layer and an odd positional one; the base model's norm before its transformer layers."""
-    network, model = small(), models["small"]
-    for batch, samples in ((2, 500), (1, 18)):
-        sound = noise(batch, samples)
-        with torch.inference_mode():
-            compare(model(sound.numpy()), transformer_input(network, sound))
+    network = original(Wav2Vec2Model, Wav2Vec2Config(num_hidden_layers=1, **SMALL))
+    check_whole(network, started(*network_of(network)), [(2, 500), (1, 18)])
 
 
 @pytest.mark.parametrize("prefix", ["", "wav2vec2.", "hubert."])

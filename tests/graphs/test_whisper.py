@@ -1,5 +1,7 @@
 """Whisper's encoder against transformers' implementation."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import max_conv
-from originals import compare, enliven
+from max_conv.weights.convert import to_native
+from originals import arrays, compare, enliven
 
 TINY: dict[str, Any] = dict(  # config.json of openai/whisper-tiny
     num_mel_bins=80,
@@ -26,9 +29,18 @@ LARGE = TINY | dict(  # the differences in that of openai/whisper-large-v3
 )
 
 
-@pytest.fixture(scope="module")
-def network() -> Any:
-    network: Any = enliven(WhisperEncoder(WhisperConfig(**TINY)))
+SMALL: dict[str, Any] = dict(
+    num_mel_bins=20,
+    d_model=48,
+    encoder_attention_heads=3,
+    encoder_layers=1,
+    encoder_ffn_dim=96,
+    max_source_positions=200,
+)
+
+
+def original(sizes: dict[str, Any]) -> Any:
+    network: Any = enliven(WhisperEncoder(WhisperConfig(**sizes)))
     for module in network.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.weight.data = torch.linspace(0.5, 1.5, len(module.weight))
@@ -36,47 +48,59 @@ def network() -> Any:
     return network
 
 
+@pytest.fixture(scope="module")
+def network() -> Any:
+    return original(TINY)
+
+
+@functools.cache
+def small() -> Any:
+    return original(TINY | SMALL)
+
+
+def networks() -> dict[str, tuple[Any, Any]]:
+    config = whisper.Config.from_dict(WhisperConfig(**TINY | SMALL).to_dict())
+    weights = to_native(arrays(small()), whisper.LAYERS, "whisper")
+    return {"small": (whisper.build(config, weights), weights)}
+
+
 def checkpoint(network: Any, prefix: str, decoder: list[str]) -> dict[str, torch.Tensor]:
     state = {prefix + name: value for name, value in network.state_dict().items()}
     return state | {name: torch.zeros(2) for name in decoder}
 
 
-@pytest.fixture(scope="module")
-def model(network: Any, tmp_path_factory: pytest.TempPathFactory) -> max_conv.Model:
-    path = tmp_path_factory.mktemp("whisper") / "pytorch_model.bin"
+def spectrogram(batch: int, frames: int, mels: int = 80) -> torch.Tensor:
+    return torch.randn(batch, frames, mels, generator=torch.Generator().manual_seed(frames))
+
+
+def test_is_the_original(network: Any, started: Callable[..., Any], tmp_path: Path) -> None:
     decoder = ["model.decoder.layers.0.fc1.bias", "model.decoder.layer_norm.bias", "proj_out.weight"]
-    torch.save(checkpoint(network, "model.encoder.", decoder), path)
-    weights = whisper.load_weights(path)
-    return max_conv.compile(whisper.build(whisper.Config(), weights), weights=weights)
+    torch.save(checkpoint(network, "model.encoder.", decoder), tmp_path / "pytorch_model.bin")
+    weights = whisper.load_weights(tmp_path / "pytorch_model.bin")
+    model = started(whisper.build(whisper.Config(), weights), weights)
+    for batch in (1, 2):
+        mels = spectrogram(batch, 3000)
+        with torch.inference_mode():
+            want = network(mels.transpose(1, 2)).last_hidden_state
+        compare(model(mels.numpy()), want)
 
 
-def spectrogram(batch: int, frames: int) -> torch.Tensor:
-    return torch.randn(batch, frames, 80, generator=torch.Generator().manual_seed(frames))
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_is_the_original(network: Any, model: max_conv.Model, batch: int) -> None:
-    mels = spectrogram(batch, 3000)
-    with torch.inference_mode():
-        compare(model(mels.numpy()), network(mels.transpose(1, 2)).last_hidden_state)
-
-
-@pytest.mark.parametrize(("batch", "frames"), [(2, 302), (1, 2), (1, 64)])
-def test_takes_fewer_frames(network: Any, model: max_conv.Model, batch: int, frames: int) -> None:
-    """The original accepts only 30 s, so a copy with a shorter table is compared."""
-    short = WhisperEncoder(WhisperConfig(**TINY | {"max_source_positions": frames // 2})).eval()
-    table = network.embed_positions.weight[: frames // 2]
-    short.load_state_dict(dict(network.state_dict()) | {"embed_positions.weight": table})
-    mels = spectrogram(batch, frames)
+@pytest.mark.parametrize(("batch", "frames"), [(2, 400), (2, 302), (1, 2), (1, 64)])
+def test_takes_fewer_frames(models: dict[str, max_conv.Model], batch: int, frames: int) -> None:
+    """The original accepts only as many frames as there are positions, so a copy with a shorter table is compared."""
+    short = WhisperEncoder(WhisperConfig(**TINY | SMALL | {"max_source_positions": frames // 2})).eval()
+    table = small().embed_positions.weight[: frames // 2]
+    short.load_state_dict(dict(small().state_dict()) | {"embed_positions.weight": table})
+    mels = spectrogram(batch, frames, 20)
     with torch.inference_mode():
         want = short(mels.transpose(1, 2)).last_hidden_state
-    compare(model(mels.numpy()), want)
-    assert model(mels[:, 1:].numpy()).shape == want.shape
+    compare(models["small"](mels.numpy()), want)
+    assert models["small"](mels[:, 1:].numpy()).shape == want.shape
 
 
-def test_refuses_more_frames(model: max_conv.Model) -> None:
+def test_refuses_more_frames(models: dict[str, max_conv.Model]) -> None:
     with pytest.raises(ValueError, match="whisper: the spectrogram has more frames than there are positions"):
-        model(spectrogram(1, 3001).numpy())
+        models["small"](spectrogram(1, 401, 20).numpy())
 
 
 @pytest.mark.parametrize(("prefix", "decoder"), [("", []), ("encoder.", ["decoder.layer_norm.bias"])])

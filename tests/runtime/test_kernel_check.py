@@ -7,9 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from max.driver import accelerator_count
 from max.dtype import DType
+from max.graph import DeviceRef
 
+from max_conv import Conv1D, PackedGraph
 from max_conv.cli.main import main
+from max_conv.conv import accelerators, tuned
 from max_conv.runtime import Checked, check, kernel_check, last_check
 
 KERNELS = {
@@ -34,7 +38,7 @@ KERNELS = {
 @pytest.fixture(autouse=True)
 def own_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps the user's own result as it is."""
-    monkeypatch.setattr(kernel_check, "_path", lambda: tmp_path / "checks" / "result.json")
+    monkeypatch.setattr(kernel_check, "_path", lambda device: tmp_path / "checks" / "result.json")
 
 
 @pytest.fixture
@@ -88,6 +92,26 @@ def test_no_result_or_a_damaged_one(tmp_path: Path) -> None:
     assert last_check() is None
 
 
+def test_every_kernel_of_a_gpu_has_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerators, "architecture", lambda: "sm_90a")
+    groups = kernel_check._drawn(2, DeviceRef.GPU())
+    tiles = {"tiles32", "tiles64", "tiles128", "each", "rows"}
+    for dtype in ("float32", "float16", "bfloat16"):
+        kernels = {key[0].split()[1] for key in groups if key[2] == dtype}
+        assert kernels >= tiles | ({"hopper32", "hopper64", "hopper128"} if dtype != "float32" else set())
+    assert {key[0].split()[1] for key in groups if key[2] == "float64"} == {"each"}
+    assert all(case.layer.device == DeviceRef.GPU() for cases in groups.values() for case in cases)
+
+
+def test_a_gpu_that_is_not_there() -> None:
+    if accelerator_count():
+        pytest.skip("this machine has an accelerator")
+    with pytest.raises(ValueError, match="check: this machine has no accelerator that MAX can use"):
+        check(device="gpu")
+    refused = CliRunner().invoke(main, ["check", "--device", "gpu"])
+    assert refused.exit_code == 2 and "check: this machine has no accelerator" in refused.stderr
+
+
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         Checked("conv1d dense", "NLC", "float32", 8, 0.25, "1 -> 2", 12.5),
@@ -102,3 +126,13 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     del rows[1]
     right = CliRunner().invoke(main, ["check", "--time"])
     assert right.exit_code == 0 and "1 rows, 8 layers: all right" in right.stdout and "12.5" in right.stdout
+
+
+def test_the_check_takes_usual_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Otherwise a table of times would leave kernels unchecked."""
+    layer = Conv1D(3, 64, 64, DType.float32, padding=1)
+    (emitted,) = kernel_check._graph(layer).emitted[0]
+    monkeypatch.setattr(tuned, "folder", lambda: tmp_path)
+    tuned.keep({emitted.layer.key: {"100": {"winograd": 2.0, "dense": 1.0}}})  # type: ignore[union-attr]
+    assert kernel_check._graph(layer).emitted[0][0].kernel == emitted.kernel == "winograd"
+    assert PackedGraph("tuned", layer, input_types=layer.input_types()).emitted[0][0].kernel == "dense"

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from interpreter import Interpreter
 from max_conv.graphs import crepe, dac, encodec, mamba, univnet, vocos
 from test_networks import Case, answers, as_tuple, signal, weights_of
 
 import max_conv
+from interpreter import Interpreter
 from max_conv.streaming import Stream
 from max_conv.streaming.timing import Chunk
 

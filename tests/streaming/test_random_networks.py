@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from interpreter import Interpreter
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType, TensorValue, Weight, ops
 
 import max_conv
+from interpreter import Interpreter
 from max_conv import PackedGraph, conv1d, conv_transpose1d
 from max_conv.conv import signals
 from max_conv.streaming import Stream

@@ -6,7 +6,7 @@ from std.utils.index import IndexList
 from .geometry import CIRCULAR, Geometry, REFLECT, REPLICATE
 from .lanes import PACK
 from .points import Plan
-from .transposed import Transposed
+from .transposed import LANES, Transposed
 
 
 def counted(positions: Int) -> String:
@@ -113,6 +113,17 @@ def packed_shape[kernel: StaticString](g: Geometry) -> IndexList[3]:
     comptime if kernel == "paired":
         row = ceildiv(row, 2) * 2
     return IndexList[3](g.groups * ceildiv(g.group_filters(), PACK), rows, row * PACK)
+
+
+def made_shape[kernel: StaticString, filter_layout: StaticString](t: Transposed) -> IndexList[3]:
+    """Returns the same for a transposed convolution, "packed", "phased" or "phased FSC"."""
+    comptime if filter_layout == "packed":
+        return packed_shape[kernel](t.convolution(LANES))
+    var filters = t.convolution(1).filters
+    comptime if filter_layout == "phased FSC":
+        return IndexList[3](filters, t.taps(), t.group_channels())
+    else:
+        return IndexList[3](t.taps(), t.group_channels(), filters)
 
 
 def check_shape(op: StaticString, given: IndexList[3], wanted: IndexList[3]) raises:

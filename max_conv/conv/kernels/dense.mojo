@@ -10,6 +10,7 @@ from std.sys.info import simd_width_of, size_of
 from .geometry import Geometry
 from .grid import Grid, Part
 from .lanes import SUM_TERMS, PACK, Memory, Operands, Panels, Scratch, Write, accumulator, load, put
+from .sink import Outputs, Sink
 from .tasks import spread, workers
 from .window import Rows, Window
 
@@ -183,9 +184,15 @@ def pack[dtype: DType, acc: DType, //](w: Memory[dtype], row_size: Int, rows: In
 
 
 def block[
-    dtype: DType, //, write: Write[dtype], short: Bool, fills_panels: Bool, packed: Bool
+    dtype: DType,
+    //,
+    write: Write[dtype],
+    after: def(Part) capturing -> None,
+    short: Bool,
+    fills_panels: Bool,
+    packed: Bool,
 ](g: Geometry, o: Operands[dtype], part: Part):
-    """Computes a part."""
+    """Computes a part. When some of its filters are done, calls `after` with the part by these."""
     comptime acc = accumulator[dtype]
     comptime width = simd_width_of[acc]()
     comptime panel = VECTORS * width
@@ -225,19 +232,77 @@ def block[
                 comptime if not fills_panels:
                     var vector = left.by(left.filter, min(left.lanes(), width))
                     column[write, short, 1, True, packed](g, data, w, o, vector)
+        after(left.by(left.filter, min(left.lanes(), panel if fills else width)))
         left.filter += panel if fills else width
     _ = scratch^
     _ = room^
 
 
-def conv1d_dense[
-    dtype: DType, //, write: Write[dtype], short: Bool, fills_panels: Bool = False, packed: Bool = False
+def stored_block[
+    dtype: DType, //, fills_panels: Bool, packed: Bool
+](g: Geometry, o: Operands[dtype], part: Part, sink: Sink[dtype]):
+    """Computes a part, whose outputs are stored panel by panel."""
+    comptime panel = VECTORS * simd_width_of[accumulator[dtype]]()
+    var room = Scratch[dtype](part.count * panel)
+    var rows = room.data()
+    var column = part.column(g)
+
+    @__parameter
+    @always_inline
+    def keep[width: Int](_n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
+        var at = (position - part.first) * panel + (filter - column) % panel
+        rows.unsafe_offset(at).unsafe_store(value)
+
+    @__parameter
+    @always_inline
+    def store(done: Part):
+        var at = Outputs(part.n, part.first, part.count, 0, g.out_length, done.column(g), done.lanes())
+        sink.put(at, rows.unsafe_offset((done.column(g) - column) % panel), panel)
+
+    block[keep, store, False, fills_panels, packed](g, o, part)
+    _ = rows
+    _ = column
+    _ = room^
+
+
+def conv1d_short[
+    dtype: DType, //, write: Write[dtype], fills_panels: Bool = False, packed: Bool = False
 ](g: Geometry, o: Operands[dtype]):
-    """Computes a convolution of NLC data with an SCF filter, or a `packed` one; with `short`, in one running sum.
+    """Does what `conv1d_dense` does, in one running sum: for few taps and channels.
+
+    Its tiles write outputs themselves, as rows in between would cost as much as the sums.
+    """
+    var (grid, threads) = cut[accumulator[dtype]](g)
+
+    def task(i: Int) {imm}:
+        @__parameter
+        @always_inline
+        def nothing(_done: Part):
+            pass
+
+        block[write, nothing, True, fills_panels, packed](g, o, grid.part(i))
+
+    spread(task, grid.tasks(), threads)
+
+
+@no_inline
+def conv1d_dense[
+    dtype: DType, //, fills_panels: Bool = False, packed: Bool = False
+](g: Geometry, o: Operands[dtype], sink: Sink[dtype]):
+    """Computes a convolution of NLC data with an SCF filter, or a `packed` one.
 
     `fills_panels` says that the filters of a group are a multiple of 32, and leaves the tiles for others uncompiled.
     """
-    comptime acc = accumulator[dtype]
+    var (grid, threads) = cut[accumulator[dtype]](g)
+
+    def task(i: Int) {imm}:
+        stored_block[fills_panels, packed](g, o, grid.part(i), sink)
+
+    spread(task, grid.tasks(), threads)
+
+
+def cut[acc: DType](g: Geometry) -> Tuple[Grid, Int]:
+    """Returns the tasks of a layer, and how many threads take them."""
     comptime rows = tile_rows[acc]()
     comptime panel = VECTORS * simd_width_of[acc]()
     var work = g.batch * g.out_length * g.filters * g.kernel * g.group_channels()
@@ -256,7 +321,4 @@ def conv1d_dense[
     splits = ceildiv(g.group_filters(), split)
     var grid = Grid(g.batch, g.groups, blocks, splits, rows, g.out_length, split, g.group_filters())
 
-    def task(i: Int) {imm}:
-        block[write, short, fills_panels, packed](g, o, grid.part(i))
-
-    spread(task, grid.tasks(), threads)
+    return (grid, threads)

@@ -11,24 +11,26 @@ from std.utils.index import IndexList
 from max.gpu.host import DeviceContext
 from max.gpu.host.info import is_cpu
 
-from .by_phase import conv_transpose1d
-from .checks import check, check_depthwise, check_shape, check_transposed, packed_shape
+from .by_phase import conv_transpose1d, place_rows
+from .checks import check, check_depthwise, check_shape, check_transposed, made_shape, packed_shape
 from .dispatch import convolve
 from .geometry import Geometry
-from .gpu import conv1d_gpu, conv_transpose1d_gpu
-from .lanes import Operands
+from .gpu.dispatch import conv1d_gpu, conv_transpose1d_gpu
+from .lanes import Memory, Operands
 from .signals import Plan, Signals, lay_out
+from .sink import Bytes, Outputs, Sink, address, store_rows
 from .tensors import DataAxes, FilterAxes, Numbers, memory
-from .transposed import LANES, Transposed
+from .transposed import Transposed
 
 
 @extensibility.register("max_conv.conv1d")
 struct Conv1d:
     """A convolution of (N, L, C) or (N, C, L) data. `kernel` is chosen in Python, where sizes are known.
 
-    What it gives way to for fewer than `least` outputs needs no second op in the graph. `whole` says that the filters
+    What it falls back to for fewer than `least` outputs needs no second op in the graph. `whole` says that the filters
     of a group are a multiple of 32. A filter of layout "packed" is what `max_conv/packing.py` made of it for the
-    kernel, and its kernel size is `kernel_size`, which is not read otherwise.
+    kernel, and its kernel size is `kernel_size`, which is not read otherwise. A GPU's kernels store only whole vectors,
+    from a multiple of their width on.
     """
 
     @staticmethod
@@ -74,17 +76,62 @@ struct Conv1d:
 
         @__parameter
         @always_inline
+        @__copy_capture(output)
         def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
-            output._lambda_store[width=width, element_alignment=1](data.index(n, position, filter), value)
+            comptime alignment = 1 if is_cpu[target]() else width
+            output._lambda_store[width=width, element_alignment=alignment](data.index(n, position, filter), value)
 
         var steps = axes.steps(w.shape())
         comptime if is_cpu[target]():
+
+            def store(to: Bytes, _p: Bytes, at: Outputs, values: Memory[dtype], row_size: Int):
+                var out = to.unsafe_bitcast[type_of(output)]()[]
+
+                @__parameter
+                @always_inline
+                @__copy_capture(out)
+                def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
+                    out._lambda_store[width=width, element_alignment=1](data.index(n, position, filter), value)
+
+                store_rows[write, data.nlc](at, values, row_size)
+
             comptime if kernel == "depthwise":
                 check_depthwise("conv1d", g.channels, g.filters, g.groups)
-            convolve[write, kernel, least, whole, data.nlc, packed, filter_layout == "SCF"](g, steps, o)
+            var to = output
+            var sink = Sink[dtype](store, address(to), address(to))
+            convolve[write, kernel, least, whole, data.nlc, packed, filter_layout == "SCF"](g, steps, o, sink)
+            _ = to
         else:
             comptime assert not packed
-            conv1d_gpu[write, data.nlc](g, steps, o, ctx)
+            conv1d_gpu[write, kernel, data.nlc, whole](g, steps, o, ctx)
+
+
+def transposed_of[
+    layout: StaticString, filter_layout: StaticString
+](numbers: Numbers, x: IndexList[3], w: IndexList[3], y: IndexList[3]) -> Tuple[Transposed, Int]:
+    """Returns a transposed convolution of these shapes, and the channels that its filter takes for each group."""
+    comptime data = DataAxes[layout]
+    comptime axes = FilterAxes[filter_layout]
+    comptime made = axes.made
+    var parts = max(1, numbers.groups)
+    var group_channels = x[data.channel] // parts if made else w[axes.channel]
+    var filters = y[data.channel] if made else w[axes.filter]
+    comptime if filter_layout != "FSC" and not made:
+        group_channels //= parts
+        filters *= parts
+    var t = Transposed(
+        batch=x[0],
+        length=x[data.length],
+        out_length=y[data.length],
+        channels=x[data.channel],
+        filters=filters,
+        groups=numbers.groups,
+        kernel=numbers.kernel_size if made else w[axes.tap],
+        stride=numbers.stride,
+        dilation=numbers.dilation,
+        pad_left=numbers.pad_left,
+    )
+    return (t, group_channels)
 
 
 @extensibility.register("max_conv.conv_transpose1d")
@@ -119,48 +166,46 @@ struct ConvTranspose1d:
         comptime made = axes.made
         comptime by_filter = filter_layout == "FSC"
         var numbers = Numbers(memory(geometry))
-        var parts = max(1, numbers.groups)
-        var group_channels = x.dim_size(data.channel) // parts if made else w.dim_size(axes.channel)
-        var filters = output.dim_size(data.channel) if made else w.dim_size(axes.filter)
-        comptime if not by_filter and not made:
-            group_channels //= parts
-            filters *= parts
-        var t = Transposed(
-            batch=x.dim_size(0),
-            length=x.dim_size(data.length),
-            out_length=output.dim_size(data.length),
-            channels=x.dim_size(data.channel),
-            filters=filters,
-            groups=numbers.groups,
-            kernel=numbers.kernel_size if made else w.dim_size(axes.tap),
-            stride=numbers.stride,
-            dilation=numbers.dilation,
-            pad_left=numbers.pad_left,
-        )
+        var (t, group_channels) = transposed_of[layout, filter_layout](numbers, x.shape(), w.shape(), output.shape())
         check_transposed(t, numbers.pad_right, group_channels)
-        comptime if filter_layout == "packed":
-            check_shape("conv_transpose1d", w.shape(), packed_shape[kernel](t.convolution(LANES)))
-        elif made:
-            var shape = IndexList[3](t.taps(), t.group_channels(), t.convolution(1).filters)
-            check_shape("conv_transpose1d", w.shape(), shape)
+        comptime if made:
+            check_shape("conv_transpose1d", w.shape(), made_shape[kernel, filter_layout](t))
         if t.batch == 0:
             return
         var o = Operands[dtype](memory(x), memory(w), memory(bias), bias.dim_size(0) > 0)
 
         @__parameter
         @always_inline
+        @__copy_capture(output)
         def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
-            output._lambda_store[width=width, element_alignment=1](data.index(n, position, filter), value)
+            comptime alignment = 1 if is_cpu[target]() else width
+            output._lambda_store[width=width, element_alignment=alignment](data.index(n, position, filter), value)
 
         var steps = axes.steps(w.shape())
         var group_step = t.group_filters() * steps.filter if by_filter else t.group_channels() * steps.channel
         comptime if is_cpu[target]():
+
+            def store(to: Bytes, places: Bytes, at: Outputs, values: Memory[dtype], row_size: Int):
+                var out = to.unsafe_bitcast[type_of(output)]()[]
+
+                @__parameter
+                @always_inline
+                @__copy_capture(out)
+                def write[width: Int](n: Int, position: Int, filter: Int, value: SIMD[dtype, width]):
+                    out._lambda_store[width=width, element_alignment=1](data.index(n, position, filter), value)
+
+                place_rows[write, kernel, full, data.nlc, filter_layout == "packed"](places, at, values, row_size)
+
             comptime if kernel == "depthwise":
                 check_depthwise("conv_transpose1d", t.channels, t.filters, t.groups)
-            conv_transpose1d[write, kernel, least, whole, full, data.nlc, filter_layout](t, steps, group_step, o)
+            var to = output
+            conv_transpose1d[write, kernel, least, whole, full, data.nlc, filter_layout](
+                t, steps, group_step, o, store, address(to)
+            )
+            _ = to
         else:
-            comptime assert not made
-            conv_transpose1d_gpu[write, data.nlc](t, steps, group_step, o, ctx)
+            comptime assert made == (kernel != "each")
+            conv_transpose1d_gpu[write, kernel, data.nlc, whole](t, steps, group_step, o, ctx)
 
 
 @extensibility.register("max_conv.window")

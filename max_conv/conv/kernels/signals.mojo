@@ -261,6 +261,7 @@ def lay_out[
         var lines = s.batch * s.lines()
 
         @__parameter
+        @__copy_capture(row, lines)
         def copy(size: Int64):
             var index = Int(global_idx.x)
             if index < Int(size):
@@ -271,6 +272,7 @@ def lay_out[
                 output[unsafe_offset=index] = s.value(s.line(n, line % s.lines()), n, r, i)
 
         @__parameter
+        @__copy_capture(row)
         def keep(size: Int64):
             var index = Int(global_idx.x)
             if index < Int(size):

@@ -57,7 +57,7 @@ struct DataAxes[layout: StaticString]:
 struct FilterAxes[layout: StaticString]:
     """The axes of a filter. What `max_conv/packing.py` made of one is read as SCF, where it is read by axes at all."""
 
-    comptime made = Self.layout == "packed" or Self.layout == "phased"
+    comptime made = Self.layout == "packed" or Self.layout == "phased" or Self.layout == "phased FSC"
     comptime tap = 0 if Self.made else Self.layout.find("S")
     comptime channel = 1 if Self.made else Self.layout.find("C")
     comptime filter = 2 if Self.made else Self.layout.find("F")

@@ -12,11 +12,11 @@ from .careful import Source, calm_filter, direct, gather_taps, restore_taps
 from .dense import tile_rows
 from .geometry import Geometry
 from .grid import Grid, Part, by_chunks
-from .lanes import PACK, FilterSteps, Memory, Operands, Panels, Scratch, Write, accumulator, panels_at_a_time, put
+from .lanes import PACK, FilterSteps, Memory, Operands, Panels, Scratch, accumulator, panels_at_a_time
 from .points import Plan, POINTS, QUAD, TAPS, first_output, outputs
+from .sink import Outputs, Sink
 from .tasks import spread, workers
 from .transforms import VECTORS, Planes, transform_block, transform_filter
-from .turn import turned
 from .window import Window
 
 comptime POINT_TERMS = 32
@@ -30,6 +30,8 @@ comptime DATA_BYTES = 320 * 1024
 comptime MOST_BYTES = 720 * 1024
 """The same where the transformed filter exceeds `FAR_BYTES`, and the data is little."""
 comptime FAR_BYTES = 4 * 1024 * 1024
+comptime QUADS = 16
+"""Quads whose outputs are stored at a time: they stay in the first cache."""
 
 
 @always_inline
@@ -85,8 +87,8 @@ struct Block[dtype: DType, acc: DType](ImplicitlyCopyable, TrivialRegisterPassab
 
 
 def block[
-    dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool, fills_panels: Bool, packed: Bool
-](g: Geometry, plan: Plan, steps: FilterSteps, part: Part, filter: Panels[acc], o: Operands[dtype]):
+    dtype: DType, acc: DType, //, nlc: Bool, fills_panels: Bool, packed: Bool
+](g: Geometry, plan: Plan, steps: FilterSteps, part: Part, filter: Panels[acc], o: Operands[dtype], sink: Sink[dtype]):
     """Computes a part, whose positions are quads."""
     comptime width = simd_width_of[acc]()
     comptime rows = tile_rows[acc]()
@@ -113,11 +115,11 @@ def block[
 
     while b.part.lanes() > 0:
         if fills_panels or b.part.lanes() > width:
-            panel[write, nlc, packed, VECTORS](g, plan, steps, b, filter, o)
+            panel[nlc, packed, VECTORS](g, plan, steps, b, filter, o, sink)
             b.part.filter += VECTORS * width
         else:
             comptime if not fills_panels:
-                panel[write, nlc, packed, 1](g, plan, steps, b, filter, o)
+                panel[nlc, packed, 1](g, plan, steps, b, filter, o, sink)
                 b.part.filter += width
     _ = scratch^
     _ = rest^
@@ -125,25 +127,37 @@ def block[
 
 @always_inline
 def panel[
-    dtype: DType, acc: DType, //, write: Write[dtype], nlc: Bool, packed: Bool, vectors: Int
-](g: Geometry, plan: Plan, steps: FilterSteps, b: Block[dtype, acc], filter: Panels[acc], o: Operands[dtype]):
+    dtype: DType, acc: DType, //, nlc: Bool, packed: Bool, vectors: Int
+](
+    g: Geometry,
+    plan: Plan,
+    steps: FilterSteps,
+    b: Block[dtype, acc],
+    filter: Panels[acc],
+    o: Operands[dtype],
+    sink: Sink[dtype],
+):
     """Computes a block's quads of its first filters."""
     comptime size = vectors * simd_width_of[acc]()
+    comptime spare = simd_width_of[dtype]()
     var at_points = products[nlc, packed, vectors](g, plan, steps, b, filter, o)
+    var at = Outputs(b.part.n, 0, 0, 0, g.out_length, b.part.column(g), min(b.part.lanes(), size))
     comptime if nlc:
-        quads[write, vectors](g, plan, b, at_points, o)
+        var room = Scratch[dtype](min(b.part.count, QUADS) * QUAD * size)
+        at.spacing = plan.spacing if plan.spacing > 1 else 0
+        for i in range(0, b.part.count, QUADS):
+            var count = min(QUADS, b.part.count - i)
+            quads[nlc, vectors](plan, b, i, count, at_points, o, at.filter, room.data())
+            at.first = b.part.first + i if plan.spacing > 1 else (b.part.first + i) * QUAD
+            at.count = count * QUAD
+            sink.put(at, room.data(), size)
+        _ = room^
     else:
-        var start = first_output(plan, b.part.first)
-        var count = min(g.out_length, start + b.part.count * QUAD) - start
-        var room = Scratch[dtype]((count + simd_width_of[dtype]()) * size + simd_width_of[dtype]())
-
-        @__parameter
-        @always_inline
-        def compute[keep: Write[dtype]]():
-            quads[keep, vectors](g, plan, b, at_points, o)
-
-        turned[write, size, compute](room.data(), b.part.n, start, count, b.part.column(g), min(b.part.lanes(), size))
-        _ = at_points
+        at.first = first_output(plan, b.part.first)
+        at.count = min(g.out_length, at.first + b.part.count * QUAD) - at.first
+        var room = Scratch[dtype]((b.part.count * QUAD + spare) * size + spare)
+        quads[nlc, vectors](plan, b, 0, b.part.count, at_points, o, at.filter, room.data())
+        sink.put(at, room.data(), size)
         _ = room^
 
 
@@ -151,9 +165,9 @@ def panel[
 def products[
     dtype: DType, acc: DType, //, nlc: Bool, packed: Bool, vectors: Int
 ](g: Geometry, plan: Plan, steps: FilterSteps, b: Block[dtype, acc], filter: Panels[acc], o: Operands[dtype]) -> Bool:
-    """Writes the sums of a block's quads and some vectors of filters: at all points, or else of the outputs themselves.
+    """Writes the sums of a block's quads and some vectors of filters, at all points or of the outputs themselves.
 
-    Not inlined, as `transform_block` is not: what calls it holds the operations behind the layer, and compiles slowly.
+    Returns whether they are at the points.
     """
     comptime size = vectors * simd_width_of[acc]()
     var channels = g.group_channels()
@@ -201,38 +215,39 @@ def multiply[
 
 @always_inline
 def quads[
-    dtype: DType, acc: DType, //, write: Write[dtype], vectors: Int
-](g: Geometry, plan: Plan, b: Block[dtype, acc], at_points: Bool, o: Operands[dtype]):
-    """Writes a block's outputs of its first vectors of filters."""
+    dtype: DType, acc: DType, //, nlc: Bool, vectors: Int
+](
+    plan: Plan,
+    b: Block[dtype, acc],
+    first: Int,
+    count: Int,
+    at_points: Bool,
+    o: Operands[dtype],
+    column: Int,
+    rows: Memory[dtype],
+):
+    """Makes rows of the outputs of `count` quads of a block from its quad `first` on, and its first vectors of filters.
+
+    The rows are in the order of the quads for NLC data, and of the positions for NCL data.
+    """
     comptime width = simd_width_of[acc]()
     comptime panel = vectors * width
-    var n = b.part.n
-    var f = b.part.column(g)
-    var lanes = b.part.lanes()
     var point_size = b.point_size(panel)
-    if not at_points:
-        for i in range(b.part.count * QUAD):
-            var position = first_output(plan, b.part.first + i // QUAD) + i % QUAD * plan.spacing
-            if position < g.out_length:
-                var sums = b.sums.unsafe_offset(i % QUAD * point_size + i // QUAD * panel)
-                for c in range(min(lanes, panel)):
-                    var bias = o.bias_at[acc, 1](f + c, 1)
-                    write[1](n, position, f + c, (bias + sums[unsafe_offset=c]).cast[dtype]())
-        return
-    for q in range(b.part.count):
-        var position = first_output(plan, b.part.first + q)
-        var inside = position + (QUAD - 1) * plan.spacing < g.out_length and lanes >= panel
+    var start = first_output(plan, b.part.first)
+    for q in range(first, first + count):
+        var row = (q - first) * QUAD if nlc else first_output(plan, b.part.first + q) - start
+        var step = 1 if nlc else plan.spacing
         for j in range(vectors):
-            var filters = lanes - j * width
-            var bias = o.bias_at[acc, width](f + j * width, filters)
-            var y = outputs(b.sums.unsafe_offset(q * panel + j * width), point_size, bias)
-            if inside:
-                comptime for k in range(QUAD):
-                    write[width](n, position + k * plan.spacing, f + j * width, y[k].cast[dtype]())
+            var bias = o.bias_at[acc, width](column + j * width, b.part.lanes() - j * width)
+            var sums = b.sums.unsafe_offset(q * panel + j * width)
+            var y = Array[SIMD[acc, width], QUAD](fill=bias)
+            if at_points:
+                y = outputs(sums, point_size, bias)
             else:
-                for k in range(QUAD):
-                    if position + k * plan.spacing < g.out_length:
-                        put[write, True](n, position + k * plan.spacing, f + j * width, y[k], filters)
+                comptime for k in range(QUAD):
+                    y[k] += sums.unsafe_offset(k * point_size).unsafe_load[width=width]()
+            comptime for k in range(QUAD):
+                rows.unsafe_offset((row + k * step) * panel + j * width).unsafe_store(y[k].cast[dtype]())
 
 
 def pays(g: Geometry, least: Int) -> Bool:
@@ -257,9 +272,10 @@ def quads_of_a_block[acc: DType, packed: Bool, nlc: Bool](g: Geometry, plan: Pla
     return size
 
 
+@no_inline
 def conv1d_winograd[
-    dtype: DType, //, write: Write[dtype], nlc: Bool, packed: Bool = False, fills_panels: Bool = False
-](g: Geometry, steps: FilterSteps, o: Operands[dtype]):
+    dtype: DType, //, nlc: Bool, packed: Bool = False, fills_panels: Bool = False
+](g: Geometry, steps: FilterSteps, o: Operands[dtype], sink: Sink[dtype]):
     """Computes a convolution of NLC or NCL data with a filter of any layout, or one that is `packed`.
 
     `fills_panels` says that the filters of a group are a multiple of 32, and leaves the tiles for others uncompiled.
@@ -283,7 +299,7 @@ def conv1d_winograd[
         def in_place(i: Int) {imm}:
             var part = grid.part(i)
             var panels = Panels[acc].packed(g, part.group, o.w.unsafe_bitcast[Scalar[acc]](), filter_rows)
-            block[write, nlc, fills_panels, packed](g, plan, steps, part, panels, o)
+            block[nlc, fills_panels, packed](g, plan, steps, part, panels, o, sink)
 
         spread(in_place, grid.tasks(), threads)
     else:
@@ -300,7 +316,7 @@ def conv1d_winograd[
                     transform_filter[count](g, plan, taps, w, steps, filters - filter, target)
 
         def work(part: Part, panels: Panels[acc]) {imm}:
-            block[write, nlc, fills_panels, packed](g, plan, steps, part, panels, o)
+            block[nlc, fills_panels, packed](g, plan, steps, part, panels, o, sink)
 
         var held = Panels[acc](room.data(), panel, filter_rows)
         by_chunks(g, grid, chunk, held, prepare, len(plan.sizes), work, threads)

@@ -67,8 +67,13 @@ class Interpreter:
 
     def __init__(self, graph: PackedGraph, weights: Mapping[str, np.ndarray]) -> None:
         block = graph._mlir_op.regions[0].blocks[0]
-        self._arguments = list(block.arguments)
-        self._operations = [(o, operation_name(o), str(o), list(o.operands), list(o.results)) for o in block.operations]
+        self._arguments, operations = list(block.arguments), list(block.operations)
+        # Prints the graph once, a line for each operation: to print one operation, MLIR numbers all the others first.
+        lines = str(graph._mlir_op).splitlines()[1 : len(operations) + 1]
+        self._operations = [
+            (operation_name(o), line, list(o.operands), list(o.results))
+            for o, line in zip(operations, lines, strict=True)
+        ]
         self._layers = [emitted[0].name for emitted in graph.emitted]
         self._derived, self._weights = graph.derived, dict(weights)
 
@@ -79,7 +84,7 @@ class Interpreter:
         for argument, array in values.items():
             known |= dict(zip(dims(str(argument.type)), array.shape, strict=True))
         layers = iter(self._layers)
-        for _, name, text, operands, results in self._operations:
+        for name, text, operands, results in self._operations:
             if name == "mo.constant.external":
                 values[results[0]] = re.search(r'name = "([^"]*)"', text)[1]  # type: ignore[index]
                 continue
@@ -91,6 +96,10 @@ class Interpreter:
             elif name == "rmo.mo.mutable.load":
                 values[results[0]] = inputs[0]
             elif name not in NOTHING:
+                if new := re.search(r" rmo\.mo\.slice<\(\) -> (\w+)>", text):
+                    axis = dims(str(results[0].type)).index(new[1])
+                    rows = size(dims(str(operands[0].type))[axis], known)
+                    known[new[1]] = min(int(inputs[2][axis]), rows) - int(inputs[1][axis])  # type: ignore[index]
                 shape = [size(text, known) for text in dims(str(results[0].type))]
                 made = self._run(name, text, inputs, shape, layers, known)
                 for result, value in zip(results, made if isinstance(made, tuple) else (made,), strict=False):
@@ -126,8 +135,19 @@ class Interpreter:
 
 
 MOVES = {
-    *("mo.constant", "rmo.reshape", "rmo.rebind_tensor_shape", "rmo.concat", "rmo.slice", "rmo.broadcast_to"),
-    *("rmo.mo.gather", "rmo.mo.pad.constant", "mo.reduce.layer_norm", "rmo.mo.slice", "rmo.shape_to_tensor"),
+    "mo.constant",
+    "mo.reduce.layer_norm",
+    "mo.split",
+    "rmo.broadcast_to",
+    "rmo.concat",
+    "rmo.mo.gather",
+    "rmo.mo.pad.constant",
+    "rmo.mo.slice",
+    "rmo.mo.transpose",
+    "rmo.rebind_tensor_shape",
+    "rmo.reshape",
+    "rmo.shape_to_tensor",
+    "rmo.slice",
 }
 
 
@@ -146,17 +166,23 @@ def moved(name: str, text: str, given: list[Any], shape: list[int], known: Mappi
     if name == "rmo.mo.pad.constant":
         return np.pad(given[0], given[1].reshape(-1, 2))
     if name == "rmo.shape_to_tensor":
-        return np.zeros(shape)  # only the ends of slices come from it, which the result's shape tells, too
-    if name == "rmo.mo.slice":
-        begins = [int(begin) for begin in given[1]]
-        return given[0][tuple(slice(begin, begin + count) for begin, count in zip(begins, shape, strict=True))]
+        sizes = re.search(r"#mosh<ape(\[.*?\])>", text)[1]  # type: ignore[index]
+        return np.array([size(text, known) for text in dims(sizes)])
+    if name == "rmo.mo.transpose":
+        return given[0].transpose(given[1])
     axis = int((re.search(r"axis = (\d+)", text) or [0, 0])[1])
     if name == "rmo.concat":
         return np.concatenate(given, axis)
+    if name == "mo.split":
+        return tuple(np.split(given[0], np.cumsum(given[1])[:-1], axis))
     if name == "rmo.mo.gather":
         return np.take(given[0], given[1], axis)
-    starts = re.search(r"starts = #mosh<ape\[(.*?)\]>", text)[1]  # type: ignore[index]
-    begins = [size(start, known) for start in dims(f"[{starts}]")]
+    if name == "rmo.mo.slice":
+        begins = [int(begin) for begin in given[1]]
+    else:
+        starts = re.search(r"starts = #mosh<ape\[(.*?)\]>", text)[1]  # type: ignore[index]
+        begins = [size(start, known) for start in dims(f"[{starts}]")]
+    begins = [begin % max(1, n) for begin, n in zip(begins, given[0].shape, strict=True)]  # the last ones are negative
     return given[0][tuple(slice(begin, begin + count) for begin, count in zip(begins, shape, strict=True))]
 
 
@@ -187,9 +213,12 @@ def constant(text: str) -> np.ndarray:
     """Returns the values in the text of a constant."""
     found = re.search(r"dense_array<(.*?)> : tensor<((?:\d+x)*)(\w+)>", text)
     assert found, text[:200]
-    array: np.ndarray = np.array([float(value) for value in found[1].split(",") if value.strip()]).astype(
-        DTYPES[found[3]]
-    )
+    dtype = np.dtype(DTYPES[found[3]])
+    values = [value.strip() for value in found[1].split(",") if value.strip()]
+    if values and values[0].startswith("0x"):  # infinities and NaN are printed as bits
+        array = np.array([int(value, 16) for value in values], f"u{dtype.itemsize}").view(dtype)
+    else:
+        array = np.array([int(value) if dtype.kind in "iu" else float(value) for value in values]).astype(dtype)
     return array.reshape([int(count) for count in found[2].split("x") if count])
 
 

@@ -9,9 +9,9 @@ from std.math import ceildiv
 
 from max.gpu.host import DeviceContext
 
-from .geometry import Geometry
-from .lanes import SUM_TERMS, FilterSteps, Memory, Operands, Write, accumulator
-from .transposed import Transposed
+from ..geometry import Geometry
+from ..lanes import SUM_TERMS, FilterSteps, Memory, Operands, Write, accumulator
+from ..transposed import Transposed
 
 comptime THREADS = 256
 
@@ -106,7 +106,7 @@ def output[
     write[1](n, position, filter, (sum.total + sum.running).cast[dtype]())
 
 
-def conv1d_gpu[
+def conv1d_each[
     dtype: DType, //, write: Write[dtype], nlc: Bool
 ](g: Geometry, steps: FilterSteps, o: Operands[dtype], ctx: DeviceContext) raises:
     """Computes a convolution of NLC or NCL data with a filter of any layout."""
@@ -117,6 +117,7 @@ def conv1d_gpu[
     var s = Sizes(g.batch, g.length, g.out_length, g.channels, g.filters, g.groups, group_step)
 
     @__parameter
+    @__copy_capture(s)
     def kernel(size: Int64):
         @__parameter
         @always_inline
@@ -136,7 +137,7 @@ def conv1d_gpu[
     _ = s
 
 
-def conv_transpose1d_gpu[
+def conv_transpose1d_each[
     dtype: DType, //, write: Write[dtype], nlc: Bool
 ](t: Transposed, steps: FilterSteps, group_step: Int, o: Operands[dtype], ctx: DeviceContext) raises:
     """Computes a transposed convolution of NLC or NCL data; the filter's groups stand `group_step` apart."""
@@ -146,6 +147,7 @@ def conv_transpose1d_gpu[
     var s = Sizes(t.batch, t.length, t.out_length, t.channels, t.filters, t.groups, group_step)
 
     @__parameter
+    @__copy_capture(s)
     def kernel(size: Int64, inverse: Int64):
         @__parameter
         @always_inline

@@ -1,0 +1,33 @@
+"""The processor of this machine."""
+
+import platform
+import re
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """Returns the CPU's instruction set extensions, the names that compiled code may depend on."""
+    text = _told()
+    if not text:
+        return frozenset([platform.processor() or platform.machine()])
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    kinds = r"(avx|sse|ssse|fma|f16c|bmi|amx|aes|vaes|vpclmul|gfni|sha|adx|movbe|popcnt|abm|asimd|sve|bf16|i8mm|fphp)"
+    return frozenset(flag for flag in line.group(1).split() if re.match(kinds, flag)) if line else frozenset()
+
+
+def processor() -> str:
+    """Returns what tells this machine's processor from others: its maker, family, model, name and cache."""
+    lines = re.findall(r"^(vendor_id|cpu family|model|model name|cache size|CPU part)\s*: (.*)$", _told(), re.MULTILINE)
+    facts = {name: value for name, value in reversed(lines)}  # the first core's
+    return ", ".join(f"{name} {value}" for name, value in sorted(facts.items())) or platform.processor()
+
+
+@cache
+def _told() -> str:
+    """Returns what Linux says about the processor; elsewhere nothing."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
