@@ -17,7 +17,7 @@ from max.dtype import DType
 
 from conftest import DEFAULT
 from max_conv.conv.dispatch import Form
-from max_conv.conv.processor import cpu_features
+from max_conv.conv.processor import has_pairs, has_tiles
 from max_conv.runtime.kinds import Kind, ready
 
 GUARD = 1024
@@ -72,8 +72,8 @@ ALSO = {
 
 def compiles(way: Way, dtype: DType) -> bool:
     """Returns whether a kernel exists for a dtype."""
-    if way[0] == "paired":
-        return dtype == DType.bfloat16 and (way[2] != "packed" or "avx512_bf16" in cpu_features())
+    if way[0] in ("paired", "amx"):
+        return dtype == DType.bfloat16 and {"paired": has_pairs, "amx": has_tiles}[way[0]]()
     return dtype in (DType.float32, DType.float64) or (way[2] != "packed" and way[:2] != ("depthwise", "NCL"))
 
 

@@ -9,6 +9,7 @@ from math import gcd
 from . import tuned
 from .geometry import PADDING_MODES, Geometry, TransposedGeometry
 from .layouts import Layout
+from .processor import has_pairs, has_tiles
 
 LEAST_OUTPUTS = 256
 """Least outputs, of all batch items together, for which transforming the filter on every call pays; see `winograd`."""
@@ -27,8 +28,10 @@ LANES = 16
 
 PANEL = 32
 """Filters that are computed together and are adjacent in a packed filter; also in `kernels/lanes.mojo`."""
-PANELS = {"winograd", "dense", "short", "paired"}
+PANELS = {"winograd", "dense", "short", "paired", "amx"}
 """The kernels that compute panels of filters."""
+PACKED = ("float32", "float64")
+"""Dtypes whose filters are packed for every kernel of panels."""
 CPU_KERNELS = {*PANELS, "lengthwise", "depthwise"}
 
 
@@ -182,7 +185,7 @@ def choose(
         layer: The layer.
         batch, outputs: The batch size and the output length, if they are known. For a short input, `winograd` falls
             back to another kernel. If they are unknown and the filter is not packed, the kernel decides at run time.
-        packed: Whether the filter is packed when the model is compiled.
+        packed: Whether `compile` has the filter, and packs it if the kernel and the dtype allow that.
         exact: Whether only direct kernels are allowed.
         timed: Whether the fastest kernel is chosen, if `compile(..., tune=...)` has timed the layer on this machine. Only
             layers whose filters `compile` has are timed.
@@ -196,7 +199,9 @@ def choose(
     if timed and (times := tuned.times(layer.key, *((None, None) if exact else (batch, outputs)))):
         kernel = min((kernel for kernel in times if not (exact and kernel == "winograd")), key=times.__getitem__)
         return Choice(kernel, "the fastest of the kernels that were timed on this machine")
-    choice = paired(layer) or (None if exact else winograd(layer, packed)) or direct(layer)
+    choice = (amx(layer) if packed else None) or paired(layer)
+    packed = packed and layer.dtype in PACKED
+    choice = choice or (None if exact else winograd(layer, packed)) or direct(layer)
     if choice.kernel != "winograd" or batch is None or outputs is None:
         return choice
     if layer.transposed:
@@ -205,14 +210,28 @@ def choose(
     return Choice(direct(layer).kernel, f"winograd falls back, {shorter}") if shorter else choice
 
 
+def amx(layer: Layer) -> Choice | None:
+    """Returns the choice of the kernel for matrix tiles, or None if the processor lacks them or it does not pay."""
+    inputs = layer.group_channels * layer.geometry.kernel_size
+    if layer.dtype != "bfloat16" or inputs < 8 or layer.filters < 16 or layer.groups > 16:
+        return None
+    if not has_tiles() or too_large(layer):
+        return None
+    return Choice("amx", "bfloat16 matrix tiles of the processor (AMX)")
+
+
 def paired(layer: Layer) -> Choice | None:
-    """Returns the choice of the kernel for pairs of bfloat16 values; on other processors `direct` replaces it."""
+    """Returns the choice of the kernel for pairs of bfloat16 values, or None if the processor lacks them."""
     if layer.dtype != "bfloat16" or layer.group_channels < 8 or layer.filters < 16 or layer.groups > 16:
         return None
-    # NCL data is transposed together with all rows between the first tap and the last.
-    if layer.layout == "NCL" and layer.geometry.reach * layer.group_channels > 128 * 1024:
+    if not has_pairs() or too_large(layer):
         return None
-    return Choice("paired", "bfloat16 dot products of pairs, where the processor has AVX512_BF16")
+    return Choice("paired", "bfloat16 dot products of pairs (AVX512_BF16)")
+
+
+def too_large(layer: Layer) -> bool:
+    """Returns whether NCL data is too large to be transposed with all rows between the first tap and the last."""
+    return layer.layout == "NCL" and layer.geometry.reach * layer.group_channels > 128 * 1024
 
 
 def winograd(layer: Layer, packed: bool) -> Choice | None:
@@ -259,13 +278,16 @@ def direct(layer: Layer) -> Choice:
     return Choice("dense", "filters fill the vectors")
 
 
-def able(layer: Layer, packed: bool = True) -> list[str]:
-    """Returns the kernels that can compute a layer, and that may be the fastest; the one that `choose` returns comes first.
+def able(layer: Layer) -> list[str]:
+    """Returns the kernels that can compute a layer whose filter `compile` has, and that may be the fastest.
+
+    The one that `choose` returns comes first.
 
     >>> able(Layer.of(Geometry.of(3, padding=1), "NLC", 8, 16, 1))
     ['short', 'lengthwise', 'winograd']
     """
-    found = [choose(layer, packed=packed).kernel, direct(layer).kernel]
+    found = [choose(layer, packed=True).kernel, direct(layer).kernel]
+    found += [choice.kernel for choice in [paired(layer)] if choice]
     depthwise = layer.group_channels == layer.group_filters == 1
     if layer.layout == "NCL":
         found += ["lengthwise"]
@@ -277,7 +299,7 @@ def able(layer: Layer, packed: bool = True) -> list[str]:
         found += ["depthwise"] if depthwise else []
         found += ["lengthwise"] if layer.group_filters <= 32 else []
     saves = layer.quad_products < layer.products and fits_winograd(layer)
-    if saves and min(layer.group_channels, layer.filters) >= 8 and (packed or layer.groups == 1):
+    if saves and min(layer.group_channels, layer.filters) >= 8 and (layer.dtype in PACKED or layer.groups == 1):
         found += ["winograd"]
     return list(dict.fromkeys(found))
 

@@ -126,7 +126,7 @@ def explain(
     if device == "gpu":
         choice = accelerated(described, packed)
     else:
-        choice = choose(described, batch, outputs, packed=packed and BYTES[dtype] > 2, exact=exact, timed=packed)
+        choice = choose(described, batch, outputs, packed=packed, exact=exact, timed=packed)
     weights = filters * geometry.kernel_size * described.group_channels
     direct = batch * (length if described.transposed else outputs) * weights
     fewer = (described.quad_products, described.products) if choice.kernel == "winograd" else (1, 1)

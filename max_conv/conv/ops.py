@@ -14,7 +14,7 @@ from .geometry import Geometry, Padding, TransposedGeometry, positive
 from .graph import Emitted, custom_op, in_graph, packed_graph, record, weight_name
 from .layouts import FilterLayout, Layout, TransposedFilterLayout
 from .lines import WHOLE
-from .packing import filter_operand, held, packable
+from .packing import filter_operand, held
 from .ragged import inside, ragged_input
 from .whole import signals
 
@@ -159,7 +159,7 @@ def _convolve(
         choice = choose(
             layer,
             *(int(size) if isinstance(size, StaticDim) else None for size in (given.batch, outputs)),
-            packed=held(given.filter) and packable(given.filter.dtype),
+            packed=held(given.filter),
             exact=exact or (graph is not None and graph.exact),
             timed=held(given.filter),
         )

@@ -17,8 +17,9 @@ from .accelerators import filter_order
 from .dispatch import PANEL, PANELS, Layer, quad_products, tap_groups
 from .graph import derived, in_graph, packed_graph
 from .layouts import by_group, permute
-from .processor import cpu_features
 
+DEPTH = 32
+"""Inputs of a step of "amx"; also in `kernels/amx.mojo`."""
 LINE = 64
 """Bytes of a cache line. Vectors across two lines load half as fast."""
 
@@ -82,7 +83,8 @@ class Packing:
     def shape(self) -> tuple[int, int, int]:
         """The packed shape: panels of 32 filters, of all groups; taps or products; channels and filters. Else `order`.
 
-        "paired" has an even number of channels, and the two channels of a pair are adjacent.
+        "paired" has an even number of channels, "amx" as many inputs (channels of all taps) as fill its steps, and the
+        two of a pair are adjacent.
         """
         layer = self.layer
         taps = layer.geometry.kernel_size
@@ -92,8 +94,18 @@ class Packing:
             return first, second, third
         panels = -(-layer.columns // PANEL)
         rows = quad_products(layer.geometry) if self.kernel == "winograd" else taps
-        channels = layer.group_channels + (self.kernel == "paired" and layer.group_channels % 2)
+        channels = layer.group_channels
+        if self.kernel == "paired":
+            channels += channels % 2
+        elif self.kernel == "amx":
+            rows, channels = 1, rounded_up(taps * self.tap_rows, DEPTH)
         return layer.groups * panels, rows, channels * PANEL
+
+    @property
+    def tap_rows(self) -> int:
+        """Inputs of a tap for "amx": with a dilation, channels are filled up to whole steps."""
+        channels = self.layer.group_channels
+        return channels if self.layer.geometry.dilation == 1 else rounded_up(channels, DEPTH)
 
     def __call__(self, filter: np.ndarray) -> np.ndarray:
         """Packs a filter; the result starts on a cache line."""
@@ -105,16 +117,19 @@ class Packing:
             return room
         taps = taps.reshape(*taps.shape[:2], layer.groups, layer.columns)
         room[...] = 0
+        if self.kernel == "amx":  # channels of all taps, one after the other
+            filled = self.tap_rows - layer.group_channels
+            taps = np.pad(taps, ((0, 0), (0, filled), (0, 0), (0, 0))).reshape(1, -1, *taps.shape[2:])
         rows, channels = self.shape[1], self.shape[2] // PANEL
         panels = room.reshape(layer.groups, -1, rows, channels, PANEL)
         for panel in range(panels.shape[1]):
             part = taps[..., panel * PANEL : (panel + 1) * PANEL].transpose(2, 0, 1, 3)
-            target = panels[:, panel, :, : layer.group_channels, : part.shape[-1]]
+            target = panels[:, panel, :, : part.shape[2], : part.shape[-1]]
             if self.kernel == "winograd":
                 self.multiply(part, target)
             else:
                 target[...] = part
-        if self.kernel == "paired":
+        if self.kernel in ("paired", "amx"):
             pairs = room.reshape(-1, 2, PANEL)
             room[...] = pairs.swapaxes(1, 2).reshape(room.shape)
         return room
@@ -167,9 +182,9 @@ def held(filter: TensorValue) -> bool:
 
 
 def packable(dtype: DType, kernel: str = "") -> bool:
-    """Returns whether filters of a dtype can be packed for a kernel: float32, float64, and bfloat16 for "paired"."""
-    if kernel == "paired":
-        return dtype == DType.bfloat16 and "avx512_bf16" in cpu_features()
+    """Returns whether filters of a dtype can be packed: float32, float64, and bfloat16 for the kernels of pairs."""
+    if kernel in ("paired", "amx"):
+        return dtype == DType.bfloat16
     return dtype in (DType.float32, DType.float64)
 
 
@@ -203,6 +218,11 @@ def _packed(filter: Weight, filter_layout: str, layer: Layer, kernel: str) -> tu
     if kernel not in PANELS:
         layout = {"SCF": "phased", "FSC": "phased FSC"}[packing.order] if layer.transposed else packing.order
     return Graph.current.add_weight(weight), layout
+
+
+def rounded_up(count: int, unit: int) -> int:
+    """Returns the least multiple of a number that is not less than `count`."""
+    return -(-count // unit) * unit
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

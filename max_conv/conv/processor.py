@@ -1,5 +1,6 @@
 """The processor of this machine."""
 
+import ctypes
 import platform
 import re
 from functools import cache
@@ -15,6 +16,20 @@ def cpu_features() -> frozenset[str]:
     line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     kinds = r"(avx|sse|ssse|fma|f16c|bmi|amx|aes|vaes|vpclmul|gfni|sha|adx|movbe|popcnt|abm|asimd|sve|bf16|i8mm|fphp)"
     return frozenset(flag for flag in line.group(1).split() if re.match(kinds, flag)) if line else frozenset()
+
+
+def has_pairs() -> bool:
+    """Returns whether the CPU has dot products of bfloat16 pairs (AVX512_BF16)."""
+    return "avx512_bf16" in cpu_features()
+
+
+@cache
+def has_tiles() -> bool:
+    """Returns whether the CPU has matrix tiles for bfloat16 (AMX), and Linux lets this process use them."""
+    if not {"amx_tile", "amx_bf16", "avx512_bf16"} <= cpu_features():
+        return False
+    arch_prctl, request, tiles = 158, 0x1023, 18  # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return ctypes.CDLL(None).syscall(arch_prctl, request, tiles) == 0
 
 
 def processor() -> str:

@@ -24,7 +24,6 @@ from ..conv.graph import PackedGraph
 from ..conv.library import kernel_key
 from ..conv.nn import Conv1D, ConvolutionLayer, ConvTranspose1D
 from ..conv.ops import conv1d
-from ..conv.packing import packable
 from ..conv.processor import cpu_features
 from ..conv.reference import conv1d_ref, conv_transpose1d_ref
 from ..streaming.graph import streaming
@@ -162,7 +161,7 @@ def _graph(layer: ConvolutionLayer) -> PackedGraph:
 
 def _usual(layer: ConvolutionLayer) -> str:
     """Returns the kernel that a layer gets on the CPU where nothing was timed."""
-    return choose(_described(layer), packed=packable(layer.dtype), exact=layer.exact).kernel
+    return choose(_described(layer), packed=True, exact=layer.exact).kernel
 
 
 def _described(layer: ConvolutionLayer) -> Layer:

@@ -16,7 +16,6 @@ from ..conv.dispatch import CPU_KERNELS, Layer, able, choose, only
 from ..conv.geometry import positive
 from ..conv.graph import PackedGraph
 from ..conv.ops import conv1d, conv_transpose1d
-from ..conv.packing import packable
 from . import kinds
 from .devices import port_of, size_in
 from .ports import size_of
@@ -87,18 +86,15 @@ def tune(
                 del work[key]
     if not work:
         return []
-    needed = {
-        _kind(layer, kernel) for layer, _ in work.values() for kernel in able(layer, packable(DType[layer.dtype]))
-    }
+    needed = {_kind(layer, kernel) for layer, _ in work.values() for kernel in able(layer)}
     step(f"compiling what is missing of {len(needed)} kinds of layers")
     kinds.ready(*needed)
     rows = []
     for number, (key, (layer, sizes)) in enumerate(work.items()):
         step(f"timing layer {number + 1} of {len(work)}: {key}")
-        packed = packable(DType[layer.dtype])
-        models = _models(layer, able(layer, packed))
+        models = _models(layer, able(layer))
         for size in sorted(sizes):
-            rows.append(Timed(key, *size, choose(layer, packed=packed).kernel, _times(layer, models, *size)))
+            rows.append(Timed(key, *size, choose(layer, packed=True).kernel, _times(layer, models, *size)))
     table: dict[str, tuned.Times] = {}
     for row in rows:
         table.setdefault(row.layer, {})[str(row.batch * row.outputs)] = dict(row.times)

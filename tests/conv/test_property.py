@@ -53,6 +53,8 @@ WAYS: tuple[Way, ...] = (
     ("paired", "NCL", "FCS"),
     ("paired", "NLC", "packed"),
     ("paired", "NCL", "packed"),
+    ("amx", "NLC", "packed"),
+    ("amx", "NCL", "packed"),
 )
 """Every kernel, in the layouts that it is for."""
 

@@ -58,6 +58,8 @@ WAYS: tuple[Way, ...] = (
     ("paired", "NCL", "CFS"),
     ("paired", "NLC", "packed"),
     ("paired", "NCL", "packed"),
+    ("amx", "NLC", "packed"),
+    ("amx", "NCL", "packed"),
 )
 """Every kernel, in the layouts that it is for, and each filter layout."""
 

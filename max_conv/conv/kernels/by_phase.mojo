@@ -3,6 +3,7 @@
 from std.math import ceildiv
 from std.utils.numerics import isfinite, isnan
 
+from .amx import Inputs
 from .careful import calm_filter, restored
 from .dispatch import convolve
 from .geometry import Geometry
@@ -120,6 +121,11 @@ def filter_value[
         var row = ceildiv(channels, 2) * 2
         var panel = Panels[dtype].packed(g, group, w, g.kernel * row).at(f // PACK * PACK)
         return panel[unsafe_offset=(tap * row + c // 2 * 2) * PACK + f % PACK * 2 + c % 2]
+    elif kernel == "amx":
+        var inputs = Inputs.of(g)
+        var row = inputs.row(g, tap, c)
+        var panel = Panels[dtype].packed(g, group, w, inputs.rows()).at(f // PACK * PACK)
+        return panel[unsafe_offset=row // 2 * 2 * PACK + f % PACK * 2 + row % 2]
     else:
         return Panels[dtype].packed(g, group, w, g.kernel * channels).at(f)[unsafe_offset=(tap * channels + c) * PACK]
 

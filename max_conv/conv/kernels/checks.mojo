@@ -3,6 +3,7 @@
 from std.math import ceildiv
 from std.utils.index import IndexList
 
+from .amx import Inputs
 from .geometry import CIRCULAR, Geometry, REFLECT, REPLICATE
 from .lanes import PACK
 from .points import Plan
@@ -112,6 +113,8 @@ def packed_shape[kernel: StaticString](g: Geometry) -> IndexList[3]:
     var row = g.group_channels()
     comptime if kernel == "paired":
         row = ceildiv(row, 2) * 2
+    elif kernel == "amx":
+        (rows, row) = (1, Inputs.of(g).rows())
     return IndexList[3](g.groups * ceildiv(g.group_filters(), PACK), rows, row * PACK)
 
 

@@ -1,5 +1,6 @@
 """The call of one CPU kernel. Python chooses it, where sizes are known; only short inputs change the choice here."""
 
+from .amx import conv1d_amx
 from .dense import conv1d_dense, conv1d_short
 from .depthwise import conv1d_depthwise
 from .geometry import Geometry
@@ -32,6 +33,8 @@ def convolve[
     comptime if packed:
         comptime if kernel == "winograd":
             conv1d_winograd[nlc, packed, fills_panels](g, steps, o, sink)
+        elif kernel == "amx":
+            conv1d_amx[nlc](g, o, sink)
         elif kernel == "paired":
             comptime assert dtype == DType.bfloat16 and has_pairs()
             conv1d_paired[write, nlc, packed](g, steps, o)

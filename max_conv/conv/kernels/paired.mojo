@@ -6,7 +6,7 @@ of a float32 multiply-add. The filter is packed in pairs of channels, panel by p
 
 from std.math import ceildiv
 from std.memory import bitcast
-from std.sys import llvm_intrinsic
+from std.sys import inlined_assembly
 from std.sys.info import CompilationTarget, simd_width_of, size_of
 
 from .geometry import Geometry
@@ -28,8 +28,12 @@ comptime BLOCK_BYTES = 256 * 1024
 
 
 def has_pairs() -> Bool:
-    """Tells whether the processor that is compiled for has the instruction."""
-    return CompilationTarget._has_feature["avx512bf16"]()
+    """Tells whether the processor that is compiled for has vectors for the instruction.
+
+    MAX compiles for a processor that it finds by name, which may have fewer instructions than the real one: a virtual
+    machine may give any name. So Python looks for this one, and the instruction is inline assembler.
+    """
+    return CompilationTarget._has_feature["avx512f"]()
 
 
 @always_inline
@@ -37,7 +41,10 @@ def dot[
     dtype: DType, //
 ](a: SIMD[dtype, 2 * WIDTH], b: SIMD[dtype, 2 * WIDTH], sum: SIMD[DType.float32, WIDTH]) -> SIMD[DType.float32, WIDTH]:
     comptime assert dtype == DType.bfloat16 and WIDTH == 16
-    return llvm_intrinsic["llvm.x86.avx512bf16.dpbf16ps.512", SIMD[DType.float32, WIDTH]](sum, a, b)
+    comptime type = SIMD[DType.float32, WIDTH]
+    return inlined_assembly["vdpbf16ps $3, $2, $0", type, constraints="=v,0,v,v", has_side_effect=False](
+        sum, bitcast[DType.int32, WIDTH](a), bitcast[DType.int32, WIDTH](b)
+    )
 
 
 def pack[
@@ -171,11 +178,11 @@ def conv1d_paired[
     var splits = min(chunk, ceildiv(4 * threads, g.batch * blocks))
     var split = ceildiv(chunk, splits)
     splits = ceildiv(chunk, split)
-    var grid = Grid(g.batch, 1, blocks, splits, ROWS, g.out_length, split * PANEL, chunk * PANEL)
+    var groups = g.groups if packed else 1
+    var filters = g.group_filters() if packed else chunk * PANEL
+    var grid = Grid(g.batch, groups, blocks, splits, ROWS, g.out_length, split * PANEL, filters)
 
     comptime if packed:
-        grid.groups = g.groups
-        grid.filters = g.group_filters()
 
         def in_place(i: Int) {imm}:
             var part = grid.part(i)
