@@ -22,7 +22,7 @@ from max_conv import PackedGraph, conv1d
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
-from .parts import Ports, Weights, begin, load
+from .parts import Ports, Weights, begin, load, tanh
 
 DILATIONS = (1, 3, 9)
 """Of a stage's residual units."""
@@ -255,7 +255,7 @@ def _decode(config: Config, w: Weights, x: TensorValue) -> TensorValue:
         stage = w / "block" / i
         x = stage.conv_transpose(stage.snake(x, "snake1"), "conv_t1", stride=ratio, padding=math.ceil(ratio / 2))
         x = _units(stage, x)
-    x = ops.tanh(w.conv(w.snake(x, "snake1"), "conv2", padding=3))
+    x = tanh(w.conv(w.snake(x, "snake1"), "conv2", padding=3))
     return ops.cast(ops.squeeze(x, 2), DType.float32)
 
 

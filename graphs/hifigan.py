@@ -23,7 +23,7 @@ from max_conv import PackedGraph
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
-from .parts import Ports, Weights, begin, inverse_leaky_relu, leaky_relu, load
+from .parts import Ports, Weights, begin, in_float32, inverse_leaky_relu, leaky_relu, load, tanh
 
 # In SpeechT5's names upsampling layers are `upsampler.0`, and each block counts its own convolutions.
 LAYERS = LayerMap(
@@ -143,7 +143,7 @@ def build(
             padding = (taps - rate) // 2
             x = w.conv_transpose(leaky_relu(x, config.slope), f"ups.{i}", stride=rate, padding=padding)
             x = _blocks(config, w, leaky_relu(x, config.slope), i * len(config.kernel_sizes))
-        x = ops.tanh(w.conv(leaky_relu(x, 0.01), "conv_post", padding=3))
+        x = tanh(w.conv(leaky_relu(x, 0.01), "conv_post", padding=3))
         graph.output(ops.cast(ops.squeeze(x, 2), DType.float32))
     return graph
 
@@ -164,12 +164,17 @@ def _blocks(config: Config, w: Weights, begin: TensorValue, first: int) -> Tenso
                 z = _conv(block, z, f"convs2.{k}", taps, 1)
             else:
                 z = _conv(block, x, f"convs.{k}", taps, dilation, before)
-            y = inverse_leaky_relu(x, config.slope) + z
+            y = _sum(x, z, config.slope)
             x = leaky_relu(y, config.slope)
         total = y if total is None else total + y
     assert total is not None, "a stage has blocks"
     # A product, as MAX would compile a second graph to compute 1 divided by the constant.
     return total * (1 / len(config.kernel_sizes))
+
+
+@in_float32
+def _sum(activated: TensorValue, z: TensorValue, slope: float) -> TensorValue:
+    return inverse_leaky_relu(activated, slope) + z
 
 
 def _conv(

@@ -19,7 +19,7 @@ from max_conv import PackedGraph, conv1d
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
-from .parts import Ports, Weights, begin, load
+from .parts import Ports, Weights, begin, load, silu
 
 LAYERS = LayerMap(
     conv=("layers.*.mixer.conv1d.weight",),
@@ -147,7 +147,7 @@ def build(
             for half in (slice(config.intermediate), slice(config.intermediate, None))
         )
         value = w.conv(value, "mixer.conv1d", padding="causal", groups=config.intermediate)
-        graph.output(*(ops.cast(y, DType.float32) for y in (ops.silu(value), gate)))
+        graph.output(*(ops.cast(y, DType.float32) for y in (silu(value), gate)))
     return graph
 
 

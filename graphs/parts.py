@@ -13,6 +13,7 @@ MAX's sine needs 16 ms for 4 million values on two cores, PyTorch's 2.7 ms; `sin
 reduction, and fuse. MAX's `tanh`, `exp`, GELU and ELU are as fast as PyTorch's or faster.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -207,16 +208,38 @@ def check_weights(model: str, arrays: Mapping[str, np.ndarray], shapes: Mapping[
             raise ValueError(f"{model}: the weight {name} must have shape {shape}, but has {arrays[name].shape}.")
 
 
+def in_float32(function: Callable[..., TensorValue]) -> Callable[..., TensorValue]:
+    """Has a function of tensors compute in float32 and round once, if its first tensor has 16 bits.
+
+    Processors compute in 32 bits anyway: otherwise each operation would convert its values there and back.
+    """
+
+    @functools.wraps(function)
+    def computed(x: TensorValue, *others: Any) -> TensorValue:
+        if x.dtype.size_in_bytes > 2:
+            return function(x, *others)
+        wide = (ops.cast(value, DType.float32) if isinstance(value, TensorValue) else value for value in (x, *others))
+        return ops.cast(function(*wide), x.dtype)
+
+    return computed
+
+
+gelu, silu, tanh = map(in_float32, (ops.gelu, ops.silu, ops.tanh))
+
+
+@in_float32
 def leaky_relu(x: TensorValue, slope: float) -> TensorValue:
     """`max(x, slope * x)`, for slopes below 1."""
     return ops.max(x, x * slope)
 
 
+@in_float32
 def inverse_leaky_relu(x: TensorValue, slope: float) -> TensorValue:
     """The value that `leaky_relu` maps to `x`, up to rounding."""
     return ops.min(x, x * (1 / slope))
 
 
+@in_float32
 def elu(x: TensorValue) -> TensorValue:
     """`x` where it is positive, elsewhere `exp(x) - 1`."""
     return ops.max(x, 0.0) + (ops.exp(ops.min(x, 0.0)) - 1.0)
@@ -241,6 +264,7 @@ def sine(x: TensorValue) -> TensorValue:
 _WAVE = (9.8696032, -32.4695816, 42.7253838, -30.0859528, 12.9907303, -3.2729459)
 
 
+@in_float32
 def snake(x: TensorValue, rate: TensorValue, gain: TensorValue) -> TensorValue:
     """`x + gain * sin(pi * rate * x) ** 2`: the square repeats every half turn.
 
@@ -250,10 +274,10 @@ def snake(x: TensorValue, rate: TensorValue, gain: TensorValue) -> TensorValue:
 
     Source: Ziyin and others, Neural Networks Fail to Learn Periodic Functions, 2020, https://arxiv.org/abs/2006.08195
     """
-    turns = ops.cast(x * rate, DType.float32)
+    turns = x * rate
     rest = turns - ops.round(turns)
     square = rest * rest
-    return x + gain * ops.cast(_series(_WAVE, square) * square, x.dtype)
+    return x + gain * (_series(_WAVE, square) * square)
 
 
 def _series(factors: Sequence[float], x: TensorValue) -> TensorValue:

@@ -22,7 +22,7 @@ from max_conv.conv import signals
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
-from .parts import Ports, Weights, begin, leaky_relu, load
+from .parts import Ports, Weights, begin, leaky_relu, load, tanh
 
 LAYERS = LayerMap(
     conv=("conv_pre.weight", "conv_post.weight", "*.conv.weight", "*_conv.weight", "*.conv1.weight", "*.conv2.weight"),
@@ -150,7 +150,7 @@ def build(
         for i in range(len(config.rates)):
             x = _stage(config, w / "resblocks" / i, x, spectrogram, i)
         x = w.conv(leaky_relu(x, config.slope), "conv_post", padding=3, padding_mode="reflect")
-        graph.output(ops.cast(ops.squeeze(ops.tanh(x), 2), DType.float32))
+        graph.output(ops.cast(ops.squeeze(tanh(x), 2), DType.float32))
     return graph
 
 
@@ -168,7 +168,7 @@ def _stage(config: Config, w: Weights, x: TensorValue, mels: TensorValue, i: int
         y = leaky_relu(x, config.slope)
         y = w.conv(y, f"resblocks.{j}.conv", dilation=dilation, padding=dilation * (taps - 1) // 2)
         y = _varied(leaky_relu(y, config.slope), filters, bias, hop, taps)
-        x = x + ops.sigmoid(y[:, :, : config.channels]) * ops.tanh(y[:, :, config.channels :])
+        x = x + ops.sigmoid(y[:, :, : config.channels]) * tanh(y[:, :, config.channels :])
     return x
 
 

@@ -20,7 +20,7 @@ from max_conv.conv import signals
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
-from .parts import Ports, Weights, begin, load, sine
+from .parts import Ports, Weights, begin, gelu, load, sine
 
 LAYERS = LayerMap(
     conv=("backbone.embed.weight", "backbone.convnext.*.dwconv.weight"),
@@ -139,7 +139,7 @@ def build(
 def _block(w: Weights, x: TensorValue) -> TensorValue:
     """Applies a ConvNeXt block to (N, L, C). Its last scale, gamma, is folded into the matrix before it."""
     y = w.layer_norm(w.conv(x, "dwconv", padding=3, groups=int(x.shape[2])), "norm", EPSILON)
-    y = ops.gelu(w.linear(y, "pwconv1"))
+    y = gelu(w.linear(y, "pwconv1"))
     scaled = w.make("pwconv2.scaled", lambda m, gamma: (gamma[:, None] * m).T[None], "pwconv2.weight", "gamma")
     bias = w.make("pwconv2.bias.scaled", np.multiply, "pwconv2.bias", "gamma")
     return x + conv1d(y, scaled, bias)

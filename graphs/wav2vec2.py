@@ -25,7 +25,7 @@ from max_conv.serving import Task
 from max_conv.sound import as_signals
 from max_conv.weights import LayerMap
 
-from .parts import Ports, Weights, begin, load
+from .parts import Ports, Weights, begin, gelu, load
 
 EPSILON = 1e-5
 """Of the norms inside the feature encoder, which no config sets."""
@@ -256,7 +256,7 @@ def _features(config: Config, layers: Weights, sound: TensorValue) -> TensorValu
             x = layers.conv(x, f"{i}.conv", stride=stride)
             if config.norm == "layer":
                 x = layers.layer_norm(x, f"{i}.layer_norm", EPSILON)
-        x = ops.gelu(x)
+        x = gelu(x)
     return x
 
 
@@ -289,7 +289,7 @@ def _positional(config: Config, w: Weights, x: TensorValue) -> TensorValue:
     """Returns the positional embedding of (batch, frames, hidden)."""
     # An even number of taps, padded equally, would make one frame too many; PyTorch drops the last.
     padding = (config.positions // 2, (config.positions - 1) // 2)
-    return ops.gelu(w.conv(x, "encoder.pos_conv_embed.conv", padding=padding, groups=config.position_groups))
+    return gelu(w.conv(x, "encoder.pos_conv_embed.conv", padding=padding, groups=config.position_groups))
 
 
 def hear(model: Callable[..., Any], audio: Any, config: Config = Config()) -> Any:

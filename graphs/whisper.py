@@ -21,7 +21,7 @@ from max_conv import PackedGraph
 from max_conv.serving import Task
 from max_conv.weights import LayerMap
 
-from .parts import Ports, Weights, begin, load
+from .parts import Ports, Weights, begin, gelu, load
 
 LAYERS = LayerMap(
     conv=("conv*.weight",),
@@ -130,8 +130,8 @@ def build(
     )
     with graph:
         x = ops.cast(graph.inputs[0].tensor, dtype)
-        x = ops.gelu(w.conv(x, "conv1", padding=1))
-        x = ops.gelu(w.conv(x, "conv2", padding=1, stride=2))
+        x = gelu(w.conv(x, "conv1", padding=1))
+        x = gelu(w.conv(x, "conv2", padding=1, stride=2))
         x = x + _positions(w, x.shape[1])
         for i in range(config.layers):
             x = _layer(config, w / "layers" / i, x)
@@ -154,7 +154,7 @@ def _positions(w: Weights, length: Dim) -> TensorValue:
 
 def _layer(config: Config, w: Weights, x: TensorValue) -> TensorValue:
     x = x + _attention(config, w / "self_attn", w.layer_norm(x, "self_attn_layer_norm"))
-    y = ops.gelu(w.linear(w.layer_norm(x, "final_layer_norm"), "fc1"))
+    y = gelu(w.linear(w.layer_norm(x, "final_layer_norm"), "fc1"))
     return x + w.linear(y, "fc2")
 
 

@@ -73,7 +73,7 @@ ALSO = {
 def compiles(way: Way, dtype: DType) -> bool:
     """Returns whether a kernel exists for a dtype."""
     if way[0] in ("paired", "amx"):
-        return dtype == DType.bfloat16 and {"paired": has_pairs, "amx": has_tiles}[way[0]]()
+        return dtype == DType.bfloat16 and (has_pairs() if way[0] == "paired" else has_tiles())
     return dtype in (DType.float32, DType.float64) or (way[2] != "packed" and way[:2] != ("depthwise", "NCL"))
 
 

@@ -17,7 +17,7 @@ from max.mlir import ArrayAttr
 
 from ..cache import cache_dir, cache_limit, whole_file
 from ..conv.library import kernel_key, kernel_library
-from ..conv.processor import cpu_features
+from ..conv.processor import cpu_features, cpu_target
 
 PATHS = "_kernel_library_paths"
 """The attribute of a graph that holds the paths of its kernel libraries."""
@@ -85,7 +85,7 @@ def key_of(graph: Graph) -> str:
         for path in graph.kernel_libraries_paths
     ]
     devices = [accelerator_architecture_name()] * accelerator_count() if accelerator_count() else []
-    facts = [FORMAT, version("max"), version("mojo-compiler"), *libraries, *devices, *sorted(cpu_features())]
+    facts = [FORMAT, version("max"), version("mojo-compiler"), *libraries, *devices, cpu_target(), *sorted(cpu_features())]
     digest = hashlib.sha256("\n".join(facts).encode() + b"\0")
     attributes = graph._mlir_op.attributes
     paths = attributes[PATHS]

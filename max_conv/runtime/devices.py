@@ -3,10 +3,18 @@
 import functools
 from typing import Any
 
-from max.driver import CPU, Accelerator, Device, accelerator_count
+from max.driver import (
+    CPU,
+    Accelerator,
+    Device,
+    accelerator_count,
+    get_virtual_cpu_target,
+    set_virtual_cpu_target,
+)
 from max.engine import InferenceSession
 from max.graph import DeviceRef, Dim, StaticDim, SymbolicDim
 
+from ..conv.processor import cpu_target
 from .ports import Port
 
 
@@ -40,4 +48,6 @@ def device_of(name: str) -> Device:
 @functools.cache
 def session_of(devices: tuple[str, ...] = ()) -> InferenceSession:
     """Returns this process's session on the CPU and on accelerators."""
+    if (target := cpu_target()) and not get_virtual_cpu_target():
+        set_virtual_cpu_target(target)
     return InferenceSession(devices=[*(device_of(name) for name in devices), CPU()])

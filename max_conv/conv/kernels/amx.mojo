@@ -203,12 +203,18 @@ def narrow[dtype: DType, plain: Bool](low: SIMD[DType.float32, 16], high: SIMD[D
 @always_inline
 def tile[
     dtype: DType, //, plain: Bool
-](inputs: Inputs, at: Steps, o: Operands[dtype], part: Part, column: Int, values: Memory[dtype]):
+](
+    inputs: Inputs,
+    at: Steps,
+    o: Operands[dtype],
+    part: Part,
+    column: Int,
+    sums: Memory[DType.float32],
+    values: Memory[dtype],
+):
     """Computes the first positions of a part, up to 32, by its first panel of filters, and keeps them in `values`."""
     comptime width = 16
     comptime acc = DType.float32
-    var room = Scratch[acc](POSITIONS * PACK)
-    var sums = room.data()
     var lanes = part.lanes()
     comptime if plain:
         multiply_plain(inputs, at, sums)
@@ -227,7 +233,6 @@ def tile[
         var first = sum.unsafe_load[width=width]() + low
         var second = sum.unsafe_offset(width).unsafe_load[width=width]() + high
         values.unsafe_offset(i * PACK).unsafe_store(narrow[dtype, plain](first, second))
-    _ = room^
 
 
 @always_inline
@@ -279,6 +284,7 @@ def block[dtype: DType, //, nlc: Bool, plain: Bool](g: Geometry, o: Operands[dty
     # Squares of vectors are read where outputs are turned.
     var room = Scratch[dtype]((count + PACK) * PACK)
     var values = room.data()
+    var sums = Scratch[DType.float32](POSITIONS * PACK)
     comptime if not plain:
         configure()
     for filter in range(part.filter, part.end_filter, PACK):
@@ -292,7 +298,7 @@ def block[dtype: DType, //, nlc: Bool, plain: Bool](g: Geometry, o: Operands[dty
                 Int(lasts.data().unsafe_offset(done * DEPTH)),
                 Int(panels.at(filter)),
             )
-            tile[plain](inputs, at, o, by.after(done), column, values.unsafe_offset(done * PACK))
+            tile[plain](inputs, at, o, by.after(done), column, sums.data(), values.unsafe_offset(done * PACK))
         var at = Outputs(part.n, part.first, part.count, 0, g.out_length, column, by.lanes())
         sink.put(at, values, PACK)
     comptime if not plain:
@@ -300,6 +306,7 @@ def block[dtype: DType, //, nlc: Bool, plain: Bool](g: Geometry, o: Operands[dty
     _ = scratch^
     _ = lasts^
     _ = room^
+    _ = sums^
 
 
 @no_inline

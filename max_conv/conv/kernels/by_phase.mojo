@@ -258,7 +258,7 @@ def place_rows[
     @__parameter
     @always_inline
     def rows[place: Write[dtype]]() raises:
-        store_rows[place, nlc](at, values, row_size)
+        store_rows[place, nlc, LANES](at, values, row_size)
 
     try:
         var placed = places.unsafe_bitcast[Placed[dtype, kernel == "depthwise"]]()[]

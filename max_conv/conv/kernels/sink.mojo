@@ -62,8 +62,10 @@ def address[T: AnyType, //](mut value: T) -> Bytes:
 
 
 @always_inline
-def store_rows[dtype: DType, //, write: Write[dtype], nlc: Bool](at: Outputs, values: Memory[dtype], row_size: Int):
-    """Writes rows of values: what a `Store` does."""
+def store_rows[
+    dtype: DType, //, write: Write[dtype], nlc: Bool, widest: Int = simd_width_of[dtype]()
+](at: Outputs, values: Memory[dtype], row_size: Int):
+    """Writes rows of values, in vectors of at most `widest`: what a `Store` does."""
     comptime if not nlc:
         turn_out[write](values, row_size, at.n, at.first, at.count, at.filter, at.lanes)
     else:
@@ -81,22 +83,29 @@ def store_rows[dtype: DType, //, write: Write[dtype], nlc: Bool](at: Outputs, va
             for k in range(each):
                 var first = position + k * at.spacing
                 var row = values.unsafe_offset((done + k) * row_size)
-                run_of[write](at, first, min(run, at.end - first), row, each * row_size)
+                run_of[write, widest](at, first, min(run, at.end - first), row, each * row_size)
             done += run * each
 
 
 @always_inline
 def run_of[
-    dtype: DType, //, write: Write[dtype]
+    dtype: DType, //, write: Write[dtype], widest: Int
 ](at: Outputs, first: Int, count: Int, row: Memory[dtype], row_size: Int):
     """Writes rows of neighbouring positions from `first` on."""
-    comptime width = simd_width_of[accumulator[dtype]]()
+    comptime width = min(widest, simd_width_of[dtype]())
     var j = 0
     while j + width <= at.lanes:
         for i in range(count):
             var value = row.unsafe_offset(i * row_size + j).unsafe_load[width=width]()
             write[width](at.n, first + i, at.filter + j, value)
         j += width
+    comptime if width > simd_width_of[accumulator[dtype]]():  # half of the panel
+        comptime half = width // 2
+        if j + half <= at.lanes:
+            for i in range(count):
+                var value = row.unsafe_offset(i * row_size + j).unsafe_load[width=half]()
+                write[half](at.n, first + i, at.filter + j, value)
+            j += half
     for i in range(count):
         for f in range(j, at.lanes):
             write[1](at.n, first + i, at.filter + f, row[unsafe_offset=i * row_size + f])
