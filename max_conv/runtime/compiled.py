@@ -85,7 +85,15 @@ def key_of(graph: Graph) -> str:
         for path in graph.kernel_libraries_paths
     ]
     devices = [accelerator_architecture_name()] * accelerator_count() if accelerator_count() else []
-    facts = [FORMAT, version("max"), version("mojo-compiler"), *libraries, *devices, cpu_target(), *sorted(cpu_features())]
+    facts = [
+        FORMAT,
+        version("max"),
+        version("mojo-compiler"),
+        *libraries,
+        *devices,
+        cpu_target(),
+        *sorted(cpu_features()),
+    ]
     digest = hashlib.sha256("\n".join(facts).encode() + b"\0")
     attributes = graph._mlir_op.attributes
     paths = attributes[PATHS]

@@ -179,7 +179,7 @@ def _drawn(count: int, gpu: DeviceRef | None = None) -> dict[Key, list[_Case]]:
     """Returns `count` random layers for each kernel, layout and dtype, the last of them long; the same in every check."""
     groups: dict[Key, list[_Case]] = {}
     random = np.random.default_rng(0)
-    for number in range(1600 * count):
+    for number in range(4000 * count):
         layer, long = _random_layer(random, gpu), number % 3 == 0
         described = _described(layer)
         kernel = accelerated(described, True).kernel if gpu else _usual(layer)

@@ -2,8 +2,10 @@
 
 from std.math import ceildiv, cos, gcd, pi, sin, sqrt
 from std.sys import exit
+from std.sys.param_env import is_defined
 from std.utils.numerics import inf, isnan, nan
 
+from kernels.amx import conv1d_amx
 from kernels.by_phase import conv_transpose1d, place_rows
 from kernels.dense import conv1d_dense, conv1d_short
 from kernels.depthwise import conv1d_depthwise
@@ -104,6 +106,24 @@ def packed[dtype: DType, //, points: Bool](g: Geometry, w: List[Scalar[dtype]]) 
     return to^
 
 
+def packed_pairs[dtype: DType, //](g: Geometry, w: List[Scalar[dtype]]) -> List[Scalar[dtype]]:
+    """Packs an SCF filter for "amx": pairs of inputs, 32 filters next to each other."""
+    var panels = ceildiv(g.group_filters(), PACK)
+    var channels = g.group_channels()
+    var each = channels if g.dilation == 1 else ceildiv(channels, 32) * 32
+    var rows = ceildiv(g.kernel * each, 32) * 32
+    var to = List[Scalar[dtype]](length=g.groups * panels * rows * PACK, fill=0)
+    for f in range(g.filters):
+        var in_group = f % g.group_filters()
+        var panel = f // g.group_filters() * panels + in_group // PACK
+        for k in range(g.kernel):
+            for c in range(channels):
+                var row = k * each + c
+                var at = (panel * rows + row // 2 * 2) * PACK + in_group % PACK * 2 + row % 2
+                to[at] = w[(k * channels + c) * g.filters + f]
+    return to^
+
+
 @fieldwise_init
 struct Room[dtype: DType, nlc: Bool](ImplicitlyCopyable, TrivialRegisterPassable):
     """The memory of an output."""
@@ -147,7 +167,7 @@ def store_placed[
     place_rows[write, kernel, False, nlc, False](places, at, values, row_size)
 
 
-def compare[dtype: DType, kernel: StaticString, nlc: Bool](g: Geometry, spike: Float64 = 0) -> Int:
+def compare[dtype: DType, kernel: StaticString, nlc: Bool](g: Geometry, spike: Float64 = 0) raises -> Int:
     """Runs one kernel on one layer of noise and tells whether it is right.
 
     A `spike` in one row is a value that outputs which do not see it must not notice, and which others must.
@@ -213,9 +233,18 @@ def compare[dtype: DType, kernel: StaticString, nlc: Bool](g: Geometry, spike: F
                 conv1d_dense[packed=True](g, o, sink)
             else:
                 conv1d_winograd[nlc, packed=True](g, steps, o, sink)
+    elif kernel == "amx":
+        # With its plain loops, as this processor may not have the instructions.
+        comptime if dtype == DType.bfloat16:
+            w = packed_pairs(g, w)
+            o.w = w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
+            conv1d_amx[nlc, plain=True](g, o, sink)
+        else:
+            return NONE
     else:
         comptime assert kernel == "paired", "there is no such kernel"
-        comptime if dtype == DType.bfloat16 and has_pairs():
+        # Vectors of 512 bits are there for processors without the instruction, too.
+        comptime if dtype == DType.bfloat16 and has_pairs() and is_defined["AVX512_BF16"]():
             conv1d_paired[write, nlc](g, steps, o)
         else:
             return NONE
@@ -452,8 +481,18 @@ def compare_spectrum(chunks: Int, positions: Int, window: Int) -> Bool:
     return False
 
 
-comptime NLC = ["dense", "short", "depthwise", "lengthwise", "winograd", "packed dense", "packed winograd", "paired"]
-comptime NCL = ["depthwise", "lengthwise", "winograd", "packed winograd", "paired"]
+comptime NLC = [
+    "dense",
+    "short",
+    "depthwise",
+    "lengthwise",
+    "winograd",
+    "packed dense",
+    "packed winograd",
+    "amx",
+    "paired",
+]
+comptime NCL = ["depthwise", "lengthwise", "winograd", "packed winograd", "amx", "paired"]
 
 
 def noted(mut counts: Dict[String, Int], kernel: String, kind: String, result: Int) raises -> Bool:

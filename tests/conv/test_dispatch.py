@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from max_conv import explain
+from max_conv.conv import dispatch
 from max_conv.conv.dispatch import LEAST_OUTPUTS, LEAST_PACKED, Layer, choose, quad_products
 from max_conv.conv.geometry import Geometry, TransposedGeometry
 from max_conv.conv.layouts import Layout
@@ -70,8 +71,23 @@ def test_kernel_of_a_layer(
     groups: int,
     dtype: str,
     kernel: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(dispatch, "has_pairs", lambda: True)
     assert choose(Layer.of(geometry, layout, channels, filters, groups, dtype)).kernel == kernel
+
+
+@pytest.mark.parametrize(("tiles", "pairs"), [(True, True), (False, True), (False, False)])
+def test_the_processor_decides_on_bfloat16(tiles: bool, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(dispatch, "has_pairs", lambda: pairs)
+    layer = Layer(K3, "NLC", 80, 384, 1, "bfloat16")
+    best, plain = "paired" if pairs else "winograd", "paired" if pairs else "dense"
+    assert choose(layer, packed=True).kernel == ("amx" if tiles else best)
+    assert choose(layer).kernel == best and choose(layer, exact=True).kernel == plain
+    assert choose(Layer(Geometry.of(1), "NLC", 2, 384, 1, "bfloat16"), packed=True).kernel == "short"
+    huge = Layer(Geometry.of(3, dilation=10_000), "NCL", 80, 384, 1, "bfloat16")
+    assert choose(huge, packed=True).kernel == "lengthwise"
 
 
 @pytest.mark.parametrize(

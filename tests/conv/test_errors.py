@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from max_conv import Conv1D, ConvTranspose1D, ConvTranspose1d, WeightNormConv1D,
 from max_conv.conv.graph import custom_op
 from max_conv.conv.layouts import permutation
 from max_conv.conv.ops import Form, emit
+from max_conv.conv.processor import has_tiles
 from max_conv.conv.recurrent import lstm
 
 PACKAGE = Path(max_conv.__file__).parent / "conv"
@@ -786,11 +789,46 @@ def test_recurrent_kernel_sentence(name: str, recurrent: max_conv.Model) -> None
         run_recurrent(recurrent, spoiled)
 
 
+REFUSED = "conv1d: the system does not let this process use the processor's tiles (AMX)."
+REFUSED_PROGRAM = """
+import ctypes
+
+class Stack(ctypes.Structure):
+    _fields_ = [("memory", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+import numpy as np
+from max.dtype import DType
+import max_conv
+from max_conv import Conv1D, PackedGraph
+from max_conv.conv import as_buffer
+from max_conv.conv.dispatch import only
+
+layer = Conv1D(3, 32, 32, DType.bfloat16)
+layer.load_state_dict({"weight": as_buffer(np.zeros((3, 32, 32)), DType.bfloat16)})
+with only("amx"):
+    graph = PackedGraph("refused", layer, input_types=layer.input_types())
+    model = max_conv.compile(graph, weights=graph.loaded())
+# Linux refuses tiles to a process in which a stack for signals is too small for them.
+memory = ctypes.create_string_buffer(4096)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 4096)), None) == 0
+try:
+    model(as_buffer(np.zeros((1, 50, 32)), DType.bfloat16))
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not has_tiles(), reason="this processor has no tiles (AMX)")
+def test_a_system_without_tiles() -> None:
+    done = subprocess.run([sys.executable, "-c", REFUSED_PROGRAM], capture_output=True, text=True)
+    assert done.stdout.strip() == REFUSED, done.stdout + done.stderr
+
+
 def test_every_kernel_error_has_a_row() -> None:
     sources = "\n".join(path.read_text() for path in sorted((PACKAGE / "kernels").rglob("*.mojo")))
     starts = re.findall(r'Error\(\s*(?:op,\s*)?"([^"]+)"', sources)
     assert len(starts) == len(re.findall(r"\bError\(", sources)) >= 15, "an error that does not begin with its sentence"
-    rows = [sentence for _, sentence in [*KERNEL_ROWS.values(), *RECURRENT_ROWS.values()]]
+    rows = [REFUSED, *(sentence for _, sentence in [*KERNEL_ROWS.values(), *RECURRENT_ROWS.values()])]
     assert not (unproved := [s for s in starts if not any(s.rstrip(".") in row for row in rows)]), unproved
 
 

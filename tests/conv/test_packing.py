@@ -21,7 +21,7 @@ from max_conv.conv.dispatch import Layer
 from max_conv.conv.geometry import Geometry, TransposedGeometry
 from max_conv.conv.layouts import permute
 from max_conv.conv.packing import LINE, Packing, aligned
-from max_conv.conv.processor import cpu_features
+from max_conv.conv.processor import has_pairs, has_tiles
 from max_conv.conv.reference import conv1d_ref
 from max_conv.frontends.torch import Conv1d
 from max_conv.runtime import idle
@@ -31,7 +31,7 @@ F32 = DType.float32
 PYTORCH: dict[str, Any] = {"layout": "NCL", "filter_layout": "FCS"}
 
 
-@pytest.mark.parametrize("kernel", ["winograd", "dense", "depthwise", "paired"])
+@pytest.mark.parametrize("kernel", ["winograd", "dense", "depthwise", "paired", "amx"])
 @pytest.mark.parametrize("filter_layout", ["FCS", "FSC", "CFS", "SFC"])
 def test_every_layout_packs_the_same(kernel: str, filter_layout: str) -> None:
     groups, channels, filters = (34, 1, 1) if kernel == "depthwise" else (2, 5, 34)
@@ -89,11 +89,25 @@ def test_pairs_of_channels_stand_side_by_side() -> None:
         assert value == (w[k, c, f] if c < 5 else 0)
 
 
-@pytest.mark.skipif("avx512_bf16" not in cpu_features(), reason="filters are packed in pairs for AVX512_BF16 alone")
+@pytest.mark.parametrize(("dilation", "each"), [(1, 5), (2, 32)])
+def test_pairs_of_inputs_fill_the_steps_of_tiles(dilation: int, each: int) -> None:
+    w = RANDOM.integers(1, 2**16, (7, 5, 2 * 34), np.uint16)
+    geometry = Geometry.of(7, dilation=dilation)
+    packed = Packing("weight", "amx", Layer(geometry, "NLC", 5, 34, 2, "bfloat16"), "SCF")(w)
+    rows = {1: 64, 2: 7 * 32}[dilation]
+    assert packed.shape == (4, 1, rows * 32) and np.count_nonzero(packed) == w.size
+    for f, c, k in np.ndindex(68, 5, 7):
+        group, filter = divmod(f, 34)
+        panel, lane = divmod(filter, 32)
+        row = k * each + c
+        assert packed[2 * group + panel, 0, row // 2 * 64 + 2 * lane + row % 2] == w[k, c, f]
+
+
+@pytest.mark.skipif(not has_pairs(), reason="filters are packed in pairs for AVX512_BF16 and AMX alone")
 def test_a_bfloat16_model_packs_pairs(tmp_path: Path) -> None:
     conv = Conv1d(9, 20, 3, dtype="bfloat16", generator=0)
     model = max_conv.compile(conv)
-    assert sorted(model._weights) == ["bias", "weight.paired.FCS.s1d1g1"]
+    assert sorted(model._weights) == ["bias", f"weight.{'amx' if has_tiles() else 'paired'}.FCS.s1d1g1"]
     model.save(tmp_path / "conv.maxconv")
     x = as_buffer(normal(1, 9, 50), DType.bfloat16)
     got, again = model(x), max_conv.load(tmp_path / "conv.maxconv")(x)

@@ -59,7 +59,7 @@ def test_groups_of_taps(kernel: int, stride: int, dilation: int, facts: Facts) -
     assert [tuple(facts[f"group {name} {i}"]) for i in range(len(groups))] == groups
     assert facts[f"plan {name}"] == [len(groups), quad_spacing(geometry), quad_products(geometry)]
     layer = Layer(geometry, "NLC", 6, 33, 2)
-    for kind in ("winograd", "dense", "paired"):
+    for kind in ("winograd", "dense", "paired", "amx"):
         assert tuple(facts[f"shape {kind} {name}"]) == Packing("w", kind, layer, "SCF").shape
 
 

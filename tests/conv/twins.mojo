@@ -53,6 +53,7 @@ def plan(kernel: Int, stride: Int, dilation: Int):
     shape(String("shape winograd ", name), packed_shape["winograd"](g))
     shape(String("shape dense ", name), packed_shape["dense"](g))
     shape(String("shape paired ", name), packed_shape["paired"](g))
+    shape(String("shape amx ", name), packed_shape["amx"](g))
 
 
 def transposed[depthwise: Bool](kernel: Int, stride: Int, dilation: Int, groups: Int, lanes: Int):

@@ -14,6 +14,7 @@ from max.graph import DeviceRef
 from max_conv import Conv1D, PackedGraph
 from max_conv.cli.main import main
 from max_conv.conv import accelerators, tuned
+from max_conv.conv.processor import has_pairs, has_tiles
 from max_conv.runtime import Checked, check, kernel_check, last_check
 
 KERNELS = {
@@ -50,8 +51,9 @@ def test_every_kernel_and_dtype_has_layers() -> None:
     groups = kernel_check._drawn(3)
     for dtype in kernel_check.EPS:
         kernels = {(kernel, layout) for kernel, layout, name in groups if name == dtype.name}
-        paired = {("conv1d paired", "NLC"), ("conv1d paired", "NCL")} if dtype == DType.bfloat16 else set()
-        assert kernels >= paired and len(kernels) >= 14 - len(paired) * 2
+        special = "amx" if has_tiles() else "paired" if has_pairs() else ""
+        own = {(f"conv1d {special}", layout) for layout in ("NLC", "NCL") if special and dtype == DType.bfloat16}
+        assert kernels >= own and len(kernels) >= 14 - len(own) * 2
     assert {key[:2] for key in groups if key[2] == "float32"} == KERNELS
     modes = {getattr(case.layer, "padding_mode", "") for cases in groups.values() for case in cases}
     assert modes == {"zeros", "reflect", "replicate", "circular", ""}
