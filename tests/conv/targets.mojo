@@ -1,8 +1,7 @@
 """Runs every CPU kernel against plain loops, on the processor that this was compiled for; prints what is wrong."""
 
 from std.math import ceildiv, cos, gcd, pi, sin, sqrt
-from std.sys import exit
-from std.sys.param_env import is_defined
+from std.sys import exit, is_defined
 from std.utils.numerics import inf, isnan, nan
 
 from kernels.amx import conv1d_amx

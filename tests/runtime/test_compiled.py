@@ -72,6 +72,7 @@ CHANGES: dict[str, Callable[[pytest.MonkeyPatch], Graph]] = {
     "kernels": lambda patch: patch.setattr(compiled, "kernel_key", lambda: "others") or graph(),
     "version": lambda patch: patch.setattr(compiled, "version", lambda name: "99") or graph(),
     "processor": lambda patch: patch.setattr(compiled, "cpu_features", lambda: frozenset(["sve"])) or graph(),
+    "target": lambda patch: patch.setattr(compiled, "cpu_target", lambda: "haswell") or graph(),
     "accelerator": lambda patch: (
         patch.setattr(compiled, "accelerator_count", lambda: 1)
         or patch.setattr(compiled, "accelerator_architecture_name", lambda: "sm_90a")
