@@ -199,9 +199,9 @@ def choose(
     if timed and (times := tuned.times(layer.key, *((None, None) if exact else (batch, outputs)))):
         kernel = min((kernel for kernel in times if not (exact and kernel == "winograd")), key=times.__getitem__)
         return Choice(kernel, "the fastest of the kernels that were timed on this machine")
-    choice = (amx(layer) if packed else None) or paired(layer)
+    bfloat16 = (amx(layer) if packed else None) or paired(layer)
     packed = packed and layer.dtype in PACKED
-    choice = choice or (None if exact else winograd(layer, packed)) or direct(layer)
+    choice = bfloat16 or (None if exact else winograd(layer, packed)) or direct(layer)
     if choice.kernel != "winograd" or batch is None or outputs is None:
         return choice
     if layer.transposed:
@@ -213,25 +213,24 @@ def choose(
 def amx(layer: Layer) -> Choice | None:
     """Returns the choice of the kernel for matrix tiles, or None if the processor lacks them or it does not pay."""
     inputs = layer.group_channels * layer.geometry.kernel_size
-    if layer.dtype != "bfloat16" or inputs < 8 or layer.filters < 16 or layer.groups > 16:
-        return None
-    if not has_tiles() or too_large(layer):
+    if inputs < 8 or not fits_pairs(layer) or not has_tiles():
         return None
     return Choice("amx", "bfloat16 matrix tiles of the processor (AMX)")
 
 
 def paired(layer: Layer) -> Choice | None:
     """Returns the choice of the kernel for pairs of bfloat16 values, or None if the processor lacks them."""
-    if layer.dtype != "bfloat16" or layer.group_channels < 8 or layer.filters < 16 or layer.groups > 16:
-        return None
-    if not has_pairs() or too_large(layer):
+    if layer.group_channels < 8 or not fits_pairs(layer) or not has_pairs():
         return None
     return Choice("paired", "bfloat16 dot products of pairs (AVX512_BF16)")
 
 
-def too_large(layer: Layer) -> bool:
-    """Returns whether NCL data is too large to be transposed with all rows between the first tap and the last."""
-    return layer.layout == "NCL" and layer.geometry.reach * layer.group_channels > 128 * 1024
+def fits_pairs(layer: Layer) -> bool:
+    """Returns whether the kernels of bfloat16 pairs, "amx" and "paired", suit a layer's dtype, filters, groups and rows."""
+    if layer.dtype != "bfloat16" or layer.filters < 16 or layer.groups > 16:
+        return False
+    # NCL data is transposed together with all rows between the first tap and the last.
+    return layer.layout == "NLC" or layer.geometry.reach * layer.group_channels <= 128 * 1024
 
 
 def winograd(layer: Layer, packed: bool) -> Choice | None:

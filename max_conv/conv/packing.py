@@ -14,7 +14,7 @@ from max.dtype import DType
 from max.graph import Graph, TensorValue, Weight
 
 from .accelerators import filter_order
-from .dispatch import PANEL, PANELS, Layer, quad_products, tap_groups
+from .dispatch import PACKED, PANEL, PANELS, Layer, quad_products, tap_groups
 from .graph import derived, in_graph, packed_graph
 from .layouts import by_group, permute
 
@@ -185,7 +185,7 @@ def packable(dtype: DType, kernel: str = "") -> bool:
     """Returns whether filters of a dtype can be packed: float32, float64, and bfloat16 for the kernels of pairs."""
     if kernel in ("paired", "amx"):
         return dtype == DType.bfloat16
-    return dtype in (DType.float32, DType.float64)
+    return dtype.name in PACKED
 
 
 def filter_operand(filter: TensorValue, filter_layout: str, layer: Layer, kernel: str) -> tuple[TensorValue, str]:

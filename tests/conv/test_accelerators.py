@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,17 +59,10 @@ KERNELS: list[tuple[Geometry | TransposedGeometry, Layout, int, int, int, str, s
 
 
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize(("geometry", "layout", "channels", "filters", "groups", "dtype", "kernel"), KERNELS)
-def test_kernel(
-    geometry: Geometry | TransposedGeometry,
-    layout: Layout,
-    channels: int,
-    filters: int,
-    groups: int,
-    dtype: str,
-    kernel: str,
-) -> None:
-    choice = accelerated(Layer.of(geometry, layout, channels, filters, groups, dtype), True)
+@pytest.mark.parametrize("row", KERNELS, ids=str)
+def test_kernel(row: tuple[Any, ...]) -> None:
+    *layer, kernel = row
+    choice = accelerated(Layer.of(*layer), True)
     assert choice.kernel == kernel and choice.why
 
 

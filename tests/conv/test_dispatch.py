@@ -62,19 +62,11 @@ KERNELS += [
 ]
 
 
-@pytest.mark.parametrize(("geometry", "layout", "channels", "filters", "groups", "dtype", "kernel"), KERNELS)
-def test_kernel_of_a_layer(
-    geometry: Geometry | TransposedGeometry,
-    layout: Layout,
-    channels: int,
-    filters: int,
-    groups: int,
-    dtype: str,
-    kernel: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize("row", KERNELS, ids=str)
+def test_kernel_of_a_layer(row: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    *layer, kernel = row
     monkeypatch.setattr(dispatch, "has_pairs", lambda: True)
-    assert choose(Layer.of(geometry, layout, channels, filters, groups, dtype)).kernel == kernel
+    assert choose(Layer.of(*layer)).kernel == kernel
 
 
 @pytest.mark.parametrize(("tiles", "pairs"), [(True, True), (False, True), (False, False)])
