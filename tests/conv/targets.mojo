@@ -11,7 +11,7 @@ from kernels.depthwise import conv1d_depthwise
 from kernels.geometry import CIRCULAR, Geometry, REFLECT, REPLICATE, ZEROS
 from kernels.lanes import PACK, FilterSteps, Memory, Operands, accumulator
 from kernels.lengthwise import conv1d_lengthwise
-from kernels.paired import conv1d_paired, has_pairs
+from kernels.paired import conv1d_paired, has_vectors
 from kernels.sink import Bytes, Outputs, Sink, address, store_rows
 from kernels.models.silero_vad import FREQUENCIES, Frames, Layer as FramesLayer, convolve, fold, spectrum
 from kernels.transposed import Transposed
@@ -243,7 +243,7 @@ def compare[dtype: DType, kernel: StaticString, nlc: Bool](g: Geometry, spike: F
     else:
         comptime assert kernel == "paired", "there is no such kernel"
         # Vectors of 512 bits are there for processors without the instruction, too.
-        comptime if dtype == DType.bfloat16 and has_pairs() and is_defined["AVX512_BF16"]():
+        comptime if dtype == DType.bfloat16 and has_vectors() and is_defined["AVX512_BF16"]():
             conv1d_paired[write, nlc](g, steps, o)
         else:
             return NONE

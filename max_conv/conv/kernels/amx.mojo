@@ -3,15 +3,15 @@
 An instruction multiplies 16 positions by 32 inputs with 32 inputs by 16 filters, in 16 cycles: 16 times the work of
 `paired`. Inputs are the channels of all taps. The filter is packed in pairs of inputs when the model is compiled.
 
-The instructions are inline assembler. MAX compiles for a processor that it finds by name, which may have fewer
-instructions than the real one (a virtual machine may give any name). So Python looks for them, and chooses this kernel.
+The instructions are inline assembler. MAX compiles for a processor that it finds by its number, and a virtual machine
+may show the number of one with fewer instructions. So Python looks for them, and chooses this kernel.
 """
 
 from std.ffi import external_call
 from std.math import ceildiv
 from std.memory import bitcast
 from std.sys import inlined_assembly
-from std.sys.info import CompilationTarget, size_of
+from std.sys.info import size_of
 
 from .geometry import Geometry
 from .grid import Grid, Part

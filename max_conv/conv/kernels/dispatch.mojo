@@ -6,7 +6,7 @@ from .depthwise import conv1d_depthwise
 from .geometry import Geometry
 from .lanes import PACK, FilterSteps, Operands, Write
 from .lengthwise import conv1d_lengthwise
-from .paired import conv1d_paired, has_pairs
+from .paired import conv1d_paired, has_vectors
 from .sink import Sink
 from .winograd import conv1d_winograd, pays
 
@@ -36,7 +36,7 @@ def convolve[
         elif kernel == "amx":
             conv1d_amx[nlc](g, o, sink)
         elif kernel == "paired":
-            comptime assert dtype == DType.bfloat16 and has_pairs()
+            comptime assert dtype == DType.bfloat16 and has_vectors()
             conv1d_paired[write, nlc, packed](g, steps, o)
         else:
             comptime assert nlc and (kernel == "dense" or kernel == "short")
@@ -49,7 +49,7 @@ def convolve[
         if least == 0 or pays(g, least):
             conv1d_winograd[nlc, False, fills_panels](g, steps, o, sink)
             return
-    comptime if kernel == "paired" and dtype == DType.bfloat16 and has_pairs():
+    comptime if kernel == "paired" and dtype == DType.bfloat16 and has_vectors():
         conv1d_paired[write, nlc](g, steps, o)
         return
     comptime if kernel == "depthwise":

@@ -27,11 +27,10 @@ comptime BLOCK_BYTES = 256 * 1024
 """Rows of a block's window."""
 
 
-def has_pairs() -> Bool:
-    """Tells whether the processor that is compiled for has vectors for the instruction.
+def has_vectors() -> Bool:
+    """Returns whether the processor that is compiled for has vectors of 512 bits.
 
-    MAX compiles for a processor that it finds by name, which may have fewer instructions than the real one: a virtual
-    machine may give any name. So Python looks for this one, and the instruction is inline assembler.
+    Python looks whether this processor has the instruction itself, which is inline assembler; `amx.mojo` says why.
     """
     return CompilationTarget._has_feature["avx512f"]()
 

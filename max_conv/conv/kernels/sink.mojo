@@ -92,20 +92,15 @@ def run_of[
     dtype: DType, //, write: Write[dtype], widest: Int
 ](at: Outputs, first: Int, count: Int, row: Memory[dtype], row_size: Int):
     """Writes rows of neighbouring positions from `first` on."""
-    comptime width = min(widest, simd_width_of[dtype]())
+    comptime whole = min(widest, simd_width_of[dtype]())
     var j = 0
-    while j + width <= at.lanes:
-        for i in range(count):
-            var value = row.unsafe_offset(i * row_size + j).unsafe_load[width=width]()
-            write[width](at.n, first + i, at.filter + j, value)
-        j += width
-    comptime if width > simd_width_of[accumulator[dtype]]():  # half of the panel
-        comptime half = width // 2
-        if j + half <= at.lanes:
+    # Vectors of 16-bit values hold a panel: half of one may be left.
+    comptime for width in range(whole, min(whole, simd_width_of[accumulator[dtype]]()) - 1, -(whole // 2)):
+        while j + width <= at.lanes:
             for i in range(count):
-                var value = row.unsafe_offset(i * row_size + j).unsafe_load[width=half]()
-                write[half](at.n, first + i, at.filter + j, value)
-            j += half
+                var value = row.unsafe_offset(i * row_size + j).unsafe_load[width=width]()
+                write[width](at.n, first + i, at.filter + j, value)
+            j += width
     for i in range(count):
         for f in range(j, at.lanes):
             write[1](at.n, first + i, at.filter + f, row[unsafe_offset=i * row_size + f])
