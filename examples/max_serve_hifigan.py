@@ -50,7 +50,7 @@ from max.pipelines.modeling.types import PipelineTask
 from max.pipelines.request import OpenResponsesRequest
 from max_conv.graphs import hifigan
 
-from max_conv import registry  # its module also keeps the workers, which are new processes, in this environment
+from max_conv import registry  # importing it also keeps the workers, which are new processes, in this environment
 
 LONGEST = 1 << 24
 """The most values of one spectrogram, which `max serve` counts as tokens."""
@@ -64,7 +64,7 @@ def config_of(models: Mapping[str, Any]) -> hifigan.Config:
 
 
 class MelTokenizer:
-    """Carries the bits of float32 values as token ids: nothing else reaches an executor."""
+    """Passes the bits of float32 values as token ids: an executor gets nothing else."""
 
     eos_token_ids: ClassVar[set[int]] = set()
     expects_content_wrapping = False
@@ -86,7 +86,7 @@ class MelTokenizer:
         raise NotImplementedError("hifigan: answers with sound, not with text.")
 
     async def new_context(self, request: OpenResponsesRequest) -> AudioContext:
-        """Returns what the executor sees of a request: `input` arrives as lyrics."""
+        """Returns the part of a request that the executor gets: `input` arrives as lyrics."""
         options = request.body.provider_options.audio
         bits = await self.encode((options and options.lyrics) or "")
         return AudioContext(
@@ -136,7 +136,7 @@ class HifiGan(PipelineExecutor[AudioContext, Mel, AudioExecutorOutputs]):
 
 @dataclass(kw_only=True)
 class HifiGanConfig(ArchConfig):
-    """What MAX asks of an architecture's configuration: a vocoder has no sequence to bound."""
+    """The configuration that MAX requires of an architecture. A vocoder has no sequence length to limit."""
 
     DEFAULT_ENCODING: ClassVar[Any] = "float32"
     SUPPORTED_ENCODINGS: ClassVar[set[Any]] = {"float32"}

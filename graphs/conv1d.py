@@ -13,7 +13,7 @@ from max_conv.conv import Padding
 
 @dataclass(frozen=True)
 class Config:
-    """What the layer does along the length; its sizes come from the weights.
+    """The layer's settings along the length; its sizes come from the weights.
 
     With `permute` the weights are PyTorch's, (F, C / groups, K), and so is the data, (N, C, L); without it they are
     native, (K, C / groups, F), and the data is (N, L, C).
@@ -39,9 +39,9 @@ def build(
 
     Args:
         config: The layer's settings.
-        weights: "weight", and "bias" where there is one. Only their shapes matter here.
+        weights: "weight", and "bias" if there is one. Only their shapes matter here.
         device: Where the graph runs; None is the CPU.
-        dtype: Of the weights and the data.
+        dtype: The dtype of the weights and the data.
         exact: As in `max_conv.conv1d`.
 
     Returns:

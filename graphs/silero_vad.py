@@ -10,7 +10,7 @@ layers together, in the cache. Each layer computes one position of all of them a
 The STFT filters are symmetric sines and cosines, and the filters of two mirrored frequencies differ in the sign of every
 second sample; so mirrored samples are added first, and only a quarter of the multiplications remain. If the filters are not
 exactly of this form, the layer-by-layer graph is used. The LSTM of a single signal follows the layers closely: its thread
-helps with the chunks that it waits for. All state is one tensor, since each input and output costs a call 2 us. On other
+helps with the chunks that it waits for. All state is one tensor, since each input and output costs 2 us per call. On other
 devices and dtypes the graph is built layer by layer; a test compares the two.
 
 Source of the network and its weights: https://github.com/snakers4/silero-vad (MIT licence).
@@ -55,7 +55,7 @@ LAYERS = LayerMap(
     copy=("*.bias", "lstm_cell.*"),
     # Also in the ONNX and TorchScript files: the 8 kHz network, and numbers of the graph.
     ignore=("_model_8k.*", "model_8k.*", "If_0_else_branch__*", "val_*"),
-    rename=(  # the names in those files
+    rename=(  # the names in the ONNX and TorchScript files
         (r"^(_?model\.|If_0_then_branch__Inline_0__)", ""),
         (r"^stft\.forward_basis_buffer$", "stft_conv.weight"),
         *((rf"^encoder\.{i}\.reparam_conv\.", f"conv{i + 1}.") for i in range(4)),
@@ -70,9 +70,9 @@ class Config:
     """The network's sizes. Samples are at `rate`."""
 
     rate: int = 16000
-    hop: int = 512  # a chunk: the samples of one probability
-    context: int = 64  # samples of the chunk before that are seen again
-    window: int = 256  # of the short-time spectrum, as the next two
+    hop: int = 512  # samples of a chunk, which has one probability
+    context: int = 64  # samples of the chunk before that are read again
+    window: int = 256  # of the short-time spectrum, as are the next two
     stride: int = 128
     reflected: int = 64  # samples mirrored after the end
     layers: tuple[tuple[int, int], ...] = ((128, 1), (64, 2), (64, 2), (128, 1))  # filters and stride
@@ -113,17 +113,17 @@ class Config:
 
 
 def load_weights(reference: str | Path = WEIGHTS, config: Config = Config()) -> dict[str, np.ndarray]:
-    """Reads the network's weights into native ones; by default those that the package silero-vad runs.
+    """Reads the network's weights into native weights; by default the weights that the package silero-vad runs.
 
     Args:
-        reference: An ONNX file of Silero's, a checkpoint, or what `max_conv.weights.resolve` downloads, such as
+        reference: An ONNX file of Silero's, a checkpoint, or a reference for `max_conv.weights.resolve`, such as
             `SAFETENSORS`, whose probabilities differ from the package's by up to 0.37.
         config: The sizes.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If the package that reads the file is not installed.
-        ValueError: If the file is no checkpoint, or does not hold this network.
+        ValueError: If the file is not a checkpoint, or does not hold this network.
 
     >>> load_weights("gone.onnx")
     Traceback (most recent call last):
@@ -302,8 +302,8 @@ def _in_one(config: Config, w: Weights, chunks: TensorValue, state: TensorValue)
 def _mirrored(spectrum: np.ndarray) -> bool:
     """Whether the filters are windowed waves: cosines and then sines, of frequencies 0 to half of the sampling rate.
 
-    Those of a window that is the same from both ends mirror each other about the middle, and those of two frequencies
-    that mirror each other about a quarter of the rate differ in the sign of every second sample.
+    With a symmetric window, each wave is symmetric about its middle. The waves of two frequencies that mirror each other
+    about a quarter of the rate differ only in the sign of every second sample.
     """
     cosines, sines = np.split(spectrum[:, 0], 2, axis=1)
     signs = np.where(np.arange(len(spectrum)) % 2, -1, 1)[:, None]
@@ -317,13 +317,13 @@ def _mirrored(spectrum: np.ndarray) -> bool:
 
 
 def _panels(spectrum: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
-    """Returns the layers' filters in panels of 32, each layer's bias behind them, all in a row.
+    """Returns the layers' filters in panels of 32, and each layer's bias after its filters, in one array.
 
     A panel of the spectrum holds 16 frequencies up to a quarter of the rate: half of the cosines, a row of zeros, and
-    half of the sines; `kernels/models/silero_vad.mojo` makes the rest of them.
+    half of the sines; `kernels/models/silero_vad.mojo` computes the other frequencies from these.
 
     Raises:
-        ValueError: If the spectrum's filters are no waves, where those that the graph was built for were.
+        ValueError: If the spectrum's filters are not waves, but the filters that the graph was built for were.
     """
     if not _mirrored(spectrum):
         raise ValueError("silero_vad: stft_conv.weight is no windowed transform; build the graph with these weights.")

@@ -29,7 +29,7 @@ LAYERS = LayerMap(
         "projection_out.weight",
     ),
     copy=("*.bias",),
-    ignore=("*.buffer",),  # the memory of streams
+    ignore=("*.buffer",),  # the state of pytorch-tcn's streams
     optional=("network.*.downsample.weight", "downsample_skip_connection.*.weight", "projection_out.weight"),
 )
 
@@ -42,7 +42,7 @@ class Config:
         inputs: Channels of the input.
         channels: Channels of every block.
         kernel_size: Taps of all convolutions of the blocks.
-        dilations: Of every block; None for 1, 2, 4, and so on.
+        dilations: The dilation of every block; None for 1, 2, 4, and so on.
         outputs: Channels of a last pointwise convolution; None for none.
     """
 
@@ -114,7 +114,7 @@ def build(
     exact: bool = False,
     ragged: bool = False,
 ) -> PackedGraph:
-    """Builds the graph: (batch, length, inputs) to (batch, length, outputs), no output sees what comes after it.
+    """Builds the graph: (batch, length, inputs) to (batch, length, outputs), no output depends on later inputs.
 
     Args:
         config: The sizes.

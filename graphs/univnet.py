@@ -46,7 +46,7 @@ class Config:
 
     mels: int = 100
     noise: int = 64
-    """Channels of the noise, one vector a frame of the spectrogram."""
+    """Channels of the noise, which has one vector per frame of the spectrogram."""
     channels: int = 32
     rates: tuple[int, ...] = (8, 8, 4)
     kernel_sizes: tuple[int, ...] = (3, 3, 3)
@@ -56,7 +56,7 @@ class Config:
     predictor_kernel_size: int = 3
     slope: float = 0.2
     rate: int = 24000
-    """Samples a second."""
+    """Samples per second."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Config":
@@ -76,7 +76,7 @@ class Config:
 
     @property
     def hop(self) -> int:
-        """Samples a frame of the spectrogram."""
+        """Samples per frame of the spectrogram."""
         return math.prod(self.rates)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -194,7 +194,7 @@ def _predicted(
 
 
 def _filters_of(array: np.ndarray, layer: int, sizes: tuple[int, ...]) -> np.ndarray:
-    """Returns a layer's share of what predicts filters, in the order (taps, channels, filters); last axes of both are."""
+    """Returns a layer's part of the weights that predict filters; its last axis is in the order (taps, channels, filters)."""
     own = np.moveaxis(array.reshape(*array.shape[:-1], *sizes)[..., layer, :, :, :], -1, -3)
     return np.ascontiguousarray(own).reshape(*array.shape[:-1], -1)
 
@@ -205,7 +205,7 @@ def _biases_of(array: np.ndarray, layer: int, layers: int) -> np.ndarray:
 
 
 def _varied(x: TensorValue, filters: TensorValue, bias: TensorValue, hop: int, taps: int) -> TensorValue:
-    """Convolves each frame of (batch, frames * hop, C) with its own filters; past its edges are its neighbours' samples."""
+    """Convolves each frame of (batch, frames * hop, C) with its own filters, which also read the neighbouring frames."""
     (batch, frames, _), channels = filters.shape, int(x.shape[2])
     seen = signals().neighbours(x, taps // 2, taps // 2)
     windows = signals().in_frames(ops.concat(seen, axis=2), hop, filters)
@@ -214,13 +214,13 @@ def _varied(x: TensorValue, filters: TensorValue, bias: TensorValue, hop: int, t
 
 
 def speak(model: Callable[..., Any], mels: np.ndarray, config: Config = Config(), *, seed: int = 0) -> Any:
-    """Makes sound of a spectrogram, of noise that `seed` decides.
+    """Makes sound from a spectrogram and from noise with this `seed`.
 
     Args:
         model: The compiled graph.
         mels: (batch, frames, config.mels), float32; at least 4 frames.
         config: The sizes.
-        seed: Of NumPy's generator.
+        seed: The seed of NumPy's generator.
 
     Returns:
         float32, (batch, frames * hop), -1 to 1.

@@ -43,14 +43,14 @@ class Config:
     center: bool = True
     """Whether frames are centred on their sample, so that (frames - 1) * hop samples come out; else frames * hop."""
     rate: int = 24000
-    """Samples a second."""
+    """Samples per second."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Config":
         """Reads the published config.yaml, as a dictionary.
 
         Raises:
-            ValueError: If the backbone depends on a bandwidth, as that of vocos-encodec-24khz.
+            ValueError: If the backbone depends on a bandwidth, as in vocos-encodec-24khz.
         """
         backbone, head = config["backbone"]["init_args"], config["head"]["init_args"]
         if backbone.get("adanorm_num_embeddings"):
@@ -109,7 +109,7 @@ def build(
         config: The sizes.
         weights: The result of `load_weights`; only its names and shapes go into the graph.
         device: Where the graph runs; None is the CPU.
-        dtype: What it computes in; the Fourier transform is computed in float32. Input and output are float32.
+        dtype: The dtype of the computation; the Fourier transform is always float32. Input and output are float32.
         exact: As in `max_conv.conv1d`.
         ragged: Whether signals differ in length: then the last input is `lengths`, (batch,) int64.
 

@@ -28,7 +28,7 @@ from max_conv.weights import LayerMap
 from .parts import Ports, Weights, begin, gelu, load
 
 EPSILON = 1e-5
-"""Of the norms inside the feature encoder, which no config sets."""
+"""The epsilon of the norms inside the feature encoder, which no config sets."""
 
 LAYERS = LayerMap(
     conv=("feature_extractor.conv_layers.*.conv.weight", "encoder.pos_conv_embed.conv.weight"),
@@ -60,7 +60,7 @@ class Config:
     kernel_sizes: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
     strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
     bias: bool = False
-    """Whether the feature encoder's convolutions have one."""
+    """Whether the feature encoder's convolutions have a bias."""
     norm: str = "group"
     """"group": the first layer's channels are normalised over time. "layer": every layer's vectors over channels."""
     hidden: int = 768
@@ -73,7 +73,7 @@ class Config:
     """Whether transformer layers normalise their inputs, not their outputs; then `encoder.layer_norm` follows the last."""
     epsilon: float = 1e-5
     rate: int = 16000
-    """Samples a second."""
+    """Samples per second."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Config":
@@ -104,19 +104,19 @@ class Config:
 
     @property
     def hop(self) -> int:
-        """Samples a frame."""
+        """Samples per frame."""
         return math.prod(self.strides)
 
     @property
     def receptive(self) -> int:
-        """Samples that one frame sees, the least that make one."""
+        """Samples that one frame depends on: the shortest sound with a frame."""
         samples = 1
         for taps, stride in zip(reversed(self.kernel_sizes), reversed(self.strides), strict=True):
             samples = (samples - 1) * stride + taps
         return samples
 
     def normalised(self, layer: int) -> bool:
-        """Tells whether a layer of the feature encoder has a norm."""
+        """Returns whether a layer of the feature encoder has a norm."""
         return self.norm == "layer" or layer == 0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -162,7 +162,7 @@ def build(
 ) -> PackedGraph:
     """Builds the graph: sound (batch, samples) to the input of the first transformer layer, (batch, frames, hidden).
 
-    `frames = (samples - 400) // 320 + 1`, with the published sizes. The models want sound of mean 0 and deviation 1.
+    `frames = (samples - 400) // 320 + 1`, with the published sizes. The models expect sound of mean 0 and deviation 1.
 
     Args:
         config: The sizes.
@@ -247,7 +247,7 @@ def _graph(
 
 
 def _features(config: Config, layers: Weights, sound: TensorValue) -> TensorValue:
-    """Returns (batch, frames, channels) of (batch, samples)."""
+    """Returns the features (batch, frames, channels) of sound (batch, samples)."""
     x = ops.unsqueeze(sound, 2)
     for i, stride in enumerate(config.strides):
         if config.norm == "group" and i == 0:
@@ -263,18 +263,18 @@ def _features(config: Config, layers: Weights, sound: TensorValue) -> TensorValu
 def _normalised_over_time(config: Config, layers: Weights, sound: TensorValue) -> TensorValue:
     """Convolves sound of one channel, and normalises every filter's output over time.
 
-    The mean and deviation of an output follow from the means of the windows that filters see, and of their products, 10
-    and 100 numbers: so the output, 65 MB for ten seconds, is written once and never read to be normalised. Sums are
-    float64: of sound that is loud in the bass, a filter for the treble leaves a millionth of the variance.
+    The mean and deviation of an output follow from the means of the windows that filters read, and of their products, 10
+    and 100 numbers. So the output, 65 MB for ten seconds, is written once and never read to be normalised. Sums are
+    float64: if the sound is loud in the bass, the output of a filter for the treble has a millionth of its variance.
     """
     taps, stride = config.kernel_sizes[0], config.strides[0]
-    # Neither result depends on a constant in the sound, nor on the bias; without them nothing large cancels.
+    # The result depends neither on a constant in the sound nor on the bias; without them no large values cancel.
     sound = sound - ops.cast(ops.mean(ops.cast(sound, DType.float32), 1), sound.dtype)
     identity = ops.constant(np.eye(taps, dtype=np.float32)[:, None], DType.float32, device=sound.device)
     signal = ops.cast(ops.unsqueeze(sound, 1), DType.float32)
     windows = conv1d(signal, identity, stride=stride, layout="NCL", filter_layout="FCS")
     windows = ops.cast(windows, DType.float64)
-    # Not the covariance: where its subtrahend enters the next sum, MAX 26.7 gives every signal the first one's.
+    # Not the covariance: if its subtrahend enters the next sum, MAX 26.7 uses the first signal's for every signal.
     squares = ops.mean(ops.unsqueeze(windows, 1) * ops.unsqueeze(windows, 2), 3)  # (batch, taps, taps, 1)
     filter = ops.cast(layers.make("0.conv.taps", lambda array: array[:, 0], "0.conv.weight"), DType.float64)
     mean = ops.sum(ops.mean(windows, 2) * filter, 1)
@@ -293,7 +293,7 @@ def _positional(config: Config, w: Weights, x: TensorValue) -> TensorValue:
 
 
 def hear(model: Callable[..., Any], audio: Any, config: Config = Config()) -> Any:
-    """Returns the vectors of whole signals, each brought to mean 0 and variance 1 as transformers does.
+    """Returns the vectors of whole signals, each scaled to mean 0 and variance 1, as transformers does.
 
     Args:
         model: The compiled graph.

@@ -37,7 +37,7 @@ class Config:
 
     mels: int = 80
     rate: int = 100
-    """Frames a second of the spectrogram."""
+    """Frames per second of the spectrogram."""
     hidden: int = 384
     heads: int = 6
     layers: int = 4
@@ -106,7 +106,7 @@ def build(
     """Builds the graph: a log-mel spectrogram (batch, frames, mels) to (batch, (frames + 1) // 2, hidden).
 
     The spectrogram is NLC, the transpose of transformers' feature extractor's output. The model was trained on 30 s,
-    3000 frames, and accepts no more; it runs on fewer, which transformers' does not.
+    3000 frames, and accepts no more; it runs on fewer, unlike transformers' model.
 
     Args:
         config: The sizes.
@@ -143,7 +143,7 @@ def _positions(w: Weights, length: Dim) -> TensorValue:
     """Returns the embeddings of the first positions, (length, hidden)."""
     end = ops.squeeze(ops.shape_to_tensor([length]), 0)
     table = w["embed_positions.weight"]
-    # As many rows as there are, up to the length; the check of both is made when the graph runs.
+    # All rows that exist, up to the length; both sizes are checked when the graph runs.
     rows = table[(slice(None, end), "positions"), :]
     return ops.rebind(
         rows,

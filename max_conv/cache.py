@@ -14,7 +14,7 @@ def cache_dir() -> Path:
     """Returns the folder that holds compiled kernels and downloaded files.
 
     `MAX_CONV_CACHE` names it; otherwise it is `max_conv` in `XDG_CACHE_HOME` or `~/.cache`. With `MAX_CONV_CACHE=off` it is
-    a folder of this process, which goes when the process ends.
+    a folder of this process, which is removed when the process ends.
     """
     folder = os.environ.get("MAX_CONV_CACHE")
     if folder == "off":

@@ -56,7 +56,7 @@ from report import (
 )
 
 HERE = Path(__file__).resolve().parent
-TRIES = 4  # runs of peaks.mojo of a second, of which the best counts: other load can occupy a core for one
+TRIES = 4  # runs of peaks.mojo, a second each. The best one counts: other load can occupy a core for a second
 EPILOGUE_LAYERS = ("whisper conv1", "HiFi-GAN res")
 BATCHES = (1, 8)
 """The batch sizes of the networks' race."""

@@ -1,4 +1,4 @@
-"""What compiling costs: `bench.py --compile` runs this file once for each row, every time in a new process.
+"""The costs of compiling: `bench.py --compile` runs this file once for each row, every time in a new process.
 
 MAX's cache and ours start empty, and all rows share them: a row finds what the rows before it have compiled. Ratios are
 of CPU seconds, which other load on the machine changes less than wall time.
@@ -39,7 +39,7 @@ def layer(name: str) -> Callable[[], Any]:
     taps, channels, filters = LAYERS[name]
     made = max_conv.Conv1D(taps, channels, filters, DType.float32, padding=1)
     made.load_state_dict({"weight": np.zeros((taps, channels, filters), np.float32)})
-    max_conv.PackedGraph("kernels", made, input_types=made.input_types())  # compiles the kernel library, once a machine
+    max_conv.PackedGraph("kernels", made, input_types=made.input_types())  # compiles the kernels, once per machine
     return lambda: max_conv.compile(made)
 
 
@@ -65,7 +65,7 @@ ROWS: tuple[tuple[str, Callable[[], Callable[[], Any]]], ...] = (
 
 
 def measure() -> list[dict[str, Any]]:
-    """Returns the seconds of each row, beyond imports: of the clock, and of the CPU; and the CPU's, in ReLUs."""
+    """Returns the seconds of each row, beyond imports: wall time and CPU time; and CPU time as a multiple of the ReLU's."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="max_conv.compiles.") as folder:
         environment = {**os.environ, "XDG_CACHE_HOME": folder, "MAX_CONV_CACHE": f"{folder}/max_conv"}

@@ -1,4 +1,4 @@
-"""What the races of bench.py share: a contender's process, and errors of one sentence."""
+"""The common parts of the races of bench.py: a contender's process, and errors of one sentence."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ class Racer:
         self.process: subprocess.Popen[str] | None = None
 
     def ask(self, question: Mapping[str, str | float]) -> dict[str, Any]:
-        """Returns the reply, or that the process died. The next question starts another process."""
+        """Returns the reply, or the fact that the process died. The next question starts another process."""
         if self.process is None:
             pipe, silence = subprocess.PIPE, subprocess.DEVNULL
             self.process = subprocess.Popen(
@@ -89,7 +89,7 @@ def start(
 
 
 def prepare(name: str, words: Sequence[str]) -> str:
-    """Runs a script that prepares a network for its contenders; returns the last line that it says.
+    """Runs a script that prepares a network for its contenders; returns the last line that it prints.
 
     Raises:
         Sentence: If it fails.

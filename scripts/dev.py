@@ -4,7 +4,7 @@
     python3 scripts/dev.py demo [ARGS]    runs `max-conv run speech ARGS`
     python3 scripts/dev.py test [ARGS]    runs lint and every test, or with ARGS only `pytest ARGS`
     python3 scripts/dev.py test --all [ARGS]        the same, with the tests that are marked nightly
-    python3 scripts/dev.py test --coverage [ARGS]   the same tests, and tells what of the Python they ran
+    python3 scripts/dev.py test --coverage [ARGS]   the same tests, and shows which Python lines they ran
     python3 scripts/dev.py smoke          runs a minute's choice of the tests
     python3 scripts/dev.py lint           runs ruff, mypy and the checks of Mojo sources
 
@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 
-if sys.version_info < (3, 11):  # noqa: UP036 -- the sentence is for those who have an older one
+if sys.version_info < (3, 11):  # noqa: UP036 -- the sentence is for users of an older Python
     sys.exit("dev.py: Python 3.11 or newer is needed, but this is {}.{}.".format(*sys.version_info[:2]))
 
 import fcntl
@@ -55,12 +55,12 @@ SMOKE = [
     "tests/conv/test_errors.py::test_sentence",
     "tests/test_docs.py::test_readme_code[0]",
 ]
-"""Geometry, layouts, the reference, errors of graphs, and one layer through MAX. pytest fails where one is gone."""
+"""Geometry, layouts, the reference, errors of graphs, and one layer through MAX. pytest fails if a file is gone."""
 OPTIONS = {
     "--all": ["--all"],
     "--coverage": ["--cov=max_conv", "--cov=scripts", "--cov-report=term:skip-covered"],
 }
-"""What `test` passes to pytest for its own first option."""
+"""The arguments that `test` passes to pytest for its own first option."""
 # An extra brings others with it, so that `demo` after `test` installs nothing.
 EXTRAS = {"all": ["all"], "test": ["test", "all"]}
 HEARTBEAT = 10.0
@@ -68,7 +68,7 @@ HEARTBEAT = 10.0
 CLEAR = "\r\033[K" if sys.stdout.isatty() else ""
 """Wipes the line of a terminal that was last written to."""
 BIG = 20.0
-"""Megabytes from which a download is news."""
+"""Megabytes from which a download is reported."""
 
 
 def say(text: str) -> None:
@@ -117,12 +117,12 @@ def run(command: list[str | Path], cwd: Path | None = None) -> int:
             status = process.wait()
             return 128 - status if status < 0 else status
         except KeyboardInterrupt:
-            # The terminal has told the command too: it says its last words and ends.
+            # The terminal has sent the signal to the command, too: it prints its last lines and ends.
             continue
 
 
 def run_all(python: Path, steps: dict[str, Step]) -> int:
-    """Runs every step, whatever became of the ones before; returns the last status that was not 0."""
+    """Runs every step, even if steps before it failed; returns the last status that was not 0."""
     result, lines = 0, []
     for name, step in steps.items():
         say(name)
@@ -144,7 +144,7 @@ def mojo_sources() -> list[Path]:
 
 
 def mojo_format(python: Path) -> int:
-    """Asks Mojo's formatter whether it would change a file; changes none."""
+    """Checks whether Mojo's formatter would change a file; changes no file."""
     # mblack has no __main__, and its script may not be in PATH.
     words: list[str | Path] = [python, "-c", "import mblack; mblack.patched_main()", "--check", "-l", str(WIDTH)]
     return run([*words, *mojo_sources()], cwd=ROOT)
@@ -167,8 +167,8 @@ def mojo_lines() -> int:
 def set_up(extra: str) -> Path:
     """Returns the Python of `.venv`, with the project and `extra` installed.
 
-    `.venv/dev-EXTRA` holds the key of what is installed. `.venv/dev-unfinished` is there while packages are being
-    written: after a set-up that was cut short nobody knows which are whole, so it starts over.
+    `.venv/dev-EXTRA` holds the key of the installed packages. `.venv/dev-unfinished` exists while packages are being
+    written: after a set-up that was cut short it is not known which packages are whole, so it starts over.
     """
     lock = os.open(ROOT, os.O_RDONLY)
     try:
@@ -202,7 +202,7 @@ def take(lock: int) -> None:
 
 
 def key() -> str:
-    """Returns a digest of what decides the installed packages and their place."""
+    """Returns a digest of the facts that decide the installed packages and their place."""
     digest = hashlib.sha256((ROOT / "pyproject.toml").read_bytes())
     digest.update(f"{ROOT} {version()}".encode())
     return digest.hexdigest()
@@ -220,7 +220,7 @@ def stamp(extra: str) -> str | None:
 
 
 def unusable(python: Path) -> str | None:
-    """Returns why `.venv` cannot be built upon, or None."""
+    """Returns why `.venv` cannot be used, or None."""
     if not VENV.exists():
         return "there is none"
     if (VENV / "dev-unfinished").exists():
@@ -250,7 +250,7 @@ def remove(folder: Path) -> None:
 
 def make() -> None:
     """Makes `.venv` with pip inside."""
-    # Where this runs inside a virtual environment, the Python behind it is meant.
+    # If this runs inside a virtual environment, the environment's base Python is used.
     base = getattr(sys, "_base_executable", None) or sys.executable
     ways = []
     uv = shutil.which("uv")
@@ -282,14 +282,14 @@ def install(python: Path, extra: str) -> None:
     ways = {"pip": [str(python), "-m", "pip", "install", "--disable-pip-version-check", *project]}
     uv = shutil.which("uv")
     if uv:
-        # uv does not read pip's configuration files: where they name the machine's sources, only pip succeeds.
+        # uv does not read pip's configuration files: if they name the machine's package sources, only pip succeeds.
         ways = {"uv": [uv, "pip", "install", "--python", str(python), *project], **ways}
     for name, command in ways.items():
         say(f"installing the project with its extra {extra!r}, with {name}")
         if watch(command) == 0:
             break
     else:
-        # Installers first resolve and download, and write packages only when they have them all.
+        # Installers first resolve and download, and write packages only when all are downloaded.
         mark.unlink()
         stop("the installation failed; the lines above say why (is there a network?).")
     for name in EXTRAS[extra]:
@@ -298,7 +298,7 @@ def install(python: Path, extra: str) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment for installers: uv finds wheels where pip is told to look."""
+    """Returns the environment for installers: uv looks for wheels in the places that pip's settings name."""
     found = dict(os.environ, PYTHONUNBUFFERED="1", PIP_PROGRESS_BAR="off")
     if "PIP_FIND_LINKS" in found and "UV_FIND_LINKS" not in found:
         found["UV_FIND_LINKS"] = ",".join(found["PIP_FIND_LINKS"].split())
@@ -306,7 +306,7 @@ def environment() -> dict[str, str]:
 
 
 def watch(command: list[str]) -> int:
-    """Runs an installer and returns its status: short lines while it works, all that it said where it failed."""
+    """Runs an installer and returns its status: short lines while it works, and its whole output if it failed."""
     start = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -355,7 +355,7 @@ def watch(command: list[str]) -> int:
 
 
 def news(line: str) -> str | None:
-    """Returns what a person wants to hear of an installer's line.
+    """Returns the part of an installer's line that is worth reporting.
 
     >>> news("  Downloading torch-2.13.0-cp312-cp312-manylinux_2_28_x86_64.whl (190.4 MB)")
     'downloading torch-2.13.0 (190 MB)'

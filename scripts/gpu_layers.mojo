@@ -2,12 +2,13 @@
 
     mojo build --target-accelerator sm_90a -I FOLDER scripts/gpu_layers.mojo -o gpu_layers
 
-FOLDER has a link named `kernels` to `max_conv/conv/kernels`. The program of 2 MB runs on a machine without MAX that has
-four of its libraries (libKGENCompilerRTShared, libAsyncRTMojoBindings, libAsyncRTRuntimeGlobals, libMSupportGlobals) on
-LD_LIBRARY_PATH, and NVIDIA's ptxas at MODULAR_NVPTX_COMPILER_PATH. `gpu_peers.py` times PyTorch on the same layers.
+FOLDER has a link named `kernels` to `max_conv/conv/kernels`. The program has 2 MB. It runs on a machine without MAX. It
+needs four of MAX's libraries (libKGENCompilerRTShared, libAsyncRTMojoBindings, libAsyncRTRuntimeGlobals,
+libMSupportGlobals) on LD_LIBRARY_PATH, and NVIDIA's ptxas at MODULAR_NVPTX_COMPILER_PATH. `gpu_peers.py` times PyTorch
+on the same layers.
 
 Every layer's output is first filled with NaN. Up to a million outputs are compared with sums in float64 that the GPU
-makes from the definition; the error is that of all of them, as a part of their norm.
+computes from the definition; the error is the norm of all differences, as a part of the norm of the sums.
 """
 
 from kernels.geometry import REFLECT, ZEROS, Geometry
@@ -156,7 +157,7 @@ def layer[
         Float32(moved / best / 1e9),
         flush=True,
     )
-    _ = x_room^  # or its memory would be given back before the kernel has run
+    _ = x_room^  # or its memory would be freed before the kernel has run
     _ = w_room^
     _ = y_room^
 

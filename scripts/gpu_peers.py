@@ -1,4 +1,4 @@
-"""Times PyTorch with cuDNN on the layers of gpu_layers.mojo, and the card's ceilings. Needs PyTorch alone.
+"""Times PyTorch with cuDNN on the layers of gpu_layers.mojo, and the card's ceilings. Needs only PyTorch.
 
     python scripts/gpu_peers.py
 

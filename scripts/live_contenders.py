@@ -1,4 +1,4 @@
-"""Who takes part in bench.py --streaming: each contender pushes the pieces of signals through a network."""
+"""The contenders of bench.py --streaming: each contender pushes the pieces of signals through a network."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -51,7 +51,7 @@ class Ours:
 
 
 class Single:
-    """What contenders that have one stream share."""
+    """The common part of contenders that have one stream."""
 
     def pieces(self, signal: np.ndarray, chunk: int, streams: int, batched: bool) -> list[Any]:
         return [cut(signal, self.axis, at, at + chunk) for at in range(0, signal.shape[self.axis], chunk)]
@@ -98,7 +98,7 @@ class EmptyCall(Single):
 
 
 class Peer(Single):
-    """What peers share: NCL data, and chunks that wait until the first call can be made."""
+    """The common part of peers: NCL data, and chunks that wait until the first call can be made."""
 
     file = ""
     """The ONNX file that it needs."""
@@ -145,7 +145,7 @@ class Peer(Single):
 
 
 class Torch(Peer):
-    """PyTorch, over layers that keep what the next chunk needs."""
+    """PyTorch, with layers that keep the values that the next chunk needs."""
 
     def __init__(self, name: str, folder: Path, threads: int, layers: str = "Cached") -> None:
         super().__init__(name, folder, threads)
@@ -197,7 +197,7 @@ class OnnxState(Torch):
 
 
 class Overlap(Peer):
-    """The whole network, once again for every chunk with all that its outputs see."""
+    """The whole network runs again for every chunk, on all inputs that the chunk's outputs depend on."""
 
     def __init__(self, name: str, folder: Path, threads: int) -> None:
         super().__init__(name, folder, threads)
@@ -206,7 +206,7 @@ class Overlap(Peer):
         self.run = self.runner(name)
 
     def runner(self, name: str) -> Callable[[np.ndarray], Any]:
-        """Returns what computes a window."""
+        """Returns the function that computes a window."""
         import torch
 
         import live_torch

@@ -17,9 +17,9 @@ class Network:
 
     Attributes:
         graph: The module of the graphs, and the function in it that builds ours.
-        rate: Input positions a second.
-        seconds: Of the signal that is pushed.
-        contenders: Who takes part.
+        rate: Input positions per second.
+        seconds: The length of the signal that is pushed.
+        contenders: The contenders that take part.
         options: The arguments of the module's `Config`.
         codes: The number of codes, for a network that reads codes.
     """
@@ -47,13 +47,13 @@ class Network:
 
 
 class Facts(NamedTuple):
-    """What contenders have to know about a network.
+    """The facts that contenders need about a network.
 
     Attributes:
         left, right: Input positions before and after its own that an output depends on; None is without limit.
         first: Positions that the first call must bring.
         state: Bytes of a stream.
-        hop: Output positions a position of the input.
+        hop: Output positions per input position.
     """
 
     left: int | None
@@ -84,7 +84,7 @@ NETWORKS = {
         {"inputs": 20, "channels": (32, 32, 32), "kernel_size": 3},
     ),
 }
-"""HiFi-GAN sees what comes later, so its peers compute overlaps again. EnCodec's LSTM remembers all, so they cannot."""
+"""HiFi-GAN reads later inputs, so its peers compute overlaps again. EnCodec's LSTM remembers all, so they cannot."""
 
 
 def module_of(name: str) -> Any:
@@ -106,7 +106,7 @@ def weights_of(name: str) -> dict[str, np.ndarray]:
         elif key.endswith("embed"):
             scale = 0.3
         elif any(fnmatch.fnmatch(key, pattern) for pattern in transposed):
-            scale = (2 * shape[2]) ** -0.5  # taps are twice the stride: an output sees two inputs
+            scale = (2 * shape[2]) ** -0.5  # taps are twice the stride: an output depends on two inputs
         else:
             scale = float(np.prod(shape[:-1]) if len(shape) == 3 else shape[1]) ** -0.5
         weights[key] = (random.standard_normal(shape) * scale).astype(np.float32)
@@ -123,5 +123,5 @@ def signal_of(name: str) -> np.ndarray:
 
 
 def cut(signal: np.ndarray, axis: int, start: int, stop: int | None = None) -> np.ndarray:
-    """Returns some positions, in memory of their own."""
+    """Returns a copy of some positions."""
     return np.ascontiguousarray(signal[(slice(None),) * axis + (slice(start, stop),)])

@@ -1,6 +1,6 @@
 """Prepares the networks of bench.py --streaming, and runs its contenders. Each one runs in a separate process per network.
 
-    python scripts/live_racers.py NETWORK FOLDER                       prepares a network: writes what contenders need
+    python scripts/live_racers.py NETWORK FOLDER                       prepares a network: writes the contenders' files
     python scripts/live_racers.py CONTENDER THREADS FOLDER NETWORK     answers questions on stdin, one line of JSON each
 
 A question has the positions of a chunk, how many streams there are, whether they share a batch, and the seconds after
@@ -28,7 +28,7 @@ TOLERANCE = 1e-4
 PROOF = 30.0
 """Seconds after which a peer's answer is compared with the begin of the right one; ours is always compared to the end."""
 LEAST = 16
-"""Pushes of a round, and of a proof, at least: those of the begin bring nothing."""
+"""The least pushes of a round, and of a proof: the first pushes return nothing."""
 STREAMS, MEMORY = 1000, 32 << 20
 """To see the memory of a stream: streams at most, and bytes of state that are enough."""
 
@@ -45,7 +45,7 @@ def facts_of(graph: Any) -> Facts:
 
 
 def export(name: str, folder: Path, signal: Any, first: int) -> None:
-    """Writes the network for ONNX Runtime: whole, and if it is causal with the states as inputs."""
+    """Writes the network for ONNX Runtime: whole; if it is causal, also with the states as inputs."""
     import torch
 
     import live_torch
@@ -134,7 +134,7 @@ def times(live: Live, pieces: Sequence[Any], limit: float) -> list[float]:
 
 
 def bytes_of_a_stream(model: Any, piece: np.ndarray, state: int) -> int:
-    """Returns by how much the process grows with each stream that has had a chunk.
+    """Returns by how many bytes the process grows with each stream that has had a chunk.
 
     The first quarter of the streams does not count: it fills memory that the process had before.
     """
@@ -148,7 +148,7 @@ def bytes_of_a_stream(model: Any, piece: np.ndarray, state: int) -> int:
 
 
 class Race:
-    """The pieces of what has been verified, and the number of threads with which it is fastest."""
+    """The pieces of signals that have been verified, and the number of threads that is fastest."""
 
     def __init__(self, live: Live, folder: Path) -> None:
         self.live, self.folder = live, folder
@@ -192,7 +192,7 @@ class Race:
 def work(contender: str, threads: int, folder: Path, name: str) -> None:
     """Answers questions on stdin until it is closed."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print would be read as a reply
+    os.dup2(2, 1)  # text that libraries print would be read as a reply
     race: Race | None = None
     for line in sys.stdin:
         try:

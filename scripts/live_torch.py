@@ -1,4 +1,4 @@
-"""The networks of bench.py --streaming in PyTorch, over layers that see the whole signal, or chunk after chunk.
+"""The networks of bench.py --streaming in PyTorch, with layers that get the whole signal, or chunk after chunk.
 
 Data is NCL. A network is written once: `Whole` computes it at once, `Cached` keeps the last inputs of every layer and puts
 them before a chunk with `torch.cat`, `Moshi` does the same with Moshi's own layers.
@@ -63,7 +63,7 @@ class Whole:
 
 
 class Cached(Whole):
-    """Layers that keep what the next chunk needs: `state`, by name."""
+    """Layers that keep the values that the next chunk needs: `state`, by name."""
 
     def __init__(self, weights: Mapping[str, np.ndarray]) -> None:
         super().__init__(weights)
@@ -85,7 +85,7 @@ class Cached(Whole):
         return functional.conv1d(x, w, b, dilation=dilation)
 
     def conv_transpose(self, x: Any, name: str, stride: int, causal: bool = True) -> Any:
-        """As Moshi does: what an output lacks is kept without the bias, and added to the next chunk's."""
+        """As Moshi does: the incomplete outputs are kept without the bias, and added to the next chunk's outputs."""
         w, b = self.layer(name)
         more = w.shape[2] - stride
         assert causal and more <= stride
@@ -102,7 +102,7 @@ class Cached(Whole):
 
 
 class Moshi(Cached):
-    """Moshi's StreamingConv1d and StreamingConvTranspose1d; where EnCodec mirrors the begin, their state is told so."""
+    """Moshi's StreamingConv1d and StreamingConvTranspose1d; where EnCodec mirrors the begin, their state is set to that."""
 
     def __init__(self, weights: Mapping[str, np.ndarray]) -> None:
         super().__init__(weights)
@@ -146,7 +146,7 @@ class Moshi(Cached):
 
 
 def mirrored(x: Any, count: int) -> Any:
-    """Returns what stands before a signal whose begin is mirrored."""
+    """Returns the values before a signal whose begin is mirrored."""
     return x[:, :, 1 : count + 1].flip(2)
 
 

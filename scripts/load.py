@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Loads `max-conv serve`: how many requests a second it answers, and whether every answer is right.
+"""Loads `max-conv serve`: measures how many requests per second it answers, and checks every answer.
 
     python scripts/load.py chunk | file [--clients 1,8,32] [--seconds 5] [--rounds 3]
     python scripts/load.py streams [--count 200] [--seconds 20]
@@ -10,7 +10,7 @@
 `chunk` and `file` race Silero (32 ms with its state, and 30 s) against ONNX Runtime in the same server code, each in a separate
 process, alternately. `streams` sends live sound at the speed of speech through WebSockets. `callers` streams HiFi-GAN
 V1 by live signals, and by windows with the frames around them. `faults` mixes good
-requests with bad ones, clients that go, and restarts. Everything is on the loopback interface, and bounded in time and count.
+requests with bad ones, clients that disconnect, and restarts. Everything is on the loopback interface, and limited in time and count.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ CHUNKS = {"chunk": 1, "file": 938}
 
 
 def model_of(contender: str, folder: Path) -> Any:
-    """Returns what the server serves."""
+    """Returns the model that the server serves."""
     if contender == "max_conv":
         import max_conv
 
@@ -162,7 +162,7 @@ def prepared(callers: bool = False) -> Iterator[Path]:
 
 
 def load(kind: str, port: int, **options: Any) -> dict[str, Any]:
-    """Runs clients in a process of their own; returns what they saw."""
+    """Runs clients in a separate process; returns their results."""
     words = [sys.executable, str(Path(__file__).with_name("load_clients.py")), kind, str(port), json.dumps(options)]
     done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=options["seconds"] + 300)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""The clients of load.py, in a process of their own: they send prepared requests, and check every answer."""
+"""The clients of load.py, in a separate process: they send prepared requests, and check every answer."""
 
 import asyncio
 import contextlib
@@ -65,7 +65,7 @@ def sounds(count: int, chunks: int) -> list[dict[str, np.ndarray]]:
 
 
 def alone(folder: str, inputs: list[dict[str, np.ndarray]]) -> list[bytes]:
-    """Returns the bytes of what the model itself answers."""
+    """Returns the bytes of the model's own answers."""
     import max_conv
 
     model = max_conv.load(Path(folder) / "silero.maxconv")
@@ -107,7 +107,7 @@ async def requests(port: int, clients: int, seconds: float, chunks: int, folder:
 
 
 class Caller(asyncio.Protocol):
-    """A WebSocket by hand: a library's client would need more of the processor than the server."""
+    """A WebSocket without a library: a library's client would use more processor time than the server."""
 
     def __init__(self, want: np.ndarray, took: list[float]) -> None:
         self.want, self.took, self.due = want, took, [0.0] * len(want)
@@ -227,7 +227,7 @@ async def connections(port: int, count: int, seconds: float, folder: str) -> dic
 
 
 class Faults:
-    """Clients that send what is right and what is wrong, leave in the middle, and come back; every answer is checked."""
+    """Clients that send right and wrong requests, leave in the middle, and come back; every answer is checked."""
 
     def __init__(self, port: int, seconds: float, folder: str, seed: int) -> None:
         self.port, self.seed, self.end = port, seed, time.perf_counter() + seconds
@@ -242,7 +242,7 @@ class Faults:
         return await asyncio.wait_for(read(connection[0]), 60)
 
     def count(self, status: int, right: bool) -> None:
-        """Counts an answer to a good request: also "try later" is one."""
+        """Counts an answer to a good request: "try later" is an answer, too."""
         self.told["right" if status == 200 and right else "refused" if status in (503, 504) else "wrong"] += 1
 
     async def good(self, connection: Connection, n: int) -> None:
@@ -294,7 +294,7 @@ class Faults:
             try:
                 await kind(connection, int(random.integers(16)))
             except (OSError, EOFError, TimeoutError):
-                # While the server ends, a connection that waits is closed: nothing had been sent that was taken.
+                # While the server ends, it closes waiting connections: it had accepted no request on them.
                 self.told["down" if time.perf_counter() > self.end else "lost"] += 1
                 connection = None
             if kind in (self.leaves, self.nonsense):
@@ -305,7 +305,7 @@ class Faults:
 
 
 async def faults(port: int, clients: int, seconds: float, folder: str, seed: int) -> dict[str, Any]:
-    """Runs `Faults`; returns how many answers were what."""
+    """Runs `Faults`; returns the number of answers of each kind."""
     users = Faults(port, seconds, folder, seed)
     print("begin", flush=True)
     await asyncio.gather(*(users.client(n) for n in range(clients)))

@@ -150,7 +150,7 @@ def timed(call: Callable[[], Any], seconds: float = 0.2) -> float:
 def work(contender: str, threads: int, folder: Path) -> None:
     """Answers questions on stdin until it is closed: the first one prepares the network, all others are timed."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print would be read as a reply
+    os.dup2(2, 1)  # text that libraries print would be read as a reply
     ready, before = None, 0
     for line in sys.stdin:
         question = json.loads(line)

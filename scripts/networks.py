@@ -1,9 +1,9 @@
 """The networks that bench.py --networks races: each as its original in PyTorch, and as a graph of this project.
 
-    python scripts/networks.py NETWORK BATCH FOLDER      writes what contenders need, and prints how long that took
+    python scripts/networks.py NETWORK BATCH FOLDER      writes the contenders' files, and prints how long that took
 
 Weights are random, except for CREPE and Silero; every contender has the same. Peers get files for exactly this batch
-and length; our graph has symbolic ones.
+and length; our graph has a symbolic batch and length.
 """
 
 import functools
@@ -59,7 +59,7 @@ def hifigan(batch: int) -> Prepared:
     rates: dict[str, Any] = {"upsample_rates": [8, 8, 2, 2], "upsample_kernel_sizes": [16, 16, 4, 4]}
     config = SpeechT5HifiGanConfig(**rates, sampling_rate=22050, normalize_before=False)
     network = enliven(SpeechT5HifiGan(config))
-    for name in ("mean", "scale"):  # of the spectrogram, which V1 does not normalise
+    for name in ("mean", "scale"):  # for normalising the spectrogram, which V1 does not do
         delattr(network, name)
     return Prepared(network, [noise(batch, 861, 80)])
 
@@ -194,7 +194,7 @@ def crepe(batch: int) -> Prepared:
 
 
 def silero(batch: int, chunks: int) -> Prepared:
-    """Silero's network in PyTorch's own layers, all chunks in one call: its own wrapper calls it chunk by chunk."""
+    """Silero's network in PyTorch's own layers, all chunks in one call: Silero's own wrapper calls it chunk by chunk."""
     import torch
     from max_conv.graphs import silero_vad
     from torch.nn import functional

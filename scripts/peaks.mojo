@@ -2,7 +2,7 @@
 
     peaks BYTES ...     for each number, the GB/s of all threads that copy half of so many bytes to the other half
 
-A copied byte counts twice, as it is read and written. The best of many tries counts: a peak is what others left over.
+A copied byte counts twice, as it is read and written. The best of many tries counts, since other load slows some tries.
 """
 
 from std.sys import argv
@@ -17,17 +17,17 @@ comptime VALUES = SIMD[DType.float32, WIDTH]
 comptime Memory = Pointer[Float32, MutUntrackedOrigin]
 
 comptime SUMS = 12
-"""Sums side by side: two multiply-adds a cycle of four cycles each need 8, and AVX2 has 16 registers."""
+"""Sums side by side: two multiply-adds per cycle of four cycles each need 8, and AVX2 has 16 registers."""
 comptime STEPS = 1 << 18
 comptime NANOSECONDS = 200_000_000
-"""Of tries, for each figure."""
+"""Tries for each figure."""
 comptime UNROLLED = 8
 comptime ENOUGH = 1 << 24
 """Bytes that one try copies at least, so that waking the threads does not count."""
 
 
 def multiply(to: Memory, factor: Float32):
-    """Runs STEPS * SUMS multiply-adds of a vector, and stores their sum, or nothing would be computed."""
+    """Runs STEPS * SUMS multiply-adds of a vector. It stores their sum, or nothing would be computed."""
     var a = VALUES(factor)
     var sums = Array[VALUES, SUMS](fill=a)
     for _ in range(STEPS):

@@ -134,7 +134,7 @@ def onnxruntime(layer: Layer, data: Data, threads: int) -> Call:
 
 
 def backwards(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives OpenVINO's transposed convolutions the arguments of the others."""
+    """Gives OpenVINO's transposed convolutions the arguments of its other convolutions."""
 
     def build(x: Any, w: Any, strides: list, begin: list, end: list, dilations: list) -> Any:
         return operation(x, w, strides, pads_begin=begin, pads_end=end, dilations=dilations)
@@ -256,14 +256,14 @@ def followed(layer: Layer, data: Data, _: int, epilogue: str) -> Call:
 
 
 class Contender(NamedTuple):
-    """A contender: the packages that it needs, of which the first has its version, and the function that builds it."""
+    """A contender: the packages that it needs (the first has its version), and the function that builds it."""
 
     packages: Sequence[str]
     build: Callable[[Layer, Data, int], Call]
 
 
 class Race(NamedTuple):
-    """The contenders, the one whose GFLOP/s are shown, and the times that are divided: None means the best peer's."""
+    """The contenders, the one whose GFLOP/s are shown, and the times that are divided: None means the best peer's time."""
 
     dtype: str
     contenders: dict[str, Contender]
@@ -348,7 +348,7 @@ def verify(call: Call, want: np.ndarray, tolerance: float) -> str | None:
 
 def work(race: Race, contender: Contender, threads: int) -> None:
     """Answers questions on stdin until it is closed."""
-    # Whatever libraries print would be read as a reply.
+    # Text that libraries print would be read as a reply.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     current, call = None, None

@@ -1,4 +1,4 @@
-"""Proves that a change of the kernels' sources changes no bit of what they compute.
+"""Proves that a change of the kernels' sources changes no bit of their results.
 
     python scripts/replay.py record FILE      before the change: writes a digest of every output
     python scripts/replay.py compare FILE     after it: computes them again, and names the ones that differ
@@ -6,7 +6,7 @@
 The cases are random layers (replay_layers.py) and small networks of graphs/ (replay_networks.py), on seeded random data and
 weights; nothing is downloaded. Compiling takes minutes: `--layers`, `--networks` and `--no-networks` leave cases out.
 If FILE exists already, `record` keeps the cases that it does not compute. Bits are the same only on the same machine,
-with the same MAX and the same number of threads: otherwise `compare` is an error. All NaNs are equal, whatever their
+with the same MAX and the same number of threads: otherwise `compare` is an error. All NaNs are equal, with any
 sign and payload.
 """
 
@@ -33,7 +33,7 @@ Digests = dict[str, dict[str, str]]
 
 
 def machine() -> dict[str, Any]:
-    """Returns what the bits of an output may depend on, other than the sources."""
+    """Returns the facts, other than the sources, that the bits of an output may depend on."""
     text = Path("/proc/cpuinfo").read_text()
     told = {
         name: re.search(rf"^{name}\s*:\s*(.*)$", text, re.MULTILINE) for name in ("model name", "flags", "Features")
@@ -74,7 +74,7 @@ def read(file: Path) -> Digests:
     """Returns the cases of a recording.
 
     Raises:
-        click.ClickException: If it is none, or of another machine.
+        click.ClickException: If the file is not a recording, or is from another machine.
     """
     try:
         recorded = json.loads(file.read_text())

@@ -128,7 +128,7 @@ def pick(random: np.random.Generator, values: Sequence[Any]) -> Any:
 
 
 def draw(number: int) -> Layer:
-    """Returns the layer with a number: the same in every run, whatever other layers are drawn."""
+    """Returns the layer with a number: the same in every run, independent of the other layers."""
     random = np.random.default_rng([1, number])
     rows = [row.split() for row in ROWS.replace("|", "\n").strip().splitlines()]
     dtype, operation, layout, order, kind, size = rows[number % len(rows)]

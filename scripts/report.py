@@ -79,7 +79,7 @@ def verdict(rows: Mapping[str, Mapping[str, Any]], least: float) -> list[str]:
     return lines
 
 
-# What is shown.
+# The printed tables.
 
 
 def header(result: Mapping[str, Any]) -> list[str]:
@@ -171,7 +171,7 @@ def network_mean(names: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) ->
 # Colours that colour-blind people can distinguish (Okabe and Ito), each with a different marker.
 MARKS = (("#0072B2", "o"), ("#56B4E9", "s"), ("#D55E00", "^"), ("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"))
 LEFT, RIGHT = 0.5, 8.0
-"""The ratios that the chart has room for; others are drawn at its edge."""
+"""The ratios that the chart has room for; larger and smaller ones are drawn at its edge."""
 
 
 def draw(result: Mapping[str, Any], race: Race, file: Path) -> None:

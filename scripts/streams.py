@@ -1,16 +1,16 @@
-"""What live networks cost: `bench.py --streaming` calls this file.
+"""The costs of live networks: `bench.py --streaming` calls this file.
 
-Signals are pushed chunk by chunk. Contenders run in separate processes, in turns; a contender's time is the median over
+Signals are pushed chunk by chunk. Contenders run in separate processes, alternately; a contender's time is the median over
 the rounds of the median of a round's pushes. The answer in chunks is compared with PyTorch's answer to the whole signal
 before anything is timed. A peer uses one thread or all, whichever is faster for the chunk.
 
 - efficiency: our model of the whole signal, over the sum of the chunks' times; the median of the rounds' ratios;
 - 32 streams in a batch, and 32 streams that are pushed one after the other;
-- the memory of a stream: what the process grows by, for each of many;
+- the memory of a stream: how much the process grows for each of many streams;
 - MAX's empty call: its own model of one ReLU on 28 values.
 
-ONNX Runtime takes the states of all layers as inputs, and gives them back as outputs. A network that sees what comes later
-has no such form: its peers compute for every chunk all that its outputs see.
+In ONNX Runtime the states of all layers are inputs and outputs of the graph. A network whose outputs depend on later inputs
+has no such form: for every chunk, its peers compute all inputs that the chunk's outputs depend on.
 """
 
 import os
@@ -29,7 +29,7 @@ from report import OURS, header
 CHUNKS = (20, 80, 320)
 SCRIPT = str(Path(__file__).resolve().parent / "live_racers.py")
 LIMIT = 2.0
-"""Seconds of pushes in a round; ours, which are summed up, take the whole signal."""
+"""Seconds of pushes in a round; ours, which are summed up, use the whole signal."""
 BATCH, SHORT = 32, 40
 """How many streams share a batch, and the milliseconds of the chunks for which that is timed."""
 WHOLE, EMPTY = f"{OURS} whole", "MAX empty call"
@@ -87,7 +87,7 @@ def race_streams(name: str, chunk: int, racer: Racer, rounds: int) -> dict[str, 
 
 
 def steady(pushes: Sequence[float]) -> Sequence[float]:
-    """Returns the pushes without the first ones, which wait until the network's begin is there, and the last one."""
+    """Returns the pushes without the first ones, which wait for the network's begin, and without the last one."""
     return pushes[min(8, len(pushes) // 2) : max(1, len(pushes) - 1)] or pushes
 
 
@@ -125,7 +125,7 @@ def race(name: str, milliseconds: float, racers: Mapping[str, Racer], peers: Seq
 
 
 def many(name: str, chunks: Sequence[float], racer: Racer, result: Any, folder: Path) -> None:
-    """Adds what streams in a batch, and the memory of a stream, cost."""
+    """Adds the times of streams in a batch, and the memory of a stream."""
     facts = Facts.read(folder)
     for milliseconds in [each for each in chunks if each < SHORT]:
         chunk = NETWORKS[name].positions(milliseconds)
@@ -137,7 +137,7 @@ def many(name: str, chunks: Sequence[float], racer: Racer, result: Any, folder: 
         result.setdefault("streams", {})[key] = found | {"state": facts.state, "bytes": grown.get("bytes")}
 
 
-# What is shown.
+# The printed tables.
 
 
 def row(
@@ -163,7 +163,7 @@ def row(
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """Returns the value of which `percent` of 100 sorted ones are less."""
+    """Returns the value that `percent` of 100 sorted values are below."""
     return values[min(len(values) - 1, len(values) * percent // 100)]
 
 

@@ -1,4 +1,4 @@
-"""Options of the test suite, and a report of what it compiled."""
+"""Options of the test suite, and a report of its compiles."""
 
 import functools
 import importlib
@@ -11,7 +11,7 @@ import pytest
 DAILY, DEFAULT = 5_000, 20_000
 """Random layers of a daily run, and of one with `--all`: up to there they are the same in every run."""
 NOWHERE = Path(__file__) / "tuned"
-"""The folder of measured choices, which does not exist: layers get their usual kernels, whatever this machine's user measured."""
+"""The folder of measured choices, which does not exist: layers get their usual kernels, even if this machine's user has measured others."""
 BUDGET = 50
 """Compiles of one run of all tests; more fail it. One takes 10 to 30 s; a further graph in one `Module` takes 1 to 3 s."""
 

@@ -89,7 +89,7 @@ def compiled(graph: Graph, weights: Mapping[str, Any] | None = None) -> Model:
 
 
 def compile_together(*graphs: tuple[Graph, Mapping[str, Any]]) -> list[max_conv.Model]:
-    """Compiles graphs, each with its weights, in hardly more time than the largest of them takes alone.
+    """Compiles graphs, each with its weights, in hardly more time than the largest of them needs alone.
 
     It moves the graphs into the first one's module, and puts a number before the names of their weights.
     """

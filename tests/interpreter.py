@@ -232,7 +232,7 @@ def layer(
     given = x.astype(np.float64), filter.astype(np.float64)
     options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups}
     if "conv_transpose1d" in text:
-        # The output's length tells the output padding, which may exceed what the arguments allow.
+        # The output padding follows from the output's length. It may exceed the limit of the arguments.
         made = conv_transpose1d_ref(*given, **options)
         length = shape[2 if ncl else 1]
         made = np.pad(made, ((0, 0), (0, max(0, left + length - made.shape[1])), (0, 0)))[:, left : left + length]

@@ -1,6 +1,6 @@
 """The common part of the property tests: random sizes, NaN around each input, three runs of each layer, error bounds.
 
-One compiled graph a kernel and dtype serves all layers: that of the kind, `max_conv/runtime/kinds.py`. Sizes are near
+One compiled graph per kernel and dtype serves all layers: the graph of the kind, `runtime/kinds.py`. Sizes are near
 the sizes of tiles, blocks and vectors. `--configurations` sets the count; up to the default the layers are the same in
 every run, above it they are new ones.
 """

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "max_conv"
 
-# Every folder of the package: the folders that its modules may import from besides itself. Arrows go down this list only.
+# Every folder of the package: the other folders that its modules may import from. Arrows go down this list only.
 FOLDERS = {
     "cli": "weights runtime streaming sound serving conv cache",
     "serving": "runtime streaming sound",
@@ -169,7 +169,7 @@ def test_arrows_up_fall(file: str, source: str) -> None:
 
 
 def test_circles() -> None:
-    """No module needs itself while it is loaded, whatever is imported first."""
+    """No module needs itself while it is loaded, in any order of imports."""
     needs = {
         name_of(path): targets(at_load(ast.parse(path.read_text())), package_of(path))
         for path in FILES

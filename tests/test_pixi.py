@@ -1,4 +1,4 @@
-"""pixi.toml and pyproject.toml are valid, and pixi's tasks mean what dev.py's commands mean."""
+"""pixi.toml and pyproject.toml are valid, and pixi's tasks do the same as dev.py's commands."""
 
 import re
 import tomllib
@@ -34,7 +34,7 @@ def test_pyproject_is_valid(validate: Validator, project: dict[str, Any]) -> Non
 
 
 def test_pixi_is_valid(validate: Validator, pixi: dict[str, Any]) -> None:
-    # pixi.toml is what pyproject.toml may hold as [tool.pixi], so one schema serves both.
+    # pyproject.toml may hold the content of pixi.toml as [tool.pixi], so one schema serves both.
     validate({"tool": {"pixi": pixi}})
 
 

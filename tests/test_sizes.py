@@ -125,7 +125,7 @@ def _run_time_arguments(header: str) -> int:
 
 
 def _after(header: str) -> str:
-    """Returns what follows a header's compile-time parameters."""
+    """Returns the text after a header's compile-time parameters."""
     depth = 0
     for index, letter in enumerate(header):
         depth += (letter == "[") - (letter == "]")

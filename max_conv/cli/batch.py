@@ -22,7 +22,7 @@ DEFAULTS = {"speech": "silero-vad", "pitch": "crepe"}
 TRIES = 2
 """How many processes a file may end before it counts as failed, and how many may end before they have a file."""
 AHEAD = 2
-"""Files that a process is given before it has answered, so that it does not wait for the next one."""
+"""Files that are sent to a process before it has answered, so that it does not wait for the next file."""
 TOGETHER = 8
 """Files that Ray hands over in one call."""
 
@@ -78,7 +78,7 @@ def _absolute(address: Any) -> str:
 
 
 def _run(given: dict[str, Any], workers: int, ray: str | None, as_json: bool) -> None:
-    """Runs a job, shows how far it is, and tells the result."""
+    """Runs a job, shows its progress, and prints the result."""
     from ..serving.batch import ERROR, Batch, rows_of
 
     job = Batch(**given)
@@ -96,7 +96,7 @@ def _run(given: dict[str, Any], workers: int, ray: str | None, as_json: bool) ->
             job.open(step)
             rows = (row for name in names for row in rows_of(job({"path": [name]})))
         start = time.perf_counter()
-        # Processes end when the generator is closed, whatever ends this loop.
+        # The processes end when the generator is closed, also after an error in this loop.
         with contextlib.closing(rows), _progress(len(names)) as progress:
             for _, error, sound in rows:
                 failed, seconds = failed + bool(error), seconds + sound
@@ -142,7 +142,7 @@ def _progress(total: int) -> "contextlib.AbstractContextManager[Progress]":
 def by_processes(given: Mapping[str, Any], names: Iterable[str], count: int) -> Generator[Row]:
     """Runs a job in `count` processes, and yields a row for each source as it is done; `given` are `Batch`'s arguments.
 
-    A process that is killed is replaced, and what it was given is done again. A file that ends two processes has failed.
+    A process that is killed is replaced, and its files are done again. A file that ends two processes has failed.
     The first process opens the network before the others start, so that it is compiled once.
 
     Raises:
@@ -151,7 +151,7 @@ def by_processes(given: Mapping[str, Any], names: Iterable[str], count: int) -> 
     from collections import Counter, deque
     from multiprocessing.connection import wait
 
-    from ..runtime import load  # noqa: F401, it takes back PYTHONEXECUTABLE, which would move the processes elsewhere
+    from ..runtime import load  # noqa: F401, it removes PYTHONEXECUTABLE, which would give the processes another environment
     from ..serving.batch import Batch, rows_of
 
     todo, ended, opened = deque(names), Counter[str](), False
@@ -162,7 +162,7 @@ def by_processes(given: Mapping[str, Any], names: Iterable[str], count: int) -> 
                 worker = _Worker(given)
                 workers[worker.pipe] = worker
             for worker in workers.values():
-                # The last files go to whoever is free.
+                # The last files go to any process that is free.
                 while todo and worker.opened and len(worker.has) < (AHEAD if len(todo) > count else 1):
                     if not worker.send(todo[0]):
                         break
@@ -227,7 +227,7 @@ class _Worker:
         return f"batch: {TRIES} processes ended with status {self.stop()} while they {what}; is the memory full?"
 
     def stop(self) -> int | None:
-        """Ends the process at once; returns its exit status. What it has finished stays."""
+        """Ends the process at once; returns its exit status. Its finished results stay."""
         self.process.kill()
         self.process.join()
         self.pipe.close()
@@ -316,7 +316,7 @@ def by_ray(given: dict[str, Any], names: Iterable[str], count: int, address: str
 
 
 def _first_line(error: BaseException) -> str:
-    """Returns what was raised in an actor, whose traceback is Ray's message; or the message's first line."""
+    """Returns the error that an actor raised, from the traceback in Ray's message; or the message's first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     raised = [line.partition(": ")[2] for line in lines if re.match(r"\w+(Error|Exception): .", line)]
     return (raised or lines)[0].rstrip(".")

@@ -77,7 +77,7 @@ def _machine_facts() -> dict[str, Any]:
 
 
 def _last_check() -> str:
-    """Returns what `max-conv check` found last on this machine."""
+    """Returns the last result of `max-conv check` on this machine."""
     from ..runtime import last_check
 
     rows = last_check()
@@ -171,7 +171,7 @@ def _network_facts(model: str, as_json: bool) -> dict[str, Any]:
 
 
 def _live_facts(module: Any, config: Any, weights: Any) -> dict[str, str]:
-    """Returns what is known of a network that runs live: its tick, latency and state; or why it cannot."""
+    """Returns the facts about a live network: its tick, latency and state; or why it cannot run live."""
     from ..conv.geometry import counted
     from ..streaming import streaming
 

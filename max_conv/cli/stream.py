@@ -1,4 +1,4 @@
-"""The command `max-conv stream`: a network that runs live on what comes through a pipe."""
+"""The command `max-conv stream`: a network that runs live on data from a pipe."""
 
 import contextlib
 import json
@@ -106,7 +106,7 @@ def _pieces(file: IO[bytes], kind: str, settings: Any, pcm: str, channels: int, 
 
 @contextlib.contextmanager
 def _writer(target: str, settings: Any, makes_sound: bool) -> Iterator[Any]:
-    """Yields a function that writes what a stream returned: `write(result, first position, format)`."""
+    """Yields a function that writes the result of a stream: `write(result, first position, format)`."""
     import wave
 
     from ..sound import to_pcm

@@ -1,6 +1,6 @@
 """How a convolution is computed: geometry, layouts, the choice of a kernel, and the operations and layers of a graph.
 
-`max_conv` itself has what every user needs. Graphs of networks find the rest here.
+`max_conv` itself has the functions that every user needs. The rest, for graphs of networks, is here.
 """
 
 from typing import TYPE_CHECKING

@@ -11,7 +11,7 @@ from .library import kernel_key
 HOPPER = "sm_90"
 """The architecture of Hopper's kernels, and the one on which all kernels have been compared with the reference."""
 FEWEST = 4
-"""Filters of a group from which a tile pays, although most of its filters are not there."""
+"""From so many filters per group on, a tile pays, although most of its filters do not exist."""
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def check_file() -> Path:
 
 
 def trusted() -> bool:
-    """Returns whether layers get fast kernels: where all kernels were right, here or when they were written.
+    """Returns whether layers get fast kernels: all kernels were right, on this GPU or on the one they were written for.
 
     On another GPU they get "each", the simplest one.
     """

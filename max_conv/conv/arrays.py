@@ -23,7 +23,7 @@ def buffer_of(value: Any, kind: str, name: str) -> Buffer:
         name: The name of the value.
 
     Raises:
-        TypeError: If it is not an array, or one that MAX cannot read.
+        TypeError: If it is not an array, or MAX cannot read it.
 
     >>> buffer_of(np.arange(6, dtype=np.float32)[::-2], "model: input", "x").to_numpy().tolist()
     [5.0, 3.0, 1.0]

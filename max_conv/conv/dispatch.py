@@ -12,12 +12,12 @@ from .layouts import Layout
 from .processor import has_pairs, has_tiles
 
 LEAST_OUTPUTS = 256
-"""Least outputs, of all batch items together, for which transforming the filter on every call pays; see `winograd`."""
+"""From so many outputs on, all batch items together, it pays to transform the filter on every call; see `winograd`."""
 LEAST_PACKED = 8
 """The same for a filter that was transformed when the model was compiled."""
 
 SHORT = 128
-"""Most taps times channels of one running sum: "short" has no other."""
+"""The most taps times channels of one running sum: "short" has only one."""
 
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
@@ -162,7 +162,7 @@ _only: ContextVar[str | None] = ContextVar("only", default=None)
 
 @contextmanager
 def only(kernel: str) -> Iterator[None]:
-    """Gives this kernel to every layer of the graphs that are built meanwhile: kernels are timed and checked so."""
+    """Gives this kernel to every layer of the graphs that are built meanwhile, to time and check kernels."""
     token = _only.set(kernel)
     try:
         yield
@@ -248,7 +248,7 @@ def winograd(layer: Layer, packed: bool) -> Choice | None:
 
 
 def fits_winograd(layer: Layer) -> bool:
-    """Returns whether what Winograd's kernel transforms stays in the caches."""
+    """Returns whether the transformed data and filters of Winograd's kernel stay in the caches."""
     products = quad_products(layer.geometry)
     if products * layer.group_channels > 12288:
         return False  # a panel of the transformed filter would exceed 1.5 MiB
@@ -309,7 +309,7 @@ def quad_spacing(geometry: Geometry) -> int:
 
 
 def tap_groups(geometry: Geometry) -> list[tuple[int, ...]]:
-    """Returns the taps that Winograd's kernel computes together: threes of one phase of the stride, and what remains.
+    """Returns the taps that Winograd's kernel computes together: threes of one phase of the stride, and the rest.
 
     >>> tap_groups(Geometry.of(4)), tap_groups(Geometry.of(3, stride=2))
     ([(0, 1, 2), (3,)], [(0, 2), (1,)])

@@ -88,5 +88,5 @@ def _dtype(tensor: _Tensor) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Returns what another library's error says, in one line and without a full stop."""
+    """Returns the message of another library's error, in one line and without a full stop."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""What `explain` says about a layer: its kernel, the work, and what bounds its time."""
+"""What `explain` says about a layer: its kernel, its work, and whether compute or memory limits its time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ SPEED = {"float64": 0.5, "bfloat16": 2.0}
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found. It prints one fact per line.
+    """The result of `explain`. It prints one fact per line.
 
     Attributes:
         kernel: The kernel's name, the GPU's for a layer on a GPU.
@@ -26,10 +26,10 @@ class Explanation:
         multiplications: The multiplications of the chosen kernel: fewer with Winograd's algorithm.
         bytes: Input, weights and output, each moved once.
         bound: "compute" or "memory": whichever takes longer on a machine with the given peaks.
-        seconds: The least time that it takes; for "compute", the least time of a direct convolution.
+        seconds: The least time that the layer needs; for "compute", the least time of a direct convolution.
         exact: Whether the kernel is a direct one, so that no bit of an output depends on inputs outside its filter's
             reach.
-        cost: What `exact=True` costs: a direct kernel's multiplications divided by this kernel's.
+        cost: The cost of `exact=True`: a direct kernel's multiplications divided by this kernel's.
         shared: Whether the layer, alone in a graph, runs in the compiled graph of its kind, which fits all sizes.
         times: Microseconds by kernel, if `compile(..., tune=...)` or `max-conv tune` timed the layer on this machine, at
             the number of outputs that is nearest.
@@ -79,7 +79,7 @@ def explain(
     gflops: float = 500.0,
     gbytes: float = 50.0,
 ) -> Explanation:
-    """Prints and returns which kernel a layer gets for an input, why, and what bounds its time.
+    """Prints and returns which kernel a layer gets for an input, why, and whether compute or memory limits its time.
 
     Args:
         layer: A `Conv1D` or `ConvTranspose1D`, of the package or of a front end, a `Geometry` or a `TransposedGeometry`.
@@ -105,7 +105,7 @@ def explain(
     exact       no, exact=True costs 2.00 times as many multiplications
     compiled    once for all layers of its kind, if it is alone in a graph
     """
-    from .accelerators import accelerated  # which needs MAX's devices
+    from .accelerators import accelerated  # imported here, because it needs MAX's devices
 
     geometry = layer
     if not isinstance(layer, Geometry | TransposedGeometry):

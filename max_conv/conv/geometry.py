@@ -59,7 +59,7 @@ def _sides(padding: Any, op: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a convolution does along the length; its channels do not matter here.
+    """A convolution along the length; its channels do not matter here.
 
     `output_length(L) = (L + left + right - dilation * (kernel_size - 1) - 1) // stride + 1`
     """
@@ -184,7 +184,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class TransposedGeometry:
-    """What a transposed convolution does along the length.
+    """A transposed convolution along the length.
 
     `output_length(L) = (L - 1) * stride - left - right + dilation * (kernel_size - 1) + output_padding + 1`
 
@@ -251,7 +251,7 @@ class TransposedGeometry:
     @property
     def phases(self) -> int:
         """The number of phases that have a tap. If the stride exceeds the kernel, or shares a factor with the dilation,
-        other outputs exist, which are only the bias.
+        there are other outputs, whose value is only the bias.
         """
         return min(self.step, self.kernel_size)
 

@@ -34,7 +34,7 @@ class Emitted:
         kernel: The convolution's kernel.
         outputs: The convolution's output length, if it is known.
         units: The LSTM's hidden units.
-        form: What is compiled into the operation of one convolution.
+        form: The properties that are compiled into the operation of one convolution.
         sizes: The convolution's batch size and output length, as dimensions of the graph.
     """
 
@@ -48,7 +48,7 @@ class Emitted:
 
 
 class _Kernels(KernelLibrary):
-    """Does not verify this package's operations: MAX loads all its kernels for that, which takes a second."""
+    """Does not verify this package's operations: MAX loads all its kernels for that, for about a second."""
 
     def verify_custom_op(self, custom_op: Any) -> None:
         if not str(custom_op.attributes["symbol"]).startswith('"max_conv.'):
@@ -60,7 +60,7 @@ graph_class: ContextVar[Callable[[], "PackedGraph"] | None] = ContextVar("graph_
 
 
 class PackedGraph(Graph):
-    """A graph whose layers use weights derived from their own (packed, folded), which `max_conv.compile` makes once.
+    """A graph whose layers use derived weights (packed, folded), which `max_conv.compile` makes once.
 
     A `Graph` in every other way. A plain MAX session can load one with the weights that `max_conv.registry` returns.
 
@@ -72,7 +72,7 @@ class PackedGraph(Graph):
 
     Attributes:
         input_names, output_names: The names of its inputs and outputs in a model, where its builder gave them.
-        signals: What is known of its signals.
+        signals: The facts that are known about its signals.
         derived: The weights to make, by name.
         emitted: The layers of this package's operations, in order.
     """

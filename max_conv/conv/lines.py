@@ -1,7 +1,7 @@
-"""The arithmetic of live signals: which positions a value has after some ticks, and which rows a layer keeps.
+"""The arithmetic of live signals: the positions of a value after some ticks, and the rows that a layer keeps.
 
 A network that runs live gets its input in ticks of equally many positions. After t ticks a value has its positions
-`0 .. per_tick * t - delay - 1`: a layer that sees ahead is late. All numbers are integers that follow from the layers'
+`0 .. per_tick * t - delay - 1`: a layer that reads ahead is late. All numbers are integers that follow from the layers'
 geometries; no graph is needed.
 """
 
@@ -14,14 +14,14 @@ ENDLESS = 1 << 40
 """The length of a signal whose end is not known yet; also in `kernels/signals.mojo`."""
 
 MOST_STEPS = 8
-"""The most steps of a length; also in `kernels/signals.mojo`."""
+"""The most steps in the formula of a length; also in `kernels/signals.mojo`."""
 
 Step = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Line:
-    """When the positions of a value are there.
+    """When the positions of a value are available.
 
     Attributes:
         per_tick: Positions that a tick brings; 0 for signals that come at once.
@@ -43,7 +43,7 @@ class Line:
         return end
 
     def ticks(self, end: int) -> int:
-        """Returns after how many ticks all positions are there.
+        """Returns after how many ticks all positions are available.
 
         >>> Line(2, delay=3).ticks(10)
         7
@@ -65,7 +65,7 @@ class Line:
         if not self.per_tick:
             return replace(self, steps=steps)
         if isinstance(g, TransposedGeometry):
-            # Outputs that the end of the signal removes must not leave before the end is known.
+            # Outputs that the end of the signal removes must not be returned before the end is known.
             hold = max(0, g.right - (g.reach - g.stride) - g.output_padding)
             return Line(self.per_tick * g.stride, self.delay * g.stride + g.left + hold, steps, self.first)
         delay = max(0, -(-(self.delay + g.reach - g.left) // g.stride) - 1)
@@ -76,11 +76,11 @@ class Line:
 
 
 WHOLE = Line(0)
-"""Of signals that come at once: there are no ticks."""
+"""The line of signals that come at once: there are no ticks."""
 
 
 def chained(steps: tuple[Step, ...], step: Step) -> tuple[Step, ...]:
-    """Returns the functions, and one more; as one where that gives the same for every integer.
+    """Returns the functions and one more. The last two become one if that gives the same for every integer.
 
     >>> chained(((1, 1, 2),), (1, 3, 4)), chained(((2, 0, 1),), (1, 1, 1)), chained(((1, 0, 2),), (2, 0, 1))
     (((1, 7, 8),), ((2, 1, 1),), ((1, 0, 2), (2, 0, 1)))
@@ -106,7 +106,7 @@ class Window:
         rows: Rows before this call's first one; negative if the first ones are not read.
         kept: Rows that the state holds.
         emitted: The geometry of the layer that computes the same from the window.
-        declared: The layer's own geometry; None for what is no convolution.
+        declared: The layer's own geometry; None if the operation is not a convolution.
     """
 
     line: Line
@@ -121,7 +121,7 @@ class Window:
         after = line.through(geometry)
         if isinstance(geometry, Geometry):
             rows = after.delay * geometry.stride + geometry.left - line.delay
-            # A reflection at the end looks back, beyond what the last outputs themselves read.
+            # A reflection at the end reads back, beyond the rows that the last outputs themselves read.
             back = max(0, 2 * geometry.right - geometry.reach + 1) if geometry.padding_mode == "reflect" else 0
             emitted = replace(geometry, left=0, right=0, padding_mode="zeros")
             return cls(line, rows, max(0, rows + back), emitted, geometry)
@@ -136,7 +136,7 @@ class Window:
 
     @classmethod
     def delay(cls, line: Line, positions: int) -> "Window":
-        """Returns the window of a value that is to be later by some positions."""
+        """Returns the window that delays a value by some positions."""
         return cls(line, positions, positions)
 
     def size(self, ticks: Any) -> Any:

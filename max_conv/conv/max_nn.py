@@ -1,7 +1,7 @@
 """`max.nn`, imported by one process at a time.
 
-At its first import after an installation, MAX compiles a part of it and writes the library where it then reads it. A second
-process that imports it meanwhile finds half a library, and a process that is killed meanwhile leaves half of one for good.
+At its first import after an installation, MAX compiles a part of it, writes a library, and then reads that file. A second
+process that imports it meanwhile finds half a library. A process that is killed meanwhile leaves half a library for good.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from ..cache import cache_dir
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Waits until no other process of this user is here; where the cache or the system has no locks, it does not wait."""
+    """Waits until no other process of this user is here. If the cache or the system has no locks, it does not wait."""
     number = -1
     with contextlib.suppress(OSError, ImportError):
         import fcntl
@@ -43,7 +43,7 @@ if "max.nn" not in sys.modules:
 
 from max import nn  # noqa: E402
 
-# Importing MAX exports this variable, which `os.environ` does not show: new processes would leave the environment.
+# Importing MAX exports this variable, which `os.environ` does not show: new processes would leave the virtual environment.
 if "PYTHONEXECUTABLE" not in os.environ:
     os.unsetenv("PYTHONEXECUTABLE")
 

@@ -296,8 +296,8 @@ class ConvTranspose1d(ConvTranspose1D):
 
     Args:
         length: Taps of the filter.
-        stride, dilation, output_padding: Ints, or MAX's pairs for two dimensions, of which the second value is used.
-        padding: As in `ConvTranspose1D`, or MAX's four numbers, of which the last two are left and right.
+        stride, dilation, output_padding: Ints, or MAX's pairs for two dimensions: the second value is used.
+        padding: As in `ConvTranspose1D`, or MAX's four numbers: the last two are left and right.
 
     >>> from max.dtype import DType
     >>> ConvTranspose1d(length=4, in_channels=8, out_channels=6, dtype=DType.float32, stride=(1, 2)).stride

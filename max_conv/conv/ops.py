@@ -48,8 +48,8 @@ def conv1d(
         dilation: Input positions from one tap to the next.
         groups: Output channel f depends only on the channels of its group, f // (F / groups).
         padding_mode: The values in the padding: "zeros", "reflect", "replicate" or "circular".
-        lengths: (N,) int64, where signals differ in length: each is computed as if it were alone, to the bit, and zeros
-            follow its own outputs.
+        lengths: (N,) int64, if signals differ in length: each signal is computed as if it were alone, to the bit, and
+            zeros follow its own outputs.
         exact: Whether only direct kernels are allowed: then no bit of an output depends on inputs outside its filter's
             reach. Winograd's kernel, which is up to twice as fast, guarantees this for inputs that are not finite or
             exceed 1e16. A smaller input changes neighbouring outputs, which do not depend on it, by about 1e-6 of

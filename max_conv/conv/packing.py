@@ -83,7 +83,7 @@ class Packing:
     def shape(self) -> tuple[int, int, int]:
         """The packed shape: panels of 32 filters, of all groups; taps or products; channels and filters. Else `order`.
 
-        "paired" has an even number of channels, "amx" as many inputs (channels of all taps) as fill its steps, and the
+        "paired" has an even number of channels, "amx" enough inputs (channels of all taps) to fill its steps, and the
         two of a pair are adjacent.
         """
         layer = self.layer
@@ -148,7 +148,7 @@ class Packing:
         middle = taps[:, [group[1] for group in groups[:threes]]]
         with np.errstate(over="ignore", invalid="ignore"):
             products[...] = np.moveaxis(np.tensordot(self.matrix, taps.astype(np.float64), (1, 1)), 0, 1)
-            # The middle tap is recovered from their sum, which must not lose it: 0 times infinity is NaN.
+            # The middle tap is recovered from the sum of these two, which must not lose it: 0 times infinity is NaN.
             lost = (one + minus_one == 0) & (middle != 0)
         one[lost] = np.nextafter(one[lost], np.copysign(np.inf, middle[lost]), dtype=taps.dtype)
         limit = LIMIT[taps.dtype.name]

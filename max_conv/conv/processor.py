@@ -58,8 +58,8 @@ SAPPHIRE_RAPIDS = frozenset(
 def cpu_target() -> str:
     """Returns LLVM's name of a processor to compile for, or "" for the one that MAX finds.
 
-    MAX finds it by the processor's number. Virtual machines may show the number of an older processor, whose compiled
-    code has no conversions of bfloat16: operations on it were up to 9 times as slow.
+    MAX finds it by the processor's number. Virtual machines may show the number of an older processor. Code for that
+    processor has no conversions of bfloat16: operations on bfloat16 took up to 9 times as long.
     """
     return "sapphirerapids" if cpu_features() >= SAPPHIRE_RAPIDS else ""
 
@@ -79,7 +79,7 @@ def has_tiles() -> bool:
 
 
 def processor() -> str:
-    """Returns what tells this machine's processor from others: its maker, family, model, name and cache."""
+    """Returns the facts that identify this machine's processor: its maker, family, model, name and cache."""
     lines = re.findall(r"^(vendor_id|cpu family|model|model name|cache size|CPU part)\s*: (.*)$", _told(), re.MULTILINE)
     facts = {name: value for name, value in reversed(lines)}  # the first core's
     return ", ".join(f"{name} {value}" for name, value in sorted(facts.items())) or platform.processor()
@@ -87,7 +87,7 @@ def processor() -> str:
 
 @cache
 def _told() -> str:
-    """Returns what Linux says about the processor; elsewhere nothing."""
+    """Returns Linux's description of the processor; on other systems nothing."""
     try:
         return Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -19,15 +19,15 @@ QUAD = 4
 def ragged_window(
     geometry: Geometry | TransposedGeometry, line: Line = WHOLE
 ) -> tuple[Window, int, Geometry | TransposedGeometry]:
-    """Returns the window of a layer, how many rows it has more than its input, and the geometry to read it with.
+    """Returns the window of a layer, how many more rows it has than its input, and the geometry to read it with.
 
-    Zeros as padding are zeros after a signal's end. Other padding is laid out.
+    If the padding is zeros, zeros follow the signal's end: they are the padding. Other padding is written into the window.
     """
     if isinstance(geometry, TransposedGeometry):
         return Window(line, 0, 0), 0, geometry
     if geometry.padding_mode == "zeros":
         return Window(line, 0, 0, None, geometry), 0, geometry
-    # As many rows more as a quad reads after its last output: there, too, are the values that a signal alone has.
+    # More rows, as many as a quad reads after its last output: they, too, must hold the values that a signal alone has.
     spare = QUAD * geometry.stride * geometry.dilation + geometry.reach
     emitted = replace(geometry, left=0, right=-spare, padding_mode="zeros")
     return Window(line, geometry.left, 0, None, geometry), geometry.left + geometry.right + spare, emitted
@@ -40,14 +40,14 @@ def ragged_input(
     layout: str,
     line: Line = WHOLE,
 ) -> tuple[TensorValue, Geometry | TransposedGeometry]:
-    """Returns what a layer reads so that each signal is padded at its own end, and the geometry to read it with.
+    """Returns the layer's input in which each signal is padded at its own end, and the geometry to read it with.
 
     Args:
         x: (N, L, C) or (N, C, L).
         lengths: (N,) int64: the positions of each signal, in the network's input.
         geometry: The layer's.
         layout: "NLC" or "NCL".
-        line: How the lengths here follow from those in the network's input.
+        line: How the lengths here follow from the lengths in the network's input.
     """
     window, more, emitted = ragged_window(geometry, line)
     return laid_out(x, lengths, window, x.shape[layout.index("L")] + more, layout), emitted
@@ -68,7 +68,7 @@ def inside(x: TensorValue, lengths: TensorValue, axis: int, line: Line = WHOLE) 
 
 
 def laid_out(x: TensorValue, lengths: TensorValue, window: Window, size: Dim, layout: str) -> TensorValue:
-    """Emits the operation that lays out `size` rows of every signal."""
+    """Emits the operation that writes `size` rows of every signal's window."""
     plan = ops.constant(np.array(window.numbers(0), np.int64), DType.int64, device=DeviceRef.CPU())
     shape = [size if axis == "L" else x.shape[i] for i, axis in enumerate(layout)]
     result = TensorType(x.dtype, shape, x.device)

@@ -31,7 +31,7 @@ def lstm(
         w_ih: (C, 4H): the transpose of PyTorch's `weight_ih`. The gates are in the order i, f, g, o, as in PyTorch.
         w_hh: (H, 4H): the transpose of PyTorch's `weight_hh`.
         bias: (4H,): the sum of PyTorch's `bias_ih` and `bias_hh`.
-        hidden: (N, H), before the first step; None means zeros, and in a live graph what the call before left.
+        hidden: (N, H), before the first step; None means zeros, and in a live graph the state after the call before.
         cell: The same.
 
     Returns:

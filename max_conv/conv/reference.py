@@ -101,7 +101,7 @@ def conv_transpose1d_ref(
         geometry = geometry.with_output(length, output_size)
     geometry.check_length(length)
 
-    # All outputs that the input reaches, and those that output_padding adds; the padding is cut off below.
+    # All outputs that the input reaches, and the outputs that output_padding adds; the padding is cut off below.
     reached = np.zeros((batch, (length - 1) * stride + geometry.reach + geometry.output_padding, groups, w.shape[3]))
     parts = x.reshape(batch, length, groups, x.shape[2] // groups).swapaxes(1, 2)
     for k in range(len(w)):

@@ -84,7 +84,7 @@ def _read(path: Path) -> Mapping[str, Times]:
 
 
 def _checked(timed: Mapping[str, Mapping[str, float]]) -> Times:
-    """Returns a layer's times, or raises an error if they are none."""
+    """Returns a layer's times, or raises an error if the values are not times."""
     checked = {str(int(count)): {kernel: float(time) for kernel, time in row.items()} for count, row in timed.items()}
     if not all(int(count) > 0 and row and min(row.values()) > 0 for count, row in checked.items()):
         raise ValueError("a time must be positive")

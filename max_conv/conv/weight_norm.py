@@ -21,7 +21,7 @@ from .nn import Conv1D, ConvolutionLayer, ConvTranspose1D
 from .nn import ConvTranspose1d as PlainConvTranspose1d
 
 TORCH = {"SCF": "FCS", "SFC": "CFS"}
-"""PyTorch's axis order of native filters, in which `dim` counts."""
+"""PyTorch's axis order of native filters; `dim` is an axis in this order."""
 
 
 class _WeightNorm(ConvolutionLayer):
@@ -34,7 +34,7 @@ class _WeightNorm(ConvolutionLayer):
         super().__init__(*args, **kwargs)
         if dim is not None and dim not in range(-3, 3):
             raise ValueError(f"{self.op}: dim must be None or an axis of the filter, -3 to 2, but is {dim!r}.")
-        self.dim = None if dim in (None, -1) else dim % 3  # in PyTorch -1 also means one norm of the whole
+        self.dim = None if dim in (None, -1) else dim % 3  # in PyTorch -1 also means one norm of the whole filter
         self.folded = False
         shape = [int(size) for size in getattr(self, self.filter_attribute).shape]
         sizes = [shape[axis] for axis in permutation(self._order, self._torch_order)]

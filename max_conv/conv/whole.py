@@ -1,7 +1,7 @@
-"""What a network's code says of its signals, so that the same code builds whole graphs and live ones.
+"""The functions that a network's code calls on its signals, so that one code builds whole graphs and live graphs.
 
-In a whole graph these are plain arithmetic, as written here. A live graph has a `Signals` of its own, which knows the
-positions of every value; see `streaming/live.py`.
+In a whole graph these are plain arithmetic, as written here. A live graph has a separate `Signals` class, which knows
+the positions of every value; see `streaming/live.py`.
 """
 
 from typing import Any
@@ -20,14 +20,14 @@ class Signals:
     def layer_input(
         self, x: TensorValue, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
     ) -> tuple[TensorValue, Geometry | TransposedGeometry, Dim]:
-        """Returns what a layer reads instead of `x`, its geometry then, and its output's length."""
+        """Returns the input that a layer reads instead of `x`, its geometry for that input, and its output's length."""
         return x, geometry, outputs
 
     def layer_output(self, y: TensorValue) -> None:
-        """Takes the output of the layer whose input was the last."""
+        """Records the output of the layer that called `layer_input` last."""
 
     def same_positions(self, value: TensorValue, x: TensorValue) -> TensorValue:
-        """Returns a value that an operation of one's own has just made, and whose positions are those of `x`."""
+        """Returns a value that a custom operation has just made. Its positions are the positions of `x`."""
         return value
 
     def ones_like(self, x: TensorValue) -> TensorValue:
@@ -39,7 +39,7 @@ class Signals:
         return y[:, : x.shape[1]]
 
     def inside(self, x: TensorValue) -> TensorValue:
-        """Returns a value with zeros for what is no position of its signals."""
+        """Returns a value with zeros outside the positions of its signals."""
         return x
 
     def run_after(self, value: TensorValue, before: TensorValue) -> TensorValue:
@@ -51,7 +51,7 @@ class Signals:
         return value + ops.cast(before[0, 0, :] > float("inf"), value.dtype)
 
     def neighbours(self, x: TensorValue, before: int, after: int) -> list[TensorValue]:
-        """Returns what is at each position, from `before` positions before it to `after` after it, zeros outside."""
+        """Returns each position's neighbours, from `before` positions before to `after` after it; zeros outside."""
         padded = ops.pad(x, [0, 0, before, after, 0, 0])
         return [ops.rebind(padded[:, i : x.shape[1] + i], x.shape) for i in range(before + after + 1)]
 
@@ -64,21 +64,21 @@ class Signals:
         return cut_frames(x, (x.shape[1] - window) // hop + 1, window, hop)
 
     def each_frame(self, x: TensorValue) -> TensorValue:
-        """Returns each frame of (N, T, ...) as a signal of its own, (N * T, ...)."""
+        """Returns each frame of (N, T, ...) as a separate signal, (N * T, ...)."""
         return ops.reshape(x, [x.shape[0] * x.shape[1], *x.shape[2:]])
 
     def of_frames(self, y: TensorValue, frames: TensorValue) -> TensorValue:
-        """Returns what was computed of each frame, (N * T, ...), as (N, T, ...), for `frames`, (N, T, ...)."""
+        """Returns the results of the frames, (N * T, ...), as (N, T, ...), for `frames`, (N, T, ...)."""
         return ops.reshape(y, [*frames.shape[:2], *y.shape[1:]])
 
     def whole_frames(self, x: TensorValue, size: int) -> TensorValue:
-        """Returns (N, L) in frames of `size` positions, (N, T, size); zeros fill up the last one."""
+        """Returns (N, L) in frames of `size` positions, (N, T, size); zeros fill up the last frame."""
         frames = (x.shape[1] + (size - 1)) // size
         padded = ops.pad(x, [0, 0, 0, size - 1])[:, : frames * size]
         return ops.reshape(padded, [x.shape[0], frames, size])
 
     def from_frames(self, x: TensorValue) -> TensorValue:
-        """Returns the positions of all frames, (N, T * size, C), of (N, T, size, C)."""
+        """Returns the positions of all frames (N, T, size, C) as one sequence, (N, T * size, C)."""
         return ops.reshape(x, [x.shape[0], x.shape[1] * x.shape[2], x.shape[3]])
 
     def recall(self, x: TensorValue, size: int) -> tuple[TensorValue, Any]:
@@ -91,7 +91,7 @@ class Signals:
 
 def cut_frames(x: TensorValue, frames: Dim, window: int, hop: int) -> TensorValue:
     """Returns frames of (N, (frames - 1) * hop + window), or of more, side by side: (N, frames, window)."""
-    # A frame is a row of blocks, of which the last is used in part.
+    # A frame is a row of blocks; only a part of the last block is used.
     parts = -(-window // hop)
     blocks = frames + (parts - 1)
     padded = ops.pad(x, [0, 0, 0, parts * hop - window])[:, : blocks * hop]

@@ -1,7 +1,7 @@
 """`Conv1D` and `ConvTranspose1D` as modules of `max.experimental.nn`, which has only `Conv2d`; packed filters.
 
-`Module.compile` of MAX builds a graph of its own kind, in which the kernels rearrange every filter on every call. Here
-`compile` and `trace` build a `PackedGraph` from any `max.experimental.nn.Module` instead, so it is done once.
+`Module.compile` of MAX builds a graph in which the kernels rearrange every filter on every call. Here `compile` and
+`trace` build a `PackedGraph` from any `max.experimental.nn.Module` instead, so filters are rearranged once.
 
 `ShiftedConv1d` and `SubPixelConvTranspose1d` have the arguments, weights and results of the layers of that name in
 `max.pipelines.architectures.minimax_music3`: only the import has to change.
@@ -42,8 +42,8 @@ def _on_tensors(op: Callable[..., TensorValue]) -> Callable[..., Tensor]:
 
 
 def _zeros(shape: list[int], dtype: DType | None = None, device: Device | None = None) -> Tensor:
-    """Returns initial values. Where MAX would compute them at once, it would compile that, for seconds to minutes."""
-    if in_graph_context():  # also under `lazy`
+    """Returns initial values. Outside a graph, NumPy makes them: MAX would compile a graph, for seconds to minutes."""
+    if in_graph_context():  # this is true under `lazy`, too
         return Tensor.zeros(shape, dtype=dtype, device=device)
     kind, mesh = defaults(dtype, device)
     return Tensor(storage=as_buffer(np.zeros(shape), kind)).to(mesh)
@@ -61,7 +61,7 @@ class _Convolution(Module[..., Tensor]):
     def _start(
         self, layer: ConvolutionLayer, dtype: DType | None, device: Any, has_bias: bool, name: str | None
     ) -> None:
-        """Takes the checked arguments from the layer of `max_conv.conv.nn` that computes the same."""
+        """Copies the checked arguments from the layer of `max_conv.conv.nn` that computes the same."""
         if device is not None:
             self.device = device
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
@@ -77,7 +77,7 @@ class _Convolution(Module[..., Tensor]):
         return self.weight
 
     def _beside(self, x: Tensor, value: Tensor) -> Tensor:
-        """Returns a weight where `x` is. One that is there already is not touched, since a copy cannot be packed."""
+        """Returns a weight on the device of `x`. A weight that is there already stays as it is: a copy cannot be packed."""
         value = value if value.device == x.device else value.to(x.device)
         return value.cast(x.dtype) if self.casts and value.dtype != x.dtype else value
 

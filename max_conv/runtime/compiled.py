@@ -23,14 +23,14 @@ PATHS = "_kernel_library_paths"
 """The attribute of a graph that holds the paths of its kernel libraries."""
 version = functools.cache(importlib.metadata.version)  # reading a package's metadata takes milliseconds
 FORMAT = "2"
-"""Of the files; part of every key."""
+"""The format of the files; part of every key."""
 DIGEST = hashlib.sha256().digest_size
 
 
 class Found(NamedTuple):
-    """A compiled graph: what MAX compiled, the graph's number among those that were compiled together, and all their keys.
+    """A compiled graph: MAX's result, the graph's number among the graphs that were compiled together, and all their keys.
 
-    The number tells, not the name: MAX has a cache, too, where a graph of another name is the same.
+    The number identifies the graph, not the name: MAX's own cache ignores the names of graphs.
     """
 
     compiled: Any
@@ -53,13 +53,13 @@ def compiled(graph: Graph, compile: Callable[[], Any]) -> Found:
 
 
 def find(key: str) -> Found | None:
-    """Returns the compiled graph of a key, or None where there is none or it is damaged."""
+    """Returns the compiled graph of a key, or None if there is none or it is damaged."""
     found = _read(_path(key))
     return found._replace(number=found.keys.index(key)) if found and key in found.keys else None
 
 
 def keep(result: Any, keys: Sequence[str]) -> None:
-    """Writes what was compiled, one graph or several, to the cache: one file with a name for each graph."""
+    """Writes MAX's result, one graph or several, to the cache: one file with a name for each graph."""
     first, *others = map(_path, keys)
     with contextlib.suppress(OSError):
         _write(first, result, keys)
@@ -74,10 +74,10 @@ def _path(key: str) -> Path:
 
 
 def key_of(graph: Graph) -> str:
-    """Returns the name of a compiled graph: a digest of all that its machine code depends on.
+    """Returns the name of a compiled graph: a digest of everything that its machine code depends on.
 
     Bytecode holds every constant bit by bit, and no place in a source file. The paths of kernel libraries are left out:
-    this package's library counts by its sources, any other by its content.
+    for this package's library the digest has its sources, for any other library its content.
     """
     ours = kernel_library()
     libraries = [
@@ -108,7 +108,7 @@ def key_of(graph: Graph) -> str:
 
 
 def _read(path: Path) -> Found | None:
-    """Returns what is in a file, with the number 0; None where there is none or it is damaged."""
+    """Returns the content of a file, with the number 0; None if there is no file or it is damaged."""
     try:
         content = path.read_bytes()
     except OSError:

@@ -24,7 +24,7 @@ def port_of(name: str, type_: Any) -> Port:
 
 
 def size_in(dim: Dim) -> int | str:
-    """Returns a dimension of a graph as ports have it: a number, a name, or an expression of names."""
+    """Returns a dimension of a graph as it is in a port's shape: a number, a name, or an expression of names."""
     return int(dim) if isinstance(dim, StaticDim) else dim.name if isinstance(dim, SymbolicDim) else str(dim)
 
 

@@ -1,4 +1,4 @@
-"""Whether the kernels compute what they should on this machine: random layers against the reference in float64."""
+"""Checks the kernels on this machine: random layers against the reference in float64."""
 
 import hashlib
 import json
@@ -33,9 +33,9 @@ from .session import compile
 EPS = {DType.float32: 2.0**-23, DType.float64: 2.0**-52, DType.float16: 2.0**-23, DType.bfloat16: 2.0**-23}
 """Machine epsilon of the sums."""
 ROUNDING = {DType.float32: 0.0, DType.float64: 0.0, DType.float16: 2.0**-11, DType.bfloat16: 2.0**-8}
-"""The part of a result by which it may be rounded once more."""
+"""The relative error of the result's last rounding."""
 LONG = 66_000
-"""Positions of one layer of each row: more than 16 bits can count."""
+"""Positions of one layer of each row, more than 65,536."""
 CHANNELS = (1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 48, 64, 65)
 LENGTHS = (1, 5, 13, 14, 15, 47, 48, 49, 97, 130)
 
@@ -52,8 +52,8 @@ class Checked:
 
     Attributes:
         kernel: The operation and its kernel.
-        layout: Of the data: "NLC" or "NCL".
-        dtype: Of the data.
+        layout: The data's layout: "NLC" or "NCL".
+        dtype: The data's dtype.
         layers: The number of layers that were compared.
         error: The largest error, divided by the error that the kernel may have. Above 1, the kernel is wrong here.
         worst: The layer with that error.
@@ -100,12 +100,12 @@ def check(
 
     Each kernel computes random layers whose sizes are near its tiles' sizes, in all padding modes, with strides, dilations
     and groups, and one of more than 65,536 positions. Signals in chunks and ragged batches are compared, too. The first
-    check on a machine compiles what it needs, which takes a minute or two; later ones take seconds. The result is kept in
+    check on a machine compiles its graphs, which takes a minute or two; later checks take seconds. The result is kept in
     the user's cache.
 
     Args:
         layers: The number of layers of each row: 8 for a CPU, and 2 for a GPU, which compiles each layer.
-        device: "cpu" or "gpu". Where all is right on a GPU, layers get its fast kernels from then on.
+        device: "cpu" or "gpu". If all kernels are right on a GPU, layers get its fast kernels from then on.
         timed: Whether the longest layer of each row is timed.
         step: Called with a description of each step.
 
@@ -154,13 +154,13 @@ def _path(device: str) -> Path:
 
 
 def _graph(layer: ConvolutionLayer) -> PackedGraph:
-    """Returns the graph of a layer on the CPU, with its usual kernel, whatever was the fastest on this machine."""
+    """Returns the graph of a layer on the CPU, with its usual kernel, even if another kernel was faster on this machine."""
     with only(_usual(layer)):
         return PackedGraph("check", layer, input_types=layer.input_types())
 
 
 def _usual(layer: ConvolutionLayer) -> str:
-    """Returns the kernel that a layer gets on the CPU where nothing was timed."""
+    """Returns the kernel that a layer gets on the CPU if nothing was timed."""
     return choose(_described(layer), packed=True, exact=layer.exact).kernel
 
 
@@ -225,7 +225,7 @@ def _loaded(layer: ConvolutionLayer, length: int, random: np.random.Generator) -
 
 
 def _answers(groups: Mapping[Key, Sequence[_Case]]) -> dict[Key, list[Any]]:
-    """Returns what a GPU makes of all layers. They are one graph: a graph costs seconds, a layer in it a part of one."""
+    """Returns a GPU's outputs of all layers. They are one graph: each graph takes seconds, a layer in it less than one."""
     cases = [case for key in sorted(groups) for case in groups[key]]
 
     def network(*values: TensorValue) -> list[TensorValue]:

@@ -1,7 +1,7 @@
-"""Layers alone: one compiled graph serves all layers of a kind, whatever their sizes, geometry and weights.
+"""Layers alone: one compiled graph serves all layers of a kind, with any sizes, geometry and weights.
 
-In a kind's graph every size is symbolic, and filter, bias and geometry are inputs. So a layer needs no compile of its
-own once this machine has compiled its kind.
+In a kind's graph every size is symbolic, and filter, bias and geometry are inputs. So a layer needs no separate compile
+once this machine has compiled its kind.
 """
 
 import functools
@@ -42,11 +42,11 @@ TENSOR = "!mo.tensor<["
 
 @dataclass(frozen=True)
 class Kind:
-    """What is compiled into the graph of a layer alone.
+    """The properties that are compiled into the graph of a layer alone.
 
     Attributes:
-        form: The properties of the operation. `whole` and `full` are false: then any number of filters is right.
-        dtype: The data's, the filter's and the bias's.
+        form: The properties of the operation. `whole` and `full` are false, so that any number of filters is right.
+        dtype: The dtype of the data, the filter and the bias.
     """
 
     form: Form
@@ -113,7 +113,7 @@ class Alone:
 
         @functools.lru_cache(64)
         def shape(inputs: int) -> Buffer:
-            # The kernel has a sentence for an input that is too short.
+            # If an input is too short, the kernel raises the error.
             outputs = max(0, given.output_length(inputs)) if self.outputs is None else self.outputs
             return Buffer.from_numpy(np.empty((outputs, self.filters, 0), np.int8))
 
@@ -160,14 +160,14 @@ def alone(graph: Graph) -> Alone | None:
 
 
 def _adds_batch(without: Any, value: Any) -> bool:
-    """Returns whether the type of `value` is that of `without` and a batch of 1."""
+    """Returns whether the type of `value` is the type of `without` with a batch of 1."""
     return str(value.type) == str(without.type).replace(TENSOR, TENSOR + "1, ")
 
 
 def _source(operand: Any) -> int | str | None:
     """Returns where an operand comes from: the number of an input, the name of a weight, "" or None.
 
-    None is an array without values, as which a layer without a bias gives it. "" is any other array in the graph.
+    None is an array without values: a layer without a bias passes one. "" is any other array in the graph.
     """
     if hasattr(operand, "arg_number"):
         return operand.arg_number
@@ -177,7 +177,7 @@ def _source(operand: Any) -> int | str | None:
 
 
 class Ready(NamedTuple):
-    """A kind in this process: what was compiled, its number there, and the function that runs it."""
+    """A kind in this process: MAX's result, the kind's number in it, and the function that runs it."""
 
     compiled: Any
     number: int
@@ -245,12 +245,12 @@ def execute_of(result: Any, number: int) -> Execute:
 
 
 def to_json(alone: Alone) -> dict[str, Any]:
-    """Returns what a saved model says of a layer alone."""
+    """Returns the facts about a layer alone that a saved model holds."""
     return asdict(alone) | {"kind": asdict(alone.kind) | {"dtype": alone.kind.dtype.name}}
 
 
 def from_json(told: Mapping[str, Any]) -> Alone:
-    """Returns what `to_json` was given."""
+    """Returns the layer from the facts that `to_json` returned."""
     kind = Kind(Form(**told["kind"]["form"]), DType[told["kind"]["dtype"]])
     given = dict(told["layer"])
     given["geometry"] = Geometry(**given["geometry"])

@@ -26,7 +26,7 @@ class Port:
 
 
 def live_array(port: Port, axis: int, tick: int = 1) -> Chunk:
-    """Returns what a stream has to know of an input or output: without the axis that counts the ticks of one."""
+    """Returns the facts that a stream needs about an input or output; its shape lacks the axis that counts ticks."""
     shape: list[Any] = [None if isinstance(size, str) else size for size in port.shape]
     if tick > 1:
         del shape[axis]

@@ -30,7 +30,7 @@ PIECE = 1 << 20
 
 
 class Parts(NamedTuple):
-    """What a `Model` is made of, in the order of its arguments."""
+    """The parts of a `Model`, in the order of its arguments."""
 
     compiled: Any
     weights: Mapping[str, Buffer]
@@ -71,7 +71,7 @@ def write(path: str | os.PathLike, model: Parts) -> None:
 
 
 def read(path: str | os.PathLike) -> Parts:
-    """Reads a file that `write` wrote: returns what `write` was given.
+    """Reads a file that `write` wrote: returns the same parts.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -123,7 +123,7 @@ def _check_machine(path: Any, meta: Mapping[str, Any]) -> None:
 
 
 def _values(file: IO[bytes], size: int, entry: Mapping[str, Any]) -> Buffer:
-    """Returns the values in a file; they are never in memory twice."""
+    """Returns the values in a file. They are never in memory twice."""
     room = aligned((size,), np.uint8)
     for start in range(0, size, PIECE):
         piece = file.read(min(PIECE, size - start))

@@ -34,9 +34,9 @@ class Model:
     Attributes:
         inputs: Name, dtype and shape of every input.
         outputs: Name, dtype and shape of every output.
-        timing: For a live graph, when it has what; otherwise None.
-        facts: What else is known of it, which `save` keeps: numbers and texts by name. `max_conv.serving.open_network` notes the
-            network, its kind and its rate.
+        timing: For a live graph, when its outputs are available; otherwise None.
+        facts: Other facts, which `save` keeps: numbers and texts by name. `max_conv.serving.open_network` stores the network,
+            its kind and its rate.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Model:
         timing: Timing | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """Starts a compiled graph; `number` tells which, where several were compiled together."""
+        """Starts a compiled graph: the one with this `number`, if several were compiled together."""
         self.timing, self.facts = timing, dict(facts or {})
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
@@ -75,7 +75,7 @@ class Model:
         Args:
             args, kwargs: The inputs, by position or by name: NumPy arrays, or anything with DLPack (tensors of torch, JAX
                 and MLX, `max.driver.Buffer`). Contiguous and writeable arrays of NumPy, torch and MAX are not copied;
-                all others are.
+                all others are copied.
 
         Returns:
             One array, or a tuple if the model has several outputs: NumPy arrays for NumPy inputs, otherwise
@@ -117,11 +117,11 @@ class Model:
 
         Args:
             batch: How many signals there are.
-            state: What `Stream.state` returned, to go on from there, in this process or another one.
+            state: The result of `Stream.state`, to go on from there, in this process or another one.
 
         Raises:
             TypeError: If the model was not compiled from a live graph, `max_conv.streaming(...)`.
-            ValueError: If the state is that of another model.
+            ValueError: If the state belongs to another model.
 
         >>> import numpy as np
         >>> from max.dtype import DType
@@ -206,7 +206,7 @@ def compile(
         model: A `max.nn.Module`; a function from graph values to one or several; or a finished `Graph`.
         inputs: The types of the inputs, by name or in order. Not needed for a module with a method `input_types()`,
             such as `Conv1D`: its batch and length are symbolic. For a `Graph`, optionally the names of its inputs.
-        outputs: The names of the outputs; by default those that the graph's builder gave, or output0, output1 and so on.
+        outputs: The names of the outputs; by default the names that the graph's builder gave, or output0, output1 and so on.
         weights: Arrays by weight name. Not needed for layers of this package that have loaded their weights, whether
             alone, in a function, in a `PackedGraph` or inside another module. The model keeps the arrays alive.
         exact: Whether all layers get direct kernels, as with `conv1d(..., exact=True)`. In a finished `Graph` the
@@ -214,7 +214,7 @@ def compile(
         specialise: Whether a convolution alone is compiled for its own sizes. Otherwise it runs in the graph of its kind,
             whose sizes are symbolic, and which is compiled once on a machine.
         tune: Lengths of the input for which each layer's kernels are timed first, if this machine has not timed them yet;
-            the layers get the fastest. `max_conv.runtime.tune` does the timing, and says what else a length may be.
+            the layers get the fastest. `max_conv.runtime.tune` does the timing; its `lengths` lists all forms.
 
     Returns:
         A `Model`.
@@ -351,7 +351,7 @@ def _trace(model: Any, inputs: Any, weights: Any, exact: bool) -> tuple[Graph, l
     if isinstance(model, nn.Module):
         if weights is None:
             weights = _own_weights(name, model)
-        else:  # MAX's own layers keep the arrays that they are given
+        else:  # MAX's own layers keep the arrays that were passed to them
             weights = {name: buffer_of(value, "compile: weight", name) for name, value in weights.items()}
         model.load_state_dict(weights)
         weights = model.state_dict(auto_initialize=False)

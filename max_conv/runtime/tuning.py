@@ -22,7 +22,7 @@ from .ports import size_of
 from .session import Model, compile
 
 ROUNDS, BURST = 5, 0.004
-"""Each kernel runs in so many rounds, in turn with the others, for so many seconds a round; its least time counts."""
+"""Each kernel runs in so many rounds, alternately with the others, for so many seconds per round; the least time counts."""
 CLOSE = {"float32": 1e-4, "float64": 1e-12, "float16": 2e-3, "bfloat16": 2e-2}
 """How far a kernel's answer may be from the usual kernel's, as a part of the largest value."""
 
@@ -34,7 +34,7 @@ class Timed:
     Attributes:
         layer: Its name, sizes and dtype.
         batch, outputs: The batch size and the output length.
-        usual: The kernel that it gets without this.
+        usual: The kernel that the layer gets if it was not timed.
         times: Microseconds by kernel.
     """
 
@@ -72,7 +72,7 @@ def tune(
         step: Called with a description of each step.
 
     Returns:
-        A row for each layer and number of outputs that was timed. A layer that one kernel alone can compute has none.
+        A row for each layer and number of outputs that was timed. A layer that only one kernel can compute has no row.
 
     Raises:
         TypeError, ValueError: One sentence: no lengths, a length that leaves a layer without outputs, a graph without layers.

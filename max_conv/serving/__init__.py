@@ -4,15 +4,15 @@
 serves saved models.
 
 The server answers by the Open Inference Protocol 2. `protocol.py` turns bytes into arrays and back; it is a pure function, which the
-tests fuzz. Each model has a `Queue`: what came while the last call ran is the next call, so nobody waits for company; the job that
-has waited longest goes first; if a call fails, its jobs run again one by one, so a bad one fails alone. A call runs in the event
-loop if the last one took less than a millisecond, otherwise in a thread.
+tests fuzz. Each model has a `Queue`: the jobs that came while the last call ran are the next call, so no job waits for others; the
+job that has waited longest goes first; if a call fails, its jobs run again one by one, so a bad job fails alone. A call runs in the
+event loop if the last one took less than a millisecond, otherwise in a thread.
 
 `Whole` (`served.py`) batches rows of equal shape, and signals of different length for a model built with `ragged=True`, whose
 outputs' lengths follow from the expressions in their shapes; only models whose first dimension is named "batch" are batched.
 `LiveServed` (`live.py`) holds one `Stream` with a slot for every signal; all pieces that have come are one `push(rows=...)`. A client
-that goes while its piece runs loses the sequence: the signal has gone on, and nobody has the answer. A state that travels with
-requests is checked as hostile. `limits.py` closes what uvicorn and httptools leave open: endless headers, large ones, too many
+that disconnects while its piece runs loses the sequence: the signal has gone on, and nobody has the answer. A state that comes with a
+request is treated as hostile input. `limits.py` sets limits that uvicorn and httptools lack: endless headers, large headers, too many
 connections.
 """
 

@@ -51,7 +51,7 @@ def app(models: Mapping[str, Model | str | PathLike] | Sequence[str], **limits: 
     server = Server(opened(models), options)
     base = "/v2/models/{model}"
     routes = [
-        Route(base + "/infer", server.infer, methods=["POST"]),  # the one that has to be fast is looked at first
+        Route(base + "/infer", server.infer, methods=["POST"]),  # this route has to be fast, so it is looked at first
         WebSocketRoute(base + "/stream", Talk(server.models, server.options)),
         Route(base, server.metadata),
         Route(base + "/ready", server.ready),
@@ -71,7 +71,7 @@ def app(models: Mapping[str, Model | str | PathLike] | Sequence[str], **limits: 
 
 
 def opened(models: Mapping[str, Any] | Sequence[str]) -> dict[str, Model]:
-    """Returns the models by name; those that are files are loaded."""
+    """Returns the models by name; files are loaded."""
     if not isinstance(models, Mapping):
         pairs = [entry.partition("=")[::2] for entry in models]
         for name, path in pairs:
@@ -84,7 +84,7 @@ def opened(models: Mapping[str, Any] | Sequence[str]) -> dict[str, Model]:
 
 
 class Server:
-    """The models that are served, and what each route answers."""
+    """The models that are served, and the answer of each route."""
 
     def __init__(self, models: Mapping[str, Model], options: Options) -> None:
         self.options, self.metrics = options, Metrics()
@@ -180,7 +180,7 @@ def sentence(text: str, status: int, headers: Mapping[str, str] | None = None) -
 
 async def refused(request: Request, error: Any) -> Response:
     headers = {"retry-after": "1"} if error.status == 503 else {}
-    # What is left of a body that was not read would be taken for the next request.
+    # The unread rest of a body would be read as the next request.
     return sentence(str(error), error.status, headers | ({"connection": "close"} if error.closes else {}))
 
 
@@ -198,7 +198,7 @@ async def failed(request: Request, error: Exception) -> Response:
 
 
 class Guarded:
-    """Lets in who sends the token; health and the page, which is empty without it, are for everybody."""
+    """Lets in clients that send the token. Health and the page, which is empty without the token, are for everybody."""
 
     def __init__(self, application: Any, token: str) -> None:
         self._application, self._token = application, token

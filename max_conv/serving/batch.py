@@ -2,10 +2,10 @@
 
 The results are the ledger: the result of `a.wav` is `a.wav.json` (speech, pitch), `a.wav.wav` (codec), `a.npy.wav` (vocoder) or
 `a.wav.npy` (features). The suffix of the source stays in the name, so `a.wav` and `a.flac` have different results. Files in
-folders below keep their folders. A result appears whole or not at all, and a later job does only what has none. A file that
-cannot be read or run gets `a.wav.error.json`, which goes when the file succeeds.
+folders below keep their folders. A result appears whole or not at all, and a later job runs only the files without a result. A file
+that cannot be read or run gets `a.wav.error.json`, which is removed when the file succeeds.
 
-Unfinished files are in folders `.max-conv-part.*` of OUT. Each is locked by its process; the next job removes those whose
+Unfinished files are in folders `.max-conv-part.*` of OUT. Each is locked by its process; the next job removes the folders whose
 process is gone.
 """
 
@@ -30,7 +30,7 @@ from .task import SOUND, Network, Task, open_network
 SOUNDS, ARRAYS = (".wav", ".flac", ".ogg", ".mp3"), (".npy",)
 """The suffixes of the files that a job reads."""
 ENDINGS = {"speech": ".json", "pitch": ".json", "vocoder": ".wav", "codec": ".wav", "features": ".npy"}
-"""What a result's name ends in, for each kind of network."""
+"""The end of a result's name, for each kind of network."""
 ERROR = ".error.json"
 RECORD = ".max-conv-batch.json"
 """The file in OUT that says which network made the results."""
@@ -100,7 +100,7 @@ def _behind(url: str) -> tuple[Any, str]:
 
 
 class Place:
-    """A folder, on this machine or behind a URL that fsspec reads, such as s3://bucket/folder.
+    """A folder, on this machine or at a URL that fsspec reads, such as s3://bucket/folder.
 
     Raises:
         ImportError: If it is a URL, and fsspec or its package for this kind of URL is not installed.
@@ -134,7 +134,7 @@ class Place:
         return sorted(path for path in paths if not any(part.startswith(".") for part in path.split("/")))
 
     def fetch(self, name: str, folder: Path) -> Path:
-        """Returns the local path of a file, which is copied to `folder` if it is behind a URL."""
+        """Returns the local path of a file, which is copied to `folder` if it is at a URL."""
         if self.remote is None:
             return Path(self.root, name)
         local = folder / f"source{Path(name).suffix}"
@@ -142,7 +142,7 @@ class Place:
         return local
 
     def put(self, part: Path, name: str) -> None:
-        """Moves a finished file to its place. Behind a URL, it appears as its file system lets files appear."""
+        """Moves a finished file to its place. At a URL, its file system decides how it appears."""
         if self.remote is None:
             target = Path(self.root, name)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ class Batch:
         weights: As for `open_network`.
         saved: As for `open_network`.
 
-    Ray Data takes the class: `dataset.map_batches(Batch, fn_constructor_kwargs=...)` with a column "path".
+    Ray Data accepts the class: `dataset.map_batches(Batch, fn_constructor_kwargs=...)` with a column "path".
 
     >>> import soundfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -208,13 +208,13 @@ class Batch:
         return self._network
 
     def begin(self) -> tuple[list[str], int]:
-        """Makes OUT, removes what killed jobs have left there, and returns the sources without a result.
+        """Makes OUT, removes the unfinished files of killed jobs there, and returns the sources without a result.
 
         Returns:
             The paths, and how many sources have a result already.
 
         Raises:
-            ValueError: If OUT lies in FOLDER or holds results of another network, or FOLDER has nothing to read.
+            ValueError: If OUT is in FOLDER or holds results of another network, or FOLDER has nothing to read.
             OSError: If one of them cannot be read or written.
         """
         suffixes = SOUNDS if self.task.input == SOUND else ARRAYS
@@ -247,10 +247,10 @@ class Batch:
             batch: "path": (B,), the paths of sources, relative to FOLDER.
 
         Returns:
-            "path": (B,). "error": (B,), a sentence, or "" where there is a result. "seconds": (B,), float64, of sound.
+            "path": (B,). "error": (B,), a sentence, or "" if there is a result. "seconds": (B,), float64, of sound.
 
         Raises:
-            OSError: If a result cannot be written; then nothing of it is there.
+            OSError: If a result cannot be written; then no part of it exists.
             ImportError: If a package that reads sound is not installed.
         """
         names = [str(name) for name in batch["path"]]
@@ -273,7 +273,7 @@ class Batch:
             heard = values if network.task.input == SOUND else result if ending == ".wav" else None
             seconds = 0.0 if heard is None else heard.shape[-1] / rate
             text = json.dumps(self._facts(name, result, seconds), allow_nan=False) if ending == ".json" else ""
-        except ImportError:  # no file would do
+        except ImportError:  # every file would fail
             raise
         except Exception as error:  # a broken file is an answer, not the end of the job
             sentence = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -300,7 +300,7 @@ class Batch:
             return facts | pitch_facts(result.track, stretches(result.track))
         config = self.open().config
         found = turns(result, hop=config.hop / config.rate, duration=seconds)
-        # The shortest decimals that are the same float32.
+        # The shortest decimals that give the same float32.
         return facts | speech_facts(found) | {"probabilities": [float(str(value)) for value in result]}
 
     def _put(self, facts: Mapping[str, Any], name: str) -> None:
@@ -312,7 +312,7 @@ class Batch:
         return self.out.root if self.out.remote is None else tempfile.gettempdir()
 
     def _folder(self) -> Path:
-        """Returns the folder of this process for what is not finished."""
+        """Returns the folder of this process for unfinished files."""
         if self._parts is None:
             os.makedirs(self._root(), exist_ok=True)
             self._parts = Parts(self._root())
@@ -344,7 +344,7 @@ class Batch:
 
 
 class Parts:
-    """A locked folder for unfinished files, which goes with the object. If the process is killed, the lock goes with it."""
+    """A locked folder for unfinished files. It is removed with the object; if the process is killed, its lock is freed."""
 
     def __init__(self, root: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix=PART, dir=root))
@@ -374,6 +374,6 @@ def remove_parts(root: str) -> None:
 
 
 def rows_of(table: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """Yields the path, the error and the seconds of each source in what a `Batch` returned."""
+    """Yields the path, the error and the seconds of each source in the result of a `Batch`."""
     for path, error, seconds in zip(table["path"], table["error"], table["seconds"], strict=True):
         yield str(path), str(error), float(seconds)

@@ -1,6 +1,6 @@
-"""What a client may not do: send headers or bodies that are too large or too slow, or open too many connections.
+"""Limits for clients: headers and bodies must not be too large or too slow, connections must not be too many.
 
-uvicorn and httptools let it: https://github.com/encode/uvicorn/issues/157
+uvicorn and httptools have no such limits: https://github.com/encode/uvicorn/issues/157
 """
 
 import asyncio
@@ -20,13 +20,13 @@ SECONDS = 10.0
 
 
 class Bodies:
-    """Reads the bodies of requests, within the limits of the options."""
+    """Reads the bodies of requests within the limits of the options."""
 
     def __init__(self, options: Options) -> None:
         self._options, self._bytes = options, 0
 
     async def read(self, request: Request) -> bytes:
-        """Returns a whole body. The bytes that it claims count before they are read.
+        """Returns a whole body. Its declared length counts before the bytes are read.
 
         Raises:
             Refused: 400 for a compressed body, 413 if it is too large, 408 if it is too slow, 503 if the bodies of all requests
@@ -62,7 +62,7 @@ class Bodies:
 
 
 class Limited(HttpToolsProtocol):
-    """uvicorn's protocol, which closes connections whose headers are too large or late, or which are too many."""
+    """uvicorn's protocol. It closes connections whose headers are too large or too late, and surplus connections."""
 
     most = Options.max_connections
     """Connections at a time."""
@@ -86,7 +86,7 @@ class Limited(HttpToolsProtocol):
             return
         self._begun, in_body = 0, self._in_body
         super().data_received(data)
-        # Bytes that hold the end of another request, too, are not counted: they are few.
+        # Bytes that also hold the end of another request are not counted: there are few of them.
         if self._in_headers and not in_body and self._begun <= 1:
             self._seen += len(data)
         if self._in_headers and self._seen > HEADERS and not self.transport.is_closing():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 STATE = "state"
 HEAD = struct.Struct("<4sQQ")
-"""The begin of a state that travels: a mark, the ticks so far, the positions so far."""
+"""The begin of a state that is sent to a client: a mark, the ticks so far, the positions so far."""
 MARK = b"mcs1"
 MOST_TICKS = 64
 """Ticks of a call for one signal: a longer piece is cut."""
@@ -30,7 +30,7 @@ MOST = 1 << 48
 
 @dataclass
 class _Piece:
-    """What a job does with its slots."""
+    """The slots of a job, and how the job uses them."""
 
     slots: list[int]
     begin: bool
@@ -43,7 +43,7 @@ class LiveServed(Served):
     """A model of a live graph, `max_conv.streaming(...)`.
 
     A request that names no sequence and carries no state is a whole signal. With a sequence, the server keeps the signal. With
-    `state`, an input and an output, the client does: it leaves the input out for a new signal, or sends what it got.
+    `state`, an input and an output, the client keeps it: it omits the input for a new signal, or sends the last output.
     """
 
     live = True
@@ -76,7 +76,7 @@ class LiveServed(Served):
         self._free: list[int] = []
 
     def start(self) -> None:
-        # Memory that no signal has used yet is not taken from the system.
+        # The system does not allocate memory that no signal has used yet.
         self._stream = self.model.stream(batch=self.options.max_streams)
         self._free = [*range(self.options.max_streams)][::-1]
         super().start()
@@ -101,7 +101,7 @@ class LiveServed(Served):
         try:
             answer = await self._answers(jobs, seconds, gone)
         except BaseException:
-            # What runs is not called back: the signal is somewhere in this piece, and nobody has the answer.
+            # A running job is not cancelled: the signal is somewhere in this piece, and nobody has the answer.
             session.broken = jobs[0].runs
             raise
         finally:
@@ -144,7 +144,7 @@ class LiveServed(Served):
         return [self._free.pop() for _ in range(rows)]
 
     def _jobs(self, arrays: Mapping[str, np.ndarray], piece: _Piece, keeps: bool = False) -> list[Job]:
-        """Returns what is asked for, in jobs that are short enough not to hold up the signals of others."""
+        """Splits a request into jobs that are short enough not to delay the signals of others."""
         values = [arrays[chunk.name] for chunk in self._chunks]
         size, rows = values[0].shape[self._chunks[0].axis], len(piece.slots)
         most = max(MOST_TICKS, self._timing.first) * self._timing.tick
@@ -168,7 +168,7 @@ class LiveServed(Served):
         return jobs
 
     async def _answers(self, jobs: Sequence[Job], seconds: float, gone: Gone | None) -> dict[str, np.ndarray]:
-        """Returns the answers to jobs of one signal, one after the other, in one."""
+        """Runs the jobs of one signal one after the other, and returns their answers as one answer."""
         if len(jobs) == 1:
             return await self.queue.answer(jobs[0], seconds, gone)
         end = time.monotonic() + seconds
@@ -209,7 +209,7 @@ class LiveServed(Served):
     def _answer(self, piece: _Piece, arrays: Sequence[np.ndarray], at: int) -> dict[str, np.ndarray]:
         answer = {}
         for result, array, lengths in zip(self._results, arrays, self._stream.output_lengths, strict=True):
-            # The rows of a job are at the same place of their signals.
+            # The rows of a job are at the same position of their signals.
             own = array[at : at + len(piece.slots)]
             answer[result.name] = own[(slice(None),) * result.axis + (slice(int(lengths[at])),)].copy()
         if piece.wants_state:
@@ -226,7 +226,7 @@ class LiveServed(Served):
         return np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
 
     def _checked(self, state: np.ndarray) -> np.ndarray:
-        """Raises an error unless a state that a client sent is that of a signal of this model."""
+        """Raises an error unless a state that a client sent belongs to a signal of this model."""
         places = {HEAD.unpack(row[: HEAD.size].tobytes()) if len(row) >= HEAD.size else None for row in state}
         place = places.pop()
         if places or place is None or place[0] != MARK:
@@ -243,7 +243,7 @@ class LiveServed(Served):
         return [math.prod(size or 1 for size in c.shape) * Spec(c.dtype, ()).numpy.itemsize for c in self._chunks]
 
     def _unpacked(self, state: np.ndarray) -> dict[str, Any]:
-        """Returns what `_packed` was given."""
+        """Returns the state from the bytes that `_packed` returned."""
         _, ticks, seen = HEAD.unpack(state[0, : HEAD.size].tobytes())
         waiting = seen - ticks * self._timing.tick
         own, rest = np.split(state[:, HEAD.size :], [self._timing.state], axis=1)

@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""The counters of a server, for Prometheus."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """The counters of one server. Each has its own, so that several can run in a process."""
+    """The counters of one server. Each server has separate counters, so that several can run in one process."""
 
     def __init__(self) -> None:
         self.registry = registry = prometheus.CollectorRegistry()

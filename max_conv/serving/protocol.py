@@ -57,7 +57,7 @@ class Spec(NamedTuple):
 
     @property
     def numpy(self) -> np.dtype[Any]:
-        """NumPy's dtype; bfloat16, which it lacks, are the bits as uint16."""
+        """NumPy's dtype. NumPy lacks bfloat16: its values are bits, uint16."""
         return _numpy_dtype(self.dtype)
 
 
@@ -83,7 +83,7 @@ class _Wanted(msgspec.Struct):
 
 
 class Request(msgspec.Struct):
-    """What a client asks for, without the arrays."""
+    """A client's request, without the arrays."""
 
     inputs: list[_Tensor]
     outputs: list[_Wanted] | None = None
@@ -124,11 +124,11 @@ def decode(body: bytes, header: str | None, inputs: Mapping[str, Spec]) -> tuple
 
     Args:
         body: JSON, followed by the binary tensors in the order of the inputs.
-        header: The header Inference-Header-Content-Length: how many bytes the JSON has; None if there are no others.
+        header: The header Inference-Header-Content-Length: how many bytes the JSON has; None if the body is JSON alone.
         inputs: The model's inputs by name.
 
     Returns:
-        The request, and the arrays by name. Those that came in binary are views of the body.
+        The request, and the arrays by name. Arrays that came in binary are views of the body.
 
     Raises:
         Refused: If anything is wrong with it.
@@ -209,7 +209,7 @@ def _from_json(tensor: _Tensor, spec: Spec) -> np.ndarray:
 
 
 def _depth(data: msgspec.Raw) -> int:
-    """Returns with how many opening brackets the data begins."""
+    """Returns the number of opening brackets at the begin of the data."""
     start = bytes(memoryview(data)[:64])
     return max(1, start[: len(start) - len(start.lstrip(b"[ \t\r\n"))].count(b"["))
 
@@ -235,7 +235,7 @@ def _check_sizes(inputs: Mapping[str, Spec], arrays: Mapping[str, np.ndarray]) -
 
 
 def encode(model: str, request: Request, results: Mapping[str, np.ndarray]) -> tuple[bytes, dict[str, str]]:
-    """Writes a response: JSON, followed by the outputs that were asked for in binary.
+    """Writes a response: JSON, followed by the outputs that the client wants in binary.
 
     Args:
         model: The model's name.
@@ -246,7 +246,7 @@ def encode(model: str, request: Request, results: Mapping[str, np.ndarray]) -> t
         The body and its headers.
 
     Raises:
-        Refused: If an output is not known, or holds what JSON cannot.
+        Refused: If an output is not known, or holds a value that JSON cannot represent.
     """
     wanted = request.outputs if request.outputs is not None else [_Wanted(name) for name in results]
     default = request.flag("binary_data_output")

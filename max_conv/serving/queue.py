@@ -1,4 +1,4 @@
-"""Batches of requests that change no answer: what came while the last call ran is the next call."""
+"""Batches of requests that change no answer: the requests that came while the last call ran are the next call."""
 
 import asyncio
 import time
@@ -14,7 +14,7 @@ from .protocol import Refused
 FAST = 1e-3
 """Seconds: a call that should take less runs in the event loop, since switching threads costs about as much."""
 WATCH = 0.05
-"""Seconds after which a waiting request begins to look whether its client is still there."""
+"""Seconds after which a waiting request begins to check whether its client is still connected."""
 
 
 class Job:
@@ -24,10 +24,10 @@ class Job:
         arrays: The model's inputs.
         kind: Only jobs of one kind run together.
         rows: The number of its rows in a batch.
-        size: How long its signals are, where jobs of different length run together.
-        more: Whatever the function that runs it needs besides.
-        keeps: Whether it changes what is kept for the next one. Once it runs, it is waited for, whatever the deadline says.
-        runs: Whether it has been taken out of its line, and nothing has failed.
+        size: How long its signals are, if jobs of different length run together.
+        more: Other values that the function that runs it needs.
+        keeps: Whether it changes the state for the next job. Once it runs, it is waited for, even after the deadline.
+        runs: Whether it has left its line, and nothing has failed.
         since: When it came.
         answer: The future of its answer.
     """
@@ -83,10 +83,10 @@ class Queue:
         Args:
             job: The job.
             seconds: How long it may wait and run.
-            gone: Returns when the client has gone.
+            gone: Returns when the client has disconnected.
 
         Raises:
-            Refused: 503 if too many jobs wait, 504 if the answer was not there in time, 499 if the client has gone, 400 if
+            Refused: 503 if too many jobs wait, 504 if the answer was late, 499 if the client has disconnected, 400 if
                 the model refuses the input.
         """
         if self.waiting >= self._most_jobs:
@@ -97,7 +97,7 @@ class Queue:
             self._busy = True
             asyncio.get_running_loop().call_soon(self._next)
         try:
-            if job.keeps and gone is None:  # a socket learns by itself that its client has gone
+            if job.keeps and gone is None:  # a socket notices by itself that its client has disconnected
                 return await job.answer
             await asyncio.wait((job.answer,), timeout=min(seconds, WATCH))
             if not job.answer.done():
@@ -124,7 +124,7 @@ class Queue:
                 watch.cancel()
 
     def _forget(self, job: Job) -> None:
-        """Takes a job out of its line, if nobody waits for its answer any more."""
+        """Removes a job from its line if nobody waits for its answer any more."""
         job.answer.cancel()
         if not job.runs and job in self._lines.get(job.kind, ()):
             self._lines[job.kind].remove(job)
@@ -143,7 +143,7 @@ class Queue:
         while line:
             job = line[0]
             more, all_sizes, size = rows + job.rows, sizes + job.rows * job.size, max(longest, job.size)
-            # Signals of different length are filled up to the longest: by no more than they hold together.
+            # Signals of different length are padded to the longest, by at most as many values as they hold together.
             if jobs and (more > self._most_rows or more * size > 2 * all_sizes):
                 break
             job.runs = True

@@ -36,10 +36,10 @@ class Options:
         max_memory: Bytes of all requests that are being read.
         body_timeout: Seconds in which a request's body must come.
         max_connections: Connections.
-        token: What clients have to send, `Authorization: Bearer TOKEN`; None lets everybody in.
+        token: The token that clients have to send, `Authorization: Bearer TOKEN`; None lets everybody in.
 
     Raises:
-        ValueError: If one of them is not above 0 (`tick` may be 0), or the token is not of visible ASCII characters.
+        ValueError: If a number is not above 0 (`tick` may be 0), or the token has other than visible ASCII characters.
     """
 
     max_batch: int = 32
@@ -68,10 +68,10 @@ class Session:
 
     Attributes:
         rows: Its rows.
-        kept: What the model keeps of it.
+        kept: The state that the model keeps of it.
         used: When it was used last.
         busy: Whether a request of it is being answered.
-        begun: Whether it has got something.
+        begun: Whether it has received any data.
         broken: Whether an answer is lost, so that it cannot go on.
     """
 
@@ -87,12 +87,12 @@ class Served:
     """A model under a name. `Whole` and `LiveServed` say how its jobs are made and run.
 
     Attributes:
-        name: What clients call it.
+        name: Its name for clients.
         model: The model.
-        inputs, outputs: As clients see them.
+        inputs, outputs: The inputs and outputs as clients see them.
         sequences: The signals that go on, by their id.
-        facts: What else its metadata has.
-        live: Whether it accepts signals in pieces of any length, and returns a rest when one ends.
+        facts: Other entries of its metadata.
+        live: Whether it accepts signals in pieces of any length, and returns the rest when a signal ends.
     """
 
     live = False
@@ -240,8 +240,8 @@ class Whole(Served):
     """A model that answers each request by itself.
 
     Requests share a call if the first dimension of all inputs and outputs is named "batch": rows of equal shape as they are,
-    signals of different length where the model was built with `ragged=True`. An output with the name of an input is its
-    state: a client sends back what it got, or names a sequence, and the server does.
+    signals of different length if the model was built with `ragged=True`. An output with the name of an input is the
+    model's state: a client sends it back with the next request, or names a sequence, and the server keeps the state.
     """
 
     def __init__(self, name: str, model: "Model", options: Options, metrics: Metrics) -> None:
@@ -283,7 +283,7 @@ class Whole(Served):
         return await self.queue.answer(self._job(arrays), seconds, gone)
 
     def _job(self, arrays: dict[str, np.ndarray]) -> Job:
-        """Returns a request as it waits. A state that did not come is zeros, and lengths are all positions."""
+        """Returns a request's job. If the request has no state, it is zeros; if it has no lengths, they are all positions."""
         rows = len(next(iter(arrays.values())))
         for name, port in self._state.items():
             if name not in arrays:
@@ -316,7 +316,7 @@ class Whole(Served):
         return answers
 
     def _own(self, job: Job, number: int, array: np.ndarray, at: int) -> np.ndarray:
-        """Returns a job's rows of an output, and of them what its own signals have."""
+        """Returns a job's rows of an output, cut to the lengths of its own signals."""
         rows = array[at : at + job.rows]
         if not self._ragged:
             return rows
@@ -333,7 +333,7 @@ class Whole(Served):
 
 
 def together(jobs: Sequence[Job], number: int, port: Port) -> Any:
-    """Returns an input of all jobs as the model accepts it: rows after rows, shorter ones filled up with zeros."""
+    """Returns an input of all jobs as the model accepts it: rows after rows, shorter rows padded with zeros."""
     parts = [job.arrays[number] for job in jobs]
     sizes = {part.shape[1:] for part in parts}
     if len(parts) == 1:

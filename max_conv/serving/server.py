@@ -1,4 +1,4 @@
-"""The server itself: uvicorn with limits, one log line a request, and an end that loses nothing."""
+"""The server itself: uvicorn with limits, one log line per request, and an end that loses no request."""
 
 import contextlib
 import errno
@@ -46,13 +46,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(application: Any, listener: socket.socket, max_connections: int, logs: str = "text") -> None:
-    """Serves until SIGTERM or SIGINT; then answers what has come, and returns.
+    """Serves until SIGTERM or SIGINT; then answers the requests that have come, and returns.
 
     Args:
         application: An ASGI application.
-        listener: What `listen` returned.
+        listener: The socket that `listen` returned.
         max_connections: Connections, at most.
-        logs: "text" or "json" for a line a request on stderr; "off".
+        logs: "text" or "json" for one line per request on stderr; or "off".
     """
     if logs != "off":
         handler = logging.StreamHandler(sys.stderr)
@@ -64,7 +64,7 @@ def run(application: Any, listener: socket.socket, max_connections: int, logs: s
 
 
 def configured(application: Any, max_connections: int) -> uvicorn.Config:
-    """Returns how uvicorn serves an application."""
+    """Returns uvicorn's settings for an application."""
     return uvicorn.Config(
         application,
         http=type("Limited", (Limited,), {"most": max_connections}),
@@ -96,7 +96,7 @@ class _Server(uvicorn.Server):
 
 
 class Logged:
-    """An application whose requests are logged: method, path without its query, status, milliseconds. Never what they hold."""
+    """An application whose requests are logged: method, path without its query, status, milliseconds. Never their content."""
 
     def __init__(self, application: Any, as_json: bool) -> None:
         self._application, self._json = application, as_json

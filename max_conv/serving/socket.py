@@ -14,22 +14,22 @@ from .protocol import Refused
 from .served import Options, Served
 
 IDLE = 4408
-"""The code with which a connection is closed that sends nothing."""
+"""The close code of a connection that sends nothing."""
 TOKEN = "token."
 SCALE = 1 << 15
 """Full scale of 16-bit samples."""
 
 
 class Talk:
-    """An ASGI application that serves one signal a connection.
+    """An ASGI application that serves one signal per connection.
 
     A binary message holds the next positions of the input, any number, as little-endian values of its dtype, or 16-bit samples
-    with `?in=s16`. Each is answered by one binary message: the output's positions that are ready, maybe none, or as 16-bit
-    samples with `?out=s16`. The text "end" ends the signal: the rest of the output comes, and the connection is closed. `?output=NAME`
+    with `?in=s16`. Each is answered by one binary message: the output's positions that are ready, maybe none, as 16-bit samples
+    with `?out=s16`. The text "end" ends the signal: the rest of the output comes, and the connection is closed. `?output=NAME`
     chooses another output than the first.
 
-    Close codes: 1000 after "end"; 1003 for another text; 1007 for bytes that are no whole positions; 1008 for a model or an
-    option that is not there; 1013 if there are too many signals; 4408 if nothing came for the idle time.
+    Close codes: 1000 after "end"; 1003 for another text; 1007 for bytes that are not whole positions; 1008 for a model or an
+    option that does not exist; 1013 if there are too many signals; 4408 if nothing came for the idle time.
     """
 
     def __init__(self, models: Mapping[str, Served], options: Options) -> None:
@@ -65,12 +65,12 @@ class Talk:
             signal.model.close(signal.session)
 
     async def _serve(self, signal: "_Signal", receive: Any, send: Any, limit: asyncio.Timeout) -> None:
-        """Answers messages until the signal ends. It is on the path of every message, so it does without Starlette."""
+        """Answers messages until the signal ends. Every message passes through here, so it does not use Starlette."""
         loop, moved, idle = asyncio.get_running_loop(), 0.0, self._options.idle
         model, session = signal.model, signal.session
         while True:
             message = await receive()
-            if (now := loop.time()) > moved + idle / 8:  # not at every message, since it costs time
+            if (now := loop.time()) > moved + idle / 8:  # not at every message, because it costs time
                 moved = now
                 limit.reschedule(now + idle)
             if message["type"] == "websocket.disconnect":
@@ -84,7 +84,7 @@ class Talk:
                 answer = signal.bytes(await model.push(session, signal.arrays(data), end, self._options.deadline))
             try:
                 await send({"type": "websocket.send", "bytes": answer})
-            except OSError:  # it has gone
+            except OSError:  # the client has disconnected
                 raise WebSocketDisconnect(1006) from None
             model.metrics.answered(200, loop.time() - now)
             if end:

@@ -25,13 +25,13 @@ def call(model: Callable[..., Any], signal: np.ndarray, config: Any) -> Any:
 
 
 def alone(piece: np.ndarray, config: Any, random: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Returns the inputs of a live network that has one."""
+    """Returns the inputs of a live network that has one input."""
     return (piece,)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a network does with a signal. Each file of the gallery has one, `TASK`.
+    """The task of a network: how it uses a signal. Each file of the gallery has one, `TASK`.
 
     Attributes:
         kind: "speech" finds speech, "pitch" follows a pitch, "vocoder" makes sound from a spectrogram, "codec" codes
@@ -39,12 +39,12 @@ class Task:
         input: "sound": float32 samples of shape (batch, samples), or (samples,) for speech and pitch, at `config.rate`.
             Otherwise the name of the config's field with the number of values per position: float32 of shape
             (batch, length, values).
-        output: A description of what `run` returns, with its shape.
+        output: A description of the result of `run`, with its shape.
         run: Computes the output: `run(model, signal, config, **options)`.
         options: The names of the options of `run`.
         state: For networks that are called chunk by chunk: the state before the first chunk, `state(batch, config)`.
         inputs: For a live network with several inputs: `inputs(piece, config, random)` returns a piece of each input for a
-            piece of the one that `input` describes.
+            piece of the input that `input` describes.
     """
 
     kind: Kind
@@ -59,7 +59,7 @@ class Task:
         """Returns the input as float32 with a batch axis, or raises ValueError if it has another shape or dtype.
 
         Args:
-            name: What the values are or where they come from, for the error message.
+            name: A name for the values or their source, for the error message.
             values: (length, values) or (batch, length, values); for sound (samples,) or (batch, samples).
             config: The network's config.
         """
@@ -147,7 +147,7 @@ def open_network(
         weights: A reference for the network's `load_weights`; None means the weights that come with it, if any.
         saved: A file that `Model.save` wrote for this network and config. Then nothing is compiled.
         exact: As in `max_conv.conv1d`.
-        live: Whether the network takes its signals chunk by chunk: then use `model.stream()`.
+        live: Whether the network gets its signals chunk by chunk: then use `model.stream()`.
         ragged: Whether a batch has signals of different length, with their `lengths` as one more input: for `max-conv serve`.
         step: Called with a description of each step; returns a context manager, in which the step runs.
 

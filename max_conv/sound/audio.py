@@ -57,7 +57,7 @@ def write_audio(path: str | Path, sound: np.ndarray, rate: int) -> None:
 
     Args:
         path: The file; its extension is the format.
-        sound: (samples,) or (channels, samples), full scale is 1; what exceeds it is clipped.
+        sound: (samples,) or (channels, samples), full scale is 1; larger values are clipped.
         rate: Samples per second.
 
     Raises:

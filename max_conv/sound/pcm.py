@@ -16,11 +16,11 @@ _EXTENSIBLE = 0xFFFE
 def read_pcm(
     file: IO[bytes], rate: int, pcm: str = "s16", channels: int = 1, samples: int = 480
 ) -> Iterator[np.ndarray]:
-    """Yields sound from a pipe as it comes: raw PCM, or WAV, which says itself what it holds.
+    """Yields sound from a pipe as it comes: raw PCM, or WAV, whose header describes its content.
 
     Args:
         file: Read until it ends.
-        rate: Samples per second that the sound must have. Raw PCM does not tell.
+        rate: Samples per second that the sound must have. Raw PCM has no rate in it.
         pcm: The format of raw PCM: "s16" or "f32".
         channels: The channels of raw PCM, whose samples alternate.
         samples: How many samples of each channel are waited for; the last piece may be shorter.
@@ -29,7 +29,7 @@ def read_pcm(
         float32, (channels, samples), full scale is 1.
 
     Raises:
-        ValueError: If a WAV header is damaged, or tells another rate or another format.
+        ValueError: If a WAV header is damaged, or has another rate or another format.
 
     >>> import io
     >>> [piece.tolist() for piece in read_pcm(io.BytesIO(b"\\x00\\x40\\x00\\xc0"), 16000)]
@@ -54,7 +54,7 @@ def read_pcm(
 
 
 def to_pcm(sound: np.ndarray, pcm: str) -> bytes:
-    """Returns sound, (channels, samples), as raw PCM; what exceeds full scale is clipped.
+    """Returns sound, (channels, samples), as raw PCM; values beyond full scale are clipped.
 
     >>> to_pcm(np.array([[0.5, -2.0]], np.float32), "s16")
     b'\\x00@\\x00\\x80'

@@ -4,13 +4,13 @@
 
 `streaming(build, ...)` runs the network's own code with a `PackedGraph` that is a `StreamingGraph`. Its input comes in *ticks* of M
 positions, M the common multiple of the strides, so every length in the graph is `per_tick * ticks`. `traced.py` looks at every
-operation that is made: a value has a `Line` (`conv/lines.py`: positions a tick, delay, and its length as a function of the
-input's); an operation that is not on the white list of `positions.py` is refused; where values of different delay meet, the
+operation that is made: a value has a `Line` (`conv/lines.py`: positions per tick, delay, and its length as a function of the
+input's length); an operation that is not on the white list of `positions.py` is refused; if values of different delay meet, the
 earlier one gets a delay line, in place.
 
 A layer reads a window that one operation lays out (`kernels/signals.mojo`): rows that the state holds, the new rows, and the padding
 at each signal's own begin and end; the layer itself is then the same kernel without padding. All windows keep their rows in one
-tensor of bytes, `state`. Each row of the batch has its own `ticks` (0 begins a new signal, whatever the state holds) and `ends`.
+tensor of bytes, `state`. Each row of the batch has separate `ticks` (0 begins a new signal, with any state) and `ends`.
 `Stream` holds all three on the host and commits them after a call has succeeded. Ragged batches (`lengths`, `conv/ragged.py`) are
 the same windows without a state.
 """
@@ -38,7 +38,7 @@ __all__ = [
 
 
 class _Callable(ModuleType):
-    """A module that is called as the function of its name."""
+    """A module that can be called: it calls the function that has the module's name."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> StreamingGraph:
         return streaming(*args, **kwargs)

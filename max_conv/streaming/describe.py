@@ -39,7 +39,7 @@ class Description:
     Attributes:
         layers: The convolutions and recurrent layers.
         parameters: How many numbers the graph's weights hold.
-        span: The inputs that an output depends on through these layers; attention and norms over the length see more.
+        span: The inputs that an output depends on through these layers; attention and norms over the length depend on more.
     """
 
     layers: tuple[LayerCost, ...]

@@ -15,16 +15,16 @@ from .positions import input_axis, where
 from .timing import Signal, Timing
 
 LIVE_INPUTS = ("ticks", "ends", "state")
-"""The inputs that a live graph has after the network's."""
+"""The inputs that a live graph has after the network's inputs."""
 
 
 def streaming(
     network: Callable[..., Any] | nn.Module, *args: Any, rate: int | None = None, exact: bool = False, **kwargs: Any
 ) -> "StreamingGraph":
-    """Builds a network as a live graph, which takes its signals chunk by chunk.
+    """Builds a network as a live graph, which gets its signals chunk by chunk.
 
     Args:
-        network: What builds the network: a `build` of the gallery, followed by its arguments; a function of graph
+        network: The function that builds the network: a `build` of the gallery, followed by its arguments; a function of graph
             values, followed by the types of its inputs; a layer or a `Module`, followed by its input types unless it has
             a method `input_types()`. The first axis of an input is the batch, and one other size, the number of positions,
             is symbolic.
@@ -33,8 +33,9 @@ def streaming(
         exact: As in `max_conv.conv1d`: then an answer in chunks has the bits of the exact answer to the whole signal.
 
     Returns:
-        A graph for `max_conv.compile`. Its attribute `timing` tells the latency and the memory of a signal. Its inputs are
-        the network's, `ticks`, `ends` and `state`, its outputs the network's and `state`; `Model.stream()` handles them.
+        A graph for `max_conv.compile`. Its attribute `timing` has the latency and the memory of a signal. Its inputs are the
+        network's inputs, `ticks`, `ends` and `state`; its outputs are the network's outputs and `state`. `Model.stream()`
+        handles them.
 
     Raises:
         ValueError: If the network cannot run live; the sentence names the operation or the layer.
@@ -78,8 +79,8 @@ class StreamingGraph(PackedGraph):
 
     Attributes:
         tick: Input positions of a tick.
-        signals: What is known of its signals.
-        timing: When the network has what; known when the graph is finished.
+        signals: The facts that are known about its signals.
+        timing: When the network's outputs are available; known when the graph is finished.
     """
 
     tick: int
@@ -131,7 +132,7 @@ class StreamingGraph(PackedGraph):
                 shape = [*type_.shape[:axis], ticks * self.tick, *type_.shape[axis + 1 :]]
                 own[i] = ops.reshape(own[i], shape)
         self.signals.begin(own)
-        # What the network's code sees as the graph's inputs.
+        # The network's code sees these as the graph's inputs.
         self.__dict__["inputs"] = tuple(own)
 
     def output(self, *values: Any) -> None:
@@ -147,7 +148,7 @@ class StreamingGraph(PackedGraph):
         self.timing = Timing(self.tick, first, self._axes, tuple(signals), size, span.right, span.field, self._rate)
 
     def _name(self, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-        """Names the inputs and outputs: the network's, and those that are added."""
+        """Names the network's inputs and outputs, and the ones that are added."""
         inputs = inputs or [f"input{i}" for i in range(len(self._axes))]
         self.input_names, self.output_names = (*inputs, *LIVE_INPUTS), (*outputs, "state")
 

@@ -1,4 +1,4 @@
-"""The signals of a live graph: which positions every value has, and what a layer reads in each call."""
+"""The signals of a live graph: the positions of every value, and the rows that a layer reads in each call."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,16 +21,16 @@ ALIGNMENT = 64
 
 
 class Longer(Exception):
-    """The tick has to be a multiple of `tick`: what it brings now cannot be divided by a stride or a frame."""
+    """The tick has to be a multiple of `tick`: a stride or a frame does not divide its positions."""
 
     def __init__(self, tick: int) -> None:
         self.tick = tick
 
 
 class LiveSignals(TracedSignals):
-    """The signals of a graph that takes them in ticks.
+    """The signals of a graph that gets them in ticks.
 
-    Where values of different delay meet, the earlier ones are delayed, in place.
+    If values of different delay meet, the earlier values are delayed, in place.
 
     Attributes:
         windows: The windows so far.
@@ -45,7 +45,7 @@ class LiveSignals(TracedSignals):
         """Begins to look at a graph.
 
         Args:
-            graph: The graph, in which nothing but its inputs has been made.
+            graph: The graph, which has only its inputs so far.
             tick: Input positions of a tick.
             ticks: The size that counts the ticks of a call.
             counts: For each signal, how many ticks came before, and its length.
@@ -57,7 +57,7 @@ class LiveSignals(TracedSignals):
         super().__init__(graph, str(ticks))
 
     def begin(self, inputs: Sequence[TensorValue]) -> None:
-        """Takes the network's inputs."""
+        """Records the lines of the network's inputs."""
         self._lines = {raw(value): Line(self._tick) for value in inputs}
         self._skip()
 
@@ -86,7 +86,7 @@ class LiveSignals(TracedSignals):
         return self._read(window, x, layout), window.emitted, size
 
     def layer_output(self, y: TensorValue) -> None:
-        """Takes the output of the layer whose input was the last."""
+        """Records the output of the layer that called `layer_input` last."""
         if self._after is not None:
             self._take(y, self._after)
 
@@ -96,12 +96,12 @@ class LiveSignals(TracedSignals):
         return self._take(ops.rebind(y, y.shape), line)
 
     def inside(self, x: TensorValue) -> TensorValue:
-        """Returns a value with zeros for what is no position of its signals."""
+        """Returns a value with zeros outside the positions of its signals."""
         line = self.line(x)
         return x if line.delay == 0 else self._take(self._read(Window(line, 0, 0), x, "NLC"), line)
 
     def neighbours(self, x: TensorValue, before: int, after: int) -> list[TensorValue]:
-        """Returns what is at each position, from `before` positions before it to `after` after it, zeros outside."""
+        """Returns each position's neighbours, from `before` positions before to `after` after it; zeros outside."""
         line = self.line(x)
         later = replace(line, delay=line.delay + after)
         rows = [after - shift for shift in range(-before, after + 1)]
@@ -126,7 +126,7 @@ class LiveSignals(TracedSignals):
         return self._take(cut_frames(ops.squeeze(rows, 2), self.size(after), window, hop), after)
 
     def whole_frames(self, x: TensorValue, size: int) -> TensorValue:
-        """Returns (N, L) in frames of `size` positions, (N, T, size); zeros fill up the last one."""
+        """Returns (N, L) in frames of `size` positions, (N, T, size); zeros fill up the last frame."""
         line = self.line(x)
         self._divide(line, size)
         assert line.delay == 0, "frames begin with the signal"
@@ -135,7 +135,7 @@ class LiveSignals(TracedSignals):
         return self._take(ops.reshape(own, [x.shape[0], self.size(later), size]), later)
 
     def from_frames(self, x: TensorValue) -> TensorValue:
-        """Returns the positions of all frames, (N, T * size, C), of (N, T, size, C)."""
+        """Returns the positions of all frames (N, T, size, C) as one sequence, (N, T * size, C)."""
         line, size = self.line(x), int(x.shape[2])
         flat = Line(line.per_tick * size, line.delay * size, chained(line.steps, (size, 0, 1)), line.first)
         return self._take(ops.reshape(x, [x.shape[0], self.size(flat), x.shape[3]]), flat)
@@ -145,7 +145,7 @@ class LiveSignals(TracedSignals):
         self._look()
         place = self.state_size
         nothing = ops.broadcast_to(ops.constant(0, x.dtype, device=x.device), [x.shape[0], 1, size])
-        # The value after t ticks is position t - 1, so there is none before the first.
+        # The value after t ticks is position t - 1, so there is no value before the first tick.
         value = ops.reshape(self._read(Window(Line(1), 1, 1), nothing, "NLC", Dim(1)), [x.shape[0], size])
         self._skip()
         return value, place
@@ -178,7 +178,7 @@ class LiveSignals(TracedSignals):
         return emit_window(x, self._state, *self._counts, plan, shape, layout)
 
     def _late(self, operation: Any, value: TensorValue, line: Line, positions: int) -> Any:
-        """Makes, before an operation, a value that is some positions later."""
+        """Inserts, before an operation, a value that is delayed by some positions."""
         last = self._operations()[-1]
         (axis,) = where(value, self.size(line))
         shape = list(value.shape)
@@ -202,7 +202,7 @@ def emit_window(
     shape: Sequence[Any],
     layout: str,
 ) -> TensorValue:
-    """Emits the operation that lays out a window of this shape, and keeps what later calls need in the state.
+    """Emits the operation that writes a window of this shape, and keeps the rows for later calls in the state.
 
     Args:
         x: The new rows, (N, L, C) or (N, C, L).

@@ -1,4 +1,4 @@
-"""Which operations of MAX keep the positions of a live signal apart, and how the others are refused."""
+"""Which operations of MAX keep the positions of a live signal apart, and how all other operations are refused."""
 
 from collections.abc import Sequence
 from math import prod
@@ -19,13 +19,13 @@ OTHER_AXES = {
     *("rmo.mo.transpose", "rmo.mo.reduce.add", "rmo.mo.reduce.mul", "rmo.mo.reduce.mean", "rmo.mo.reduce.max"),
     *("rmo.mo.reduce.min", "rmo.mo.reduce.arg_max", "rmo.mo.reduce.arg_min"),
 }
-"""Operations that keep positions apart where their axis is another one: then the result still has all positions."""
+"""Operations that keep positions apart if they work on another axis: then the result still has all positions."""
 ALONG = {"rmo.mo.reduce.softmax", "rmo.mo.reduce.logsoftmax", "rmo.mo.cumsum"}
-"""Operations whose result has all positions in any case; their attribute `axis` tells."""
+"""Operations whose result has all positions in any case; their attribute `axis` is the axis they work on."""
 OVER_CHANNELS = {"mo.reduce.layer_norm", "mo.reduce.rms_norm"}
 """Norms over the last axis."""
 ONE_SIGNAL = {"rmo.matmul", "rmo.mo.gather"}
-"""Operations that keep positions apart where only one operand has any."""
+"""Operations that keep positions apart if only one operand has positions."""
 WORDS = {
     "mo.reduce.group_norm": "group_norm",
     "rmo.matmul": "a product of two values with positions, such as attention,",
@@ -35,7 +35,7 @@ WORDS = {
 
 
 def where(value: TensorValue, size: Dim) -> list[int]:
-    """Returns the axes of a value that have a size."""
+    """Returns the axes of a value that have this size."""
     return [axis for axis, dim in enumerate(value.shape) if dim == size]
 
 
@@ -43,7 +43,7 @@ def input_axis(op: str, number: int, type_: TensorType) -> int:
     """Returns the axis of the positions of an input.
 
     Raises:
-        ValueError: If it is not clear which one it is.
+        ValueError: If it is not clear which axis it is.
     """
     axes = [axis for axis, size in enumerate(type_.shape) if axis and not isinstance(size, StaticDim)]
     if len(axes) != 1:
@@ -60,7 +60,7 @@ def check(
     """Raises ValueError unless an operation keeps positions apart.
 
     Args:
-        op: What error messages begin with.
+        op: Error messages begin with it.
         operation: The MLIR operation.
         seen: Its operands that have positions: the number of each, and the operand.
         results: Its results.
@@ -83,7 +83,7 @@ def check(
     elif name in OVER_CHANNELS:
         apart &= seen[0][0] == 0 and axis != len(value.shape) - 1
     elif name in ONE_SIGNAL:
-        # In a product of matrices, positions can also be matrices of their own.
+        # In a product of matrices, each position can also be a separate matrix.
         own = name == "rmo.matmul" and all(found == [axis] for found in axes) and axis < len(value.shape) - 2
         apart &= len(seen) == 1 or own
     elif name == "rmo.reshape":
@@ -93,7 +93,7 @@ def check(
 
 
 def _before(value: TensorValue, axis: int) -> tuple[int, list[str]]:
-    """Returns what the axes before one have in common with those of a reshaped value: their product."""
+    """Returns the product of the sizes before an axis, as a number and names. A reshape must keep it."""
     sizes = value.shape[:axis]
     known = prod(int(size) for size in sizes if isinstance(size, StaticDim))
     return known, sorted(str(size) for size in sizes if not isinstance(size, StaticDim))

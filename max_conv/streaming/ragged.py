@@ -17,9 +17,9 @@ from .traced import TracedSignals
 
 
 class RaggedSignals(TracedSignals):
-    """The signals of a graph with a length for each.
+    """The signals of a graph in which each signal has a length.
 
-    A value's line tells its signals' lengths; it has no ticks and no delay. `lengths` are those of the network's input.
+    A value's line gives its signals' lengths; it has no ticks and no delay. `lengths` are the lengths of the network's input.
     """
 
     op = "ragged"
@@ -28,7 +28,7 @@ class RaggedSignals(TracedSignals):
         """Begins to look at a graph.
 
         Args:
-            graph: The graph, in which nothing but its inputs has been made.
+            graph: The graph, which has only its inputs so far.
             inputs: The network's inputs, and the signals' lengths.
             axes: The axis of the positions of each of the network's inputs.
         """
@@ -45,14 +45,14 @@ class RaggedSignals(TracedSignals):
     def _read_by(
         self, x: TensorValue, line: Line, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
     ) -> tuple[TensorValue, Geometry | TransposedGeometry, Dim]:
-        """Returns what a layer reads instead of `x`, its geometry then, and its output's length."""
+        """Returns the input that a layer reads instead of `x`, its geometry for that input, and its output's length."""
         self._after, self._outputs = line.through(geometry), outputs
         if isinstance(geometry, Geometry) and geometry.is_pointwise:
             return x, geometry, outputs
         return *ragged_input(x, self._lengths, geometry, layout, line), outputs
 
     def layer_output(self, y: TensorValue) -> None:
-        """Takes the output of the layer whose input was the last."""
+        """Records the output of the layer that called `layer_input` last."""
         if self._after is not None:
             self._take(y, self._after, self._outputs)
 
@@ -63,7 +63,7 @@ class RaggedSignals(TracedSignals):
         return self._take(y[:, : x.shape[1]], line)
 
     def neighbours(self, x: TensorValue, before: int, after: int) -> list[TensorValue]:
-        """Returns what is at each position, from `before` positions before it to `after` after it, zeros outside."""
+        """Returns each position's neighbours, from `before` positions before to `after` after it; zeros outside."""
         line = self.line(x)
         size = self.size(line)
         shifts = range(-before, after + 1)
@@ -82,13 +82,13 @@ class RaggedSignals(TracedSignals):
         return self._take(frames, line, frames.shape[1])
 
     def whole_frames(self, x: TensorValue, size: int) -> TensorValue:
-        """Returns (N, L) in frames of `size` positions, (N, T, size); zeros fill up the last one."""
+        """Returns (N, L) in frames of `size` positions, (N, T, size); zeros fill up the last frame."""
         line = self.line(x)
         framed = Signals.whole_frames(self, inside(x, self._lengths, 1, line), size)
         return self._take(framed, replace(line, steps=chained(line.steps, (1, size - 1, size))), framed.shape[1])
 
     def from_frames(self, x: TensorValue) -> TensorValue:
-        """Returns the positions of all frames, (N, T * size, C), of (N, T, size, C)."""
+        """Returns the positions of all frames (N, T, size, C) as one sequence, (N, T * size, C)."""
         line = self.line(x)
         flat = Signals.from_frames(self, x)
         return self._take(flat, replace(line, steps=chained(line.steps, (int(x.shape[2]), 0, 1))), flat.shape[1])
@@ -106,7 +106,7 @@ class RaggedSignals(TracedSignals):
 
 
 class RaggedGraph(PackedGraph):
-    """A graph whose last input, `lengths`, (batch,) int64, tells how many positions each signal has.
+    """A graph whose last input, `lengths`, (batch,) int64, is the number of positions of each signal.
 
     Zeros follow a signal's own outputs. Made by `build(..., ragged=True)`.
     """
@@ -123,7 +123,7 @@ class RaggedGraph(PackedGraph):
         with self:
             values = [value.tensor for value in self._arguments]
             self.signals = RaggedSignals(self, values, axes)
-        # What the network's code sees as the graph's inputs.
+        # The network's code sees these as the graph's inputs.
         self.__dict__["inputs"] = tuple(values[:-1])
 
     def output(self, *values: Any) -> None:

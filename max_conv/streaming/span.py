@@ -13,8 +13,8 @@ class Span:
 
     Attributes:
         step: Inputs from one output to the next; 1/256 for a vocoder that makes 256 samples from a frame.
-        left: How far it sees back; None means without limit.
-        right: How far it sees ahead; None means without limit.
+        left: How many positions back an output depends on inputs; None means without limit.
+        right: How many positions ahead an output depends on inputs; None means without limit.
     """
 
     step: Fraction = Fraction(1)

@@ -14,7 +14,7 @@ from .timing import Chunk, Signal, Timing
 
 
 class _Row(NamedTuple):
-    """One signal: its ticks so far, its positions so far, whether it has ended, and what waits for the next tick."""
+    """One signal: its ticks so far, its positions so far, whether it has ended, and the rest that waits for a tick."""
 
     ticks: int
     seen: int
@@ -25,12 +25,12 @@ class _Row(NamedTuple):
 class Stream:
     """Live signals, one for each row of a batch. Made by `Model.stream`; any number can share one model.
 
-    Each row begins, ends and begins again when it likes, and no row sees another. A stream is used by one thread at a time,
-    different streams by different threads. What a call computes is kept only after it has succeeded, so a call that failed
-    can be repeated.
+    Each row begins, ends and begins again at any time, and no row depends on another. One thread at a time uses a stream;
+    other threads may use other streams. The new state is kept only after a call has succeeded, so a call that failed can be
+    repeated.
 
     Attributes:
-        timing: When the network has what.
+        timing: When the network's outputs are available.
         output_lengths: For each output, how many positions the last answer has in each row. Zeros follow them.
 
     Source: the idea of one state for all layers, https://github.com/kyutai-labs/moshi
@@ -47,9 +47,9 @@ class Stream:
         """Starts a batch of signals.
 
         Args:
-            run: Computes: takes the network's inputs in ticks, `ticks`, `ends` and `state`; returns the network's outputs
-                and the state.
-            timing: When the network has what.
+            run: Runs the network: its arguments are the network's inputs in ticks, `ticks`, `ends` and `state`; it returns
+                the network's outputs and the state.
+            timing: When the network's outputs are available.
             chunks, results: The network's inputs and outputs.
             batch: The number of signals.
         """
@@ -84,19 +84,19 @@ class Stream:
         lengths: Any = None,
         rows: Sequence[int] | None = None,
     ) -> Any:
-        """Takes the next positions of every signal, and returns what can be computed.
+        """Adds the next positions of every signal, and returns the outputs that can be computed.
 
         Args:
             chunks: An array for each input of the network, (batch, positions, ...); any number of positions, also 0.
             reset: For each row, whether a new signal begins with this chunk.
             last: For each row, whether its signal ends with this chunk: then the rest of it is returned, too.
             lengths: For each row, how many positions of the chunk belong to it; None means all.
-            rows: Which rows the chunks are for, each once; the others wait. All arguments and the answer then have these
+            rows: Which rows the chunks are for, each once; all other rows wait. All arguments and the answer then have these
                 rows alone. None means all.
 
         Returns:
             An array for each output of the network, alone if there is one: the next positions, maybe 0. Where rows have
-            different numbers of them, `lengths` tells how many.
+            different numbers of positions, `lengths` has the numbers.
 
         Raises:
             TypeError, ValueError: If a chunk has another dtype or shape, a row has ended, or a signal is too short for the
@@ -121,7 +121,7 @@ class Stream:
         return self._advance(changed)
 
     def flush(self) -> Any:
-        """Ends every signal that has not ended, and returns the rest of them."""
+        """Ends every signal that has not ended, and returns the rest of its outputs."""
         if all(row.ended for row in self._rows):
             raise ValueError("stream: was flushed; call reset() first.")
         return self._advance({n: row._replace(ended=True) for n, row in enumerate(self._rows)})
@@ -131,7 +131,7 @@ class Stream:
         self._rows = [self._fresh if rows is None or n in rows else row for n, row in enumerate(self._rows)]
 
     def state(self) -> dict[str, Any]:
-        """Returns all that is known of the signals, as NumPy arrays; `Model.stream(state=...)` goes on from there."""
+        """Returns the whole state of the signals, as NumPy arrays; `Model.stream(state=...)` goes on from there."""
         return self.take(range(self.batch))
 
     def take(self, rows: Sequence[int]) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class Stream:
         }
 
     def put(self, rows: Sequence[int], state: Mapping[str, Any]) -> None:
-        """Replaces some rows by what `take` or `state` returned.
+        """Replaces some rows by a state that `take` or `state` returned.
 
         Raises:
             ValueError: If it is the state of another model, or of another number of rows.
@@ -238,7 +238,7 @@ class Stream:
         return max(self.timing.ticks(row.seen), all_in) - row.ticks
 
     def _advance(self, changed: dict[int, _Row]) -> Any:
-        """Computes what is ready of the rows that changed, keeps them, and returns their answers."""
+        """Computes the ticks that are ready in the changed rows, keeps these rows, and returns their answers."""
         groups: dict[int, list[int]] = {}
         for n, row in changed.items():
             if (ticks := self._ready(row)) > 0:
@@ -281,7 +281,7 @@ class Stream:
         return rows == range(self.batch) or list(rows) == list(range(self.batch))
 
     def _is_steady(self, rows: Sequence[_Row], given: int) -> bool:
-        """Whether whole ticks came for signals of which nothing waits, and bring all rows equally many positions."""
+        """Whether whole ticks came for signals without waiting positions, and all rows get equally many positions."""
         if given == 0 or given % self.timing.tick:
             return False
         ticks = [row.ticks for row in rows]
@@ -295,7 +295,7 @@ class Stream:
     def _advance_steadily(
         self, which: Sequence[int], rows: Sequence[_Row], given: int, arrays: Sequence[np.ndarray]
     ) -> Any:
-        """Does what `_advance` does for the rows of a steady push: nothing of the chunks is copied."""
+        """Does the same as `_advance` for the rows of a steady push, without copying the chunks."""
         ticks = given // self.timing.tick
         inputs = [self._in_ticks(array, i, ticks) for i, array in enumerate(arrays)]
         state = self._state if self._are_all(which) else self._state[list(which)]
@@ -313,14 +313,14 @@ class Stream:
         return results[0] if len(results) == 1 else tuple(results)
 
     def _in_ticks(self, batch: np.ndarray, number: int, ticks: int) -> Any:
-        """Returns positions of an input as the model takes them."""
+        """Returns positions of an input in the form that the model accepts."""
         axis = self._chunks[number].axis
         if self.timing.tick > 1:
             batch = batch.reshape(*batch.shape[:axis], ticks, self.timing.tick, *batch.shape[axis + 1 :])
         return to_buffer(batch, self._chunks[number].dtype)
 
     def _compute(self, rows: Sequence[_Row], ticks: int, state: np.ndarray) -> Sequence[Any]:
-        """Runs some rows for some ticks. Ended rows are filled up with zeros, which no output depends on."""
+        """Runs some rows for some ticks. Ended rows are padded with zeros, which no output depends on."""
         size = ticks * self.timing.tick
         inputs = []
         for i, axis in enumerate(self._axes):
@@ -335,7 +335,7 @@ class Stream:
         return self._run(*inputs, counts, ends, state)
 
     def _valid(self, rows: Sequence[_Row], ticks: int, signal: Signal, values: np.ndarray) -> list[np.ndarray]:
-        """Returns each row's positions that lie in its signal, of an output of some ticks."""
+        """Returns, of an output of some ticks, each row's positions that are in its signal."""
         found = []
         for row, value in zip(rows, values, strict=True):
             first = row.ticks * signal.line.per_tick - signal.line.delay
@@ -349,7 +349,7 @@ class Stream:
         size = ticks * self.timing.tick
         if not any(array.shape[axis] > size for array, axis in zip(row.held, self._axes, strict=True)):
             return row._replace(ticks=row.ticks + ticks, held=self._nothing)
-        # A copy lets go of the caller's chunk, which the rest was a part of.
+        # A copy, so that the caller's chunk can be freed: the rest was a part of it.
         held = [_cut(array, axis, size, None).copy() for array, axis in zip(row.held, self._axes, strict=True)]
         return row._replace(ticks=row.ticks + ticks, held=tuple(held))
 
@@ -371,7 +371,7 @@ class Stream:
 
 @functools.cache
 def _bits(chunk: Chunk) -> np.dtype:
-    """Returns NumPy's dtype for the values; bfloat16, which it lacks, are bits."""
+    """Returns NumPy's dtype for the values; bfloat16, which NumPy lacks, is bits."""
     return np.dtype(np.uint16 if chunk.dtype == "bfloat16" else chunk.dtype)
 
 
@@ -384,7 +384,7 @@ def to_numpy(value: Any) -> np.ndarray:
 
 
 def to_buffer(values: np.ndarray, dtype: str) -> Any:
-    """Returns values as MAX takes them: bits as bfloat16."""
+    """Returns values as MAX accepts them: bits as bfloat16."""
     return Buffer.from_numpy(values).view(DType.bfloat16, list(values.shape)) if dtype == "bfloat16" else values
 
 

@@ -1,4 +1,4 @@
-"""What is known of a live network before it runs: its ticks, its latency and the memory of a signal."""
+"""The facts about a live network before it runs: its ticks, its latency and the memory of a signal."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from ..conv.lines import Line
 
 @dataclass(frozen=True)
 class Signal:
-    """An output of a live network: the axis of its positions, and when they are there."""
+    """An output of a live network: the axis of its positions, and when they are available."""
 
     axis: int
     line: Line
@@ -24,15 +24,15 @@ class Chunk:
     dtype: str
     shape: tuple[int | None, ...]
     axis: int
-    """Of the positions."""
+    """The axis of the positions."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """When a live network has what.
+    """When a live network's outputs are available.
 
     Attributes:
-        tick: Input positions that are computed together: a call takes a multiple of it.
+        tick: Input positions that are computed together: each call gets a multiple of it.
         first: Ticks that the first call of a signal must bring, because layers mirror the begin.
         axes: The axis of the positions of each input.
         outputs: The network's outputs.
@@ -63,23 +63,23 @@ class Timing:
 
     @property
     def latency(self) -> int:
-        """The most input positions, from its own on, that must come before an output is there."""
+        """The most input positions, from an output's own position on, that must come before it is available."""
         lines = [signal.line for signal in self.outputs]
         return max(-(-line.delay * self.tick // line.per_tick) + self.tick for line in lines)
 
     @property
     def milliseconds(self) -> float | None:
-        """The latency in milliseconds; None where the rate is not known."""
+        """The latency in milliseconds; None if the rate is not known."""
         return None if self.rate is None else 1e3 * self.latency / self.positions_per_second
 
     @property
     def positions_per_second(self) -> float:
-        """Input positions per second. A rate is that of the faster side: of the sound that is read or made."""
+        """Input positions per second. `rate` belongs to the sound that is read or made, the faster side."""
         assert self.rate is not None, "the rate is known"
         return float(self.rate * min(Fraction(self.tick, self.per_tick), Fraction(1)))
 
     def ticks(self, end: int) -> int:
-        """Returns after how many ticks all outputs of a signal of `end` positions are there."""
+        """Returns after how many ticks all outputs of a signal of `end` positions are available."""
         return max(signal.line.ticks(end) for signal in self.outputs)
 
     def to_json(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Timing:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Timing":
-        """Returns what `to_json` wrote."""
+        """Returns the timing from the values that `to_json` returned."""
         outputs = []
         for signal in values["outputs"]:
             line = signal["line"] | {"steps": tuple(tuple(step) for step in signal["line"]["steps"])}

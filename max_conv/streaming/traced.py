@@ -1,4 +1,4 @@
-"""The signals of a graph whose every operation is looked at while a network's code makes it."""
+"""The signals of a graph in which each operation is checked while a network's code makes it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,16 +18,16 @@ SIZES = ("rmo.shape_to_tensor",)
 
 
 class TracedSignals(Signals):
-    """Signals of which every value's positions are known, or that they are none.
+    """Signals that know, for every value, its positions or that it has none.
 
-    The results of an operation have the positions of its operands. What does not keep positions apart is refused.
+    The results of an operation have the positions of its operands. Operations that do not keep positions apart are refused.
     """
 
     op = "streaming"
-    """What error messages begin with."""
+    """Error messages begin with it."""
 
     def __init__(self, graph: Graph, symbol: str) -> None:
-        """Begins to look at a graph, in which nothing but its inputs has been made.
+        """Begins to look at a graph, which has only its inputs so far.
 
         Args:
             symbol: The name of the size that positions have in the graph.
@@ -35,7 +35,7 @@ class TracedSignals(Signals):
         self._graph, self._symbol = graph, symbol
         self._lines: dict[Any, Line] = {}
         self._apart: set[Any] = set()
-        self._after: Line | None = None  # of the layer that is being made
+        self._after: Line | None = None  # the line of the layer that is being made
         self._skip()
 
     def size(self, line: Line) -> Dim:
@@ -43,7 +43,7 @@ class TracedSignals(Signals):
         raise NotImplementedError
 
     def line(self, x: TensorValue) -> Line:
-        """Returns when the positions of a value are there.
+        """Returns when the positions of a value are available.
 
         Raises:
             ValueError: If it has no positions.
@@ -59,7 +59,7 @@ class TracedSignals(Signals):
     def layer_input(
         self, x: TensorValue, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
     ) -> tuple[TensorValue, Geometry | TransposedGeometry, Dim]:
-        """Returns what a layer reads instead of `x`, its geometry then, and its output's length."""
+        """Returns the input that a layer reads instead of `x`, its geometry for that input, and its output's length."""
         if self.is_apart(x):
             self._after = None
             return x, geometry, outputs
@@ -68,11 +68,11 @@ class TracedSignals(Signals):
     def _read_by(
         self, x: TensorValue, line: Line, geometry: Geometry | TransposedGeometry, layout: str, outputs: Dim
     ) -> tuple[TensorValue, Geometry | TransposedGeometry, Dim]:
-        """Does it for a value that has a line, and sets `_after`."""
+        """Does the same as `layer_input` for a value that has a line, and sets `_after`."""
         raise NotImplementedError
 
     def same_positions(self, value: TensorValue, x: TensorValue) -> TensorValue:
-        """Returns a value that an operation of one's own has just made, and whose positions are those of `x`."""
+        """Returns a value that a custom operation has just made. Its positions are the positions of `x`."""
         return self._take(value, self._lines[raw(x)])
 
     def ones_like(self, x: TensorValue) -> TensorValue:
@@ -82,11 +82,11 @@ class TracedSignals(Signals):
         return self._take(ones, line)
 
     def run_after(self, value: TensorValue, before: TensorValue) -> TensorValue:
-        """Returns a value as it is."""
+        """Returns a value unchanged."""
         return value
 
     def each_frame(self, x: TensorValue) -> TensorValue:
-        """Returns each frame of (N, T, ...) as a signal of its own, (N * T, ...): positions are apart from here on."""
+        """Returns each frame of (N, T, ...) as a separate signal, (N * T, ...)."""
         self.line(x)
         frames = super().each_frame(x)
         self._apart.add(raw(frames))
@@ -94,23 +94,23 @@ class TracedSignals(Signals):
         return frames
 
     def of_frames(self, y: TensorValue, frames: TensorValue) -> TensorValue:
-        """Returns what was computed of each frame, (N * T, ...), as (N, T, ...), for `frames`, (N, T, ...)."""
+        """Returns the results of the frames, (N * T, ...), as (N, T, ...), for `frames`, (N, T, ...)."""
         line = self.line(frames)
         return self._take(super().of_frames(y, frames), line)
 
     def is_apart(self, x: TensorValue) -> bool:
-        """Returns whether a value belongs to a frame, which is a whole signal of its own."""
+        """Returns whether a value belongs to a frame, which is a separate whole signal."""
         self._look()
         return raw(x) in self._apart
 
     def _take(self, value: TensorValue, line: Line) -> TensorValue:
-        """Returns a value that has just been made, and has this line."""
+        """Records the line of a value that has just been made, and returns the value."""
         self._lines[raw(value)] = line
         self._skip()
         return value
 
     def _look(self) -> None:
-        """Gives lines to what has been made since the last look."""
+        """Gives lines to the values that were made since the last look."""
         for operation in self._since(self._last):
             if str(operation.name) in SIZES:
                 continue
@@ -140,11 +140,11 @@ class TracedSignals(Signals):
         self._skip()
 
     def _late(self, operation: Any, value: TensorValue, line: Line, positions: int) -> Any:
-        """Makes, before an operation, a value that is some positions later."""
+        """Inserts, before an operation, a value that is delayed by some positions."""
         raise NotImplementedError
 
     def _check_made(self, operation: Any, results: Sequence[TensorValue]) -> None:
-        """Raises ValueError if an operation makes positions of what has none."""
+        """Raises ValueError if an operation makes positions from values without positions."""
         if any(self._symbol in str(size) for result in results for size in result.shape):
             name = str(operation.name).split(".")[-1]
             raise ValueError(
@@ -155,7 +155,7 @@ class TracedSignals(Signals):
         return list(self._graph._mlir_op.regions[0].blocks[0].operations)
 
     def _since(self, last: Any) -> list[Any]:
-        """Returns the operations after one. Weights are put before all others, so a number would not do."""
+        """Returns the operations after one. New weights come before all others, so a count would be wrong."""
         operations = self._operations()
         return operations[len(operations) - operations[::-1].index(last) :]
 

@@ -97,7 +97,7 @@ def _from_hub(reference: str, rest: str) -> Path:
         ) from None
     try:
         return Path(huggingface_hub.hf_hub_download(match["repo"], match["file"], revision=match["revision"]))
-    # It raises its own errors and those of its HTTP library, which differ between versions.
+    # It raises its own errors and the errors of its HTTP library, which differ between versions.
     except Exception as error:
         said = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
         raise OSError(f"assets: {reference} cannot be downloaded; huggingface_hub says: {said}.") from None

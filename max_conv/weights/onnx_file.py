@@ -19,7 +19,7 @@ DEPTH_LIMIT = 16
 """The deepest nesting of graphs, which are the bodies of conditions and loops."""
 
 _NUMBER, _BYTES = 0, 2  # protobuf's wire types
-_FIXED = {1: 8, 5: 4}  # and the bytes of two more
+_FIXED = {1: 8, 5: 4}  # the bytes of two more wire types
 
 
 def read_onnx(path: str | Path) -> dict[str, np.ndarray]:

@@ -63,7 +63,7 @@ class Plan:
         return ORDERS[item.kind][self.source], ORDERS[item.kind][self.target]
 
     def filters(self, item: Planned) -> int:
-        """Returns the size of a filter's axis F; in PyTorch's and native transposed filters it is that of one group."""
+        """Returns the size of a filter's axis F; in PyTorch's and native transposed filters it is one group's size."""
         return item.shape[ORDERS[item.kind][self.source].index("F")]
 
     def groups(self, item: Planned, count: int) -> int:

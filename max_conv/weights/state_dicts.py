@@ -89,7 +89,7 @@ def _state_dicts(found: Any, tensor: type, seen: set[int], depth: int = DEPTH) -
 
 
 def _ways(found: Any, key: str) -> Iterator[Any]:
-    """Yields the values at a key. Its dots can be read in several ways; those with the shortest names come first."""
+    """Yields the values at a key. Its dots can be read in several ways; the ways with the shortest names come first."""
     if isinstance(found, Mapping):
         entries = {str(name): value for name, value in found.items()}
     else:

@@ -99,7 +99,7 @@ def of_value(value: Any, name: str) -> Tensor:
     try:
         if isinstance(value, np.ndarray | np.generic):
             return of_array(np.asarray(value))
-        torch = sys.modules.get("torch")  # who holds a tensor has imported it
+        torch = sys.modules.get("torch")  # a tensor exists only if torch has been imported
         if torch is not None and isinstance(value, torch.Tensor):
             value = value.detach().cpu().resolve_neg().contiguous()
         if hasattr(value, "__dlpack__"):

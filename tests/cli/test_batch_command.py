@@ -1,4 +1,4 @@
-"""The command `max-conv batch`: what it prints, its exit status, and its errors. The network is a plain function."""
+"""The command `max-conv batch`: its output, its exit status, and its errors. The network is a plain function."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""The console command: what it prints, what it writes, how it fails."""
+"""The console command: its output, its files, its errors."""
 
 import importlib.metadata
 import json
@@ -187,7 +187,7 @@ def test_refuses_in_one_sentence(case: str, folder: Path, monkeypatch: pytest.Mo
     "command", [[], ["batch"], ["check"], ["convert"], ["run", "speech"], ["compile", "conv1d"], ["info"], ["serve"]]
 )
 def test_help_answers_at_once(command: list[str]) -> None:
-    """It loads only click: importing MAX takes more than a second, NumPy a tenth."""
+    """It loads only click: importing MAX needs more than a second, NumPy a tenth of a second."""
     python = Path(sys.executable)
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
 

@@ -45,7 +45,7 @@ TRANSPOSED: list[Row] = [
 
 
 def live(x: TensorValue) -> TensorValue:
-    """A network whose parts see ahead, go down and up, and meet."""
+    """A network whose parts read later inputs, go down and up in rate, and meet."""
     down, up = (Weight(name, FLOAT32, (4, 8, 8), DeviceRef.GPU()) for name in ("down", "up"))
     y = conv1d(x, Weight("first", FLOAT32, (3, 8, 8), DeviceRef.GPU()), padding=1, padding_mode="reflect")
     return x + conv_transpose1d(conv1d(y, down, stride=2, padding=(2, 2)), up, stride=2, padding="causal")

@@ -1,4 +1,4 @@
-"""Runs every CPU kernel against plain loops, on the processor that this was compiled for; prints what is wrong."""
+"""Runs every CPU kernel against plain loops, on the processor that this was compiled for; prints wrong results."""
 
 from std.math import ceildiv, cos, gcd, pi, sin, sqrt
 from std.sys import exit, is_defined
@@ -20,7 +20,7 @@ from kernels.winograd import conv1d_winograd
 comptime WRONG = 0
 comptime RIGHT = 1
 comptime NONE = 2
-"""The kernel does not take the layer, the dtype or the processor: nothing was compared."""
+"""The kernel does not accept the layer, the dtype or the processor: nothing was compared."""
 
 
 def noise(mut state: UInt64) -> Float64:
@@ -30,7 +30,7 @@ def noise(mut state: UInt64) -> Float64:
 
 
 def row_at(g: Geometry, position: Int) -> Int:
-    """Returns the input row at a padded position, or -1 for zero: what `Geometry.source` has to say, written anew."""
+    """Returns the input row at a padded position, or -1 for zero, as `Geometry.source` does, written separately."""
     if position >= 0 and position < g.length:
         return position
     if g.mode == REFLECT:
@@ -43,7 +43,7 @@ def row_at(g: Geometry, position: Int) -> Int:
 
 
 def factor(point: Int, size: Int, tap: Int) -> Float64:
-    """Returns what a tap of a group of `size` gives to the product at a point: 0, 1, -1, infinity, 1/2, -2."""
+    """Returns a tap's factor in the product at a point (0, 1, -1, infinity, 1/2, -2), for a group of `size` taps."""
     var at = [0.0, 1.0, -1.0, 0.0, 0.5, -2.0][point]
     var power = 1.0
     for _ in range(tap):
@@ -60,7 +60,7 @@ def factor(point: Int, size: Int, tap: Int) -> Float64:
 
 
 def packed[dtype: DType, //, points: Bool](g: Geometry, w: List[Scalar[dtype]]) -> List[Scalar[dtype]]:
-    """Packs an SCF filter: (group and panel, tap or product, channel, filter), as `max_conv/packing.py` does."""
+    """Packs an SCF filter: (group and panel, tap or product, channel, filter), as `conv/packing.py` does."""
     var step = g.stride // gcd(g.stride, g.dilation)
     # Groups of three, two and one taps of a phase; a product for each point that they use, of all groups before the
     # next point.
@@ -167,9 +167,9 @@ def store_placed[
 
 
 def compare[dtype: DType, kernel: StaticString, nlc: Bool](g: Geometry, spike: Float64 = 0) raises -> Int:
-    """Runs one kernel on one layer of noise and tells whether it is right.
+    """Runs one kernel on one layer of noise and returns whether it is right.
 
-    A `spike` in one row is a value that outputs which do not see it must not notice, and which others must.
+    A `spike` is a value in one row. It must change the outputs that depend on the row, and no others.
     """
     var state = UInt64(5)
     var channels = g.group_channels()
@@ -233,7 +233,7 @@ def compare[dtype: DType, kernel: StaticString, nlc: Bool](g: Geometry, spike: F
             else:
                 conv1d_winograd[nlc, packed=True](g, steps, o, sink)
     elif kernel == "amx":
-        # With its plain loops, as this processor may not have the instructions.
+        # With its plain loops, because this processor may not have the instructions.
         comptime if dtype == DType.bfloat16:
             w = packed_pairs(g, w)
             o.w = w.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
@@ -242,7 +242,7 @@ def compare[dtype: DType, kernel: StaticString, nlc: Bool](g: Geometry, spike: F
             return NONE
     else:
         comptime assert kernel == "paired", "there is no such kernel"
-        # Vectors of 512 bits are there for processors without the instruction, too.
+        # Processors without the instruction may have vectors of 512 bits, too.
         comptime if dtype == DType.bfloat16 and has_vectors() and is_defined["AVX512_BF16"]():
             conv1d_paired[write, nlc](g, steps, o)
         else:
@@ -268,7 +268,7 @@ def compare[dtype: DType, kernel: StaticString, nlc: Bool](g: Geometry, spike: F
                 comptime if nlc:
                     at = (n * g.out_length + l) * g.filters + f
                 var got = y[at].cast[DType.float64]()
-                if abs(want) > 1e30 or isnan(want):  # it sees the spike
+                if abs(want) > 1e30 or isnan(want):  # it depends on the spike
                     if (isnan(want) and isnan(got)) or got == want or abs(got - want) <= 1e-5 * abs(spike):
                         continue
                 var off = abs(got - want)
@@ -304,7 +304,7 @@ def layer(
 
 
 def compare_transposed[dtype: DType, kernel: StaticString, nlc: Bool](t: Transposed) raises -> Int:
-    """Runs one kernel on one transposed layer of noise, with an SFC filter, and tells whether it is right."""
+    """Runs one kernel on one transposed layer of noise, with an SFC filter, and returns whether it is right."""
     comptime if kernel == "depthwise":
         if t.groups != t.channels or t.filters != t.channels:
             return NONE
@@ -375,7 +375,7 @@ def compare_transposed[dtype: DType, kernel: StaticString, nlc: Bool](t: Transpo
 def compare_frames[
     relu: Bool
 ](chunks: Int, positions: Int, channels: Int, taps: Int, stride: Int, filters: Int) -> Bool:
-    """Runs a layer of Silero's network on frames of noise, and tells whether it is right."""
+    """Runs a layer of Silero's network on frames of noise, and returns whether it is right."""
     var state = UInt64(11)
     var pad = taps // 2
     var dangling = Memory[DType.float32].unsafe_dangling()
@@ -425,7 +425,7 @@ def compare_frames[
 
 
 def compare_spectrum(chunks: Int, positions: Int, window: Int) -> Bool:
-    """Computes magnitudes of noise, and tells whether they are those of a discrete Fourier transform."""
+    """Computes magnitudes of noise, and returns whether they equal a discrete Fourier transform's magnitudes."""
     var state = UInt64(12)
     var half = window // 2
     var rows = chunks * positions
@@ -495,7 +495,7 @@ comptime NCL = ["depthwise", "lengthwise", "winograd", "packed winograd", "amx",
 
 
 def noted(mut counts: Dict[String, Int], kernel: String, kind: String, result: Int) raises -> Bool:
-    """Counts what was compared, and tells whether it was not wrong."""
+    """Counts a comparison by its result, and returns whether the result was not wrong."""
     if result != NONE:
         var name = String(kernel, " ", kind)
         counts[name] = counts.get(name, 0) + 1

@@ -115,7 +115,7 @@ def ragged(dtype: DType = DType.int64, shape: Sequence[int] = (2,), x: Sequence[
 
 
 def remembering() -> None:
-    """Builds a live graph whose LSTM begins with a memory of its own."""
+    """Builds a live graph whose LSTM begins with a given memory."""
 
     def network(x: TensorValue) -> TensorValue:
         w_ih, w_hh, bias, memory = (

@@ -1,4 +1,4 @@
-"""What a GPU kernel captures must be copied into it: by reference, it would get an address in the host's memory.
+"""Variables that a GPU kernel captures must be copied into it: by reference, it gets an address in the host's memory.
 
 Nothing else shows it before the kernel runs on a GPU: it compiles, and every access to such a variable is an illegal one.
 """

@@ -1,4 +1,4 @@
-"""What MAX's own `max.nn.Conv1D` gets wrong, and all places in which `max_conv.Conv1D` replaces it."""
+"""The errors of MAX's own `max.nn.Conv1D`, and all places in which `max_conv.Conv1D` replaces it."""
 
 import importlib.util
 import inspect
@@ -260,7 +260,7 @@ def make_encoder() -> Callable[[str], Any]:
 
 
 def stem_graph(encoder: Any, shape: Sequence[Any]) -> Graph:
-    """Builds what `WhisperEncoder.__call__` does first."""
+    """Builds the first part of `WhisperEncoder.__call__`."""
     with Graph("stem", input_types=[TensorType(F32, shape, HOST)]) as graph:
         embeds = ops.gelu(encoder.conv1(graph.inputs[0].tensor))
         graph.output(ops.gelu(encoder.conv2(embeds)))

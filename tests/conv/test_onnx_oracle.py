@@ -60,7 +60,7 @@ def case_of(name: str) -> Case:
 
 
 def transposed_cases() -> Iterator[Case]:
-    """The case in one dimension, and the others along their last axis, with ONNX's own evaluator as the oracle."""
+    """The case in one dimension, and all other cases along their last axis, with ONNX's own evaluator as the oracle."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other nodes' cases overflow on purpose
         found = collect_testcases("ConvTranspose")

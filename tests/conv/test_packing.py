@@ -1,4 +1,4 @@
-"""Filters that `compile` packs, and what happens to the weights that they are made from."""
+"""Filters that `compile` packs, and the weights that they are made from."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is known of this machine's processor, and what MAX compiles for."""
+"""The facts about this machine's processor, and the processor that MAX compiles for."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The kernels against the reference on random convolutions, half of those that accept each one; see properties.py."""
+"""The kernels against the reference on random convolutions, each on half of its possible kernels; see properties.py."""
 
 import math
 from dataclasses import dataclass

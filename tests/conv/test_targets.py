@@ -49,7 +49,7 @@ KERNELS = {
     *(f"{name} transposed" for name in ("dense", "depthwise", "lengthwise", "winograd")),
     *("spiked NLC", "spiked NCL", "frames"),
 }
-"""What is compared on every processor."""
+"""The kernels and layers that are compared on every processor."""
 PAIRED = {"paired NLC", "paired NCL"}
 """The layers that AVX512_BF16 adds."""
 

@@ -29,7 +29,7 @@ NCL_TRANSPOSED = {"layout": "NCL", "filter_layout": "CFS"}
 
 
 def single(value: Any) -> Any:
-    """Unwraps torch's 1-tuples: `conv1d` takes ints, and a pair of paddings is (left, right)."""
+    """Unwraps torch's 1-tuples: `conv1d` accepts ints, and a pair of paddings is (left, right)."""
     return value[0] if isinstance(value, tuple | list) and len(value) == 1 else value
 
 

@@ -1,4 +1,4 @@
-"""ConvTranspose1D and ConvTranspose1d as layers: MAX's arguments, causal padding, symbolic lengths, what follows in a graph."""
+"""ConvTranspose1D and ConvTranspose1d as layers: MAX's arguments, causal padding, symbolic lengths, operations after them."""
 
 from typing import Any
 
@@ -89,7 +89,7 @@ def test_a_stack_of_layers() -> None:
 
 @pytest.mark.parametrize(("kernel_size", "stride", "dilation"), [(8, 4, 1), (4, 2, 2), (3, 1, 3), (2, 5, 1)])
 def test_causal_padding_sees_no_future(kernel_size: int, stride: int, dilation: int) -> None:
-    """The output is `stride` times as long, or ends with the last tap, and its start is that of a shorter input."""
+    """The output is `stride` times as long, or ends with the last tap; a shorter input gives the same start."""
     x, w = normal(1, 9, 2), normal(kernel_size, 3, 2)
     sizes: dict[str, Any] = dict(stride=stride, dilation=dilation, padding="causal")
     whole, start = (conv_transpose1d_ref(part, w, **sizes) for part in (x, x[:, :5]))

@@ -194,7 +194,7 @@ def check_adjoint(
     back = answer(models()[dtype, CONVOLUTION], operands, dtype)[:, : layer.length]
     linear = out - values[2] if layer.bias else out
     one, other = np.sum(linear * y), np.sum(values[0] * back)
-    # Errors of the terms, as far as they add up: each sum's own, and its rounding to the dtype.
+    # The bounds of all terms' errors, added up: the error of each sum, and its rounding to the dtype.
     eps = EPS[dtype] + ROUNDING[dtype]
     products = np.sum(np.abs(values[0]) * np.abs(back)) + np.sum(np.abs(out) * np.abs(y)) + np.abs(values[2]).sum()
     terms = geometry.kernel_size * max(layer.group_channels, layer.group_filters)

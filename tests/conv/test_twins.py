@@ -1,4 +1,4 @@
-"""What the kernels and the package know twice is the same in both: Winograd's points, groups of taps, phases, shapes."""
+"""Facts in both Mojo and Python code are the same: Winograd's points, groups of taps, phases, shapes."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ Facts = dict[str, list[float]]
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
-    """What the kernels say."""
+    """The facts that the kernels print."""
     from mojo.run import subprocess_run_mojo
 
     program = tmp_path_factory.mktemp("twins") / "twins"

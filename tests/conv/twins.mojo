@@ -1,4 +1,4 @@
-"""Prints what the kernels and the package know twice, a fact a line as `name = numbers`, for tests/test_twins.py."""
+"""Prints facts that both kernels and Python code contain, one line each, `name = numbers`, for tests/test_twins.py."""
 
 from std.sys.info import simd_width_of
 from std.utils.index import IndexList
@@ -19,7 +19,7 @@ def show(name: String, numbers: List[Int]):
 
 
 def points[size: Int]():
-    """Prints what each tap of a group gives at each point."""
+    """Prints each tap's factor at each point, for a group of taps."""
     comptime width = simd_width_of[DType.float64]()
     for tap in range(size):
         var taps = Array[SIMD[DType.float64, width], size](fill=SIMD[DType.float64, width](0))
@@ -40,7 +40,7 @@ def shape(name: String, sizes: IndexList[3]):
 
 
 def plan(kernel: Int, stride: Int, dilation: Int):
-    """Prints how the taps of a layer fall into groups, and the shapes of its packed filters."""
+    """Prints how the taps of a layer form groups, and the shapes of its packed filters."""
     var name = String(kernel, " ", stride, " ", dilation)
     var g = layer(66, kernel, stride, dilation)
     var plan = Plan(g)
@@ -57,7 +57,7 @@ def plan(kernel: Int, stride: Int, dilation: Int):
 
 
 def transposed[depthwise: Bool](kernel: Int, stride: Int, dilation: Int, groups: Int, lanes: Int):
-    """Prints the convolution of all phases, and its filter made of one whose values are 1, 2, 3 ..."""
+    """Prints the convolution of all phases, and its filter, made from a filter with the values 1, 2, 3 ..."""
     var name = String(kernel, " ", stride, " ", dilation, " ", groups, " ", lanes)
     var channels = groups if depthwise else 3 * groups
     var filters = groups if depthwise else 5 * groups

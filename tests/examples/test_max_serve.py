@@ -1,4 +1,4 @@
-"""The example architecture behind a real `max serve`; needs max[serve], which the other tests do without."""
+"""The example architecture in a real `max serve`; needs max[serve], which no other test needs."""
 
 import base64
 import io
@@ -76,7 +76,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[str]:
-    """The address of a server that is ready. It is stopped by its process id, whatever happens."""
+    """The address of a server that is ready. It is always stopped, by its process id."""
     port = free_port()
     # MAX sets variables on import that os.environ does not show; with them the server would leave this environment.
     env = dict(os.environ) | {

@@ -99,7 +99,7 @@ def test_output_size_is_pytorchs() -> None:
             conv(x.numpy(), output_size=short)
 
 
-# PyTorch takes None as `dim`, but its annotation does not say so.
+# PyTorch accepts None as `dim`, but its annotation does not say so.
 NORMS: dict[str, Callable[[torch.nn.Module, Any], Any]] = {
     "hook": lambda module, dim: torch.nn.utils.weight_norm(module, dim=dim),
     "parametrization": lambda module, dim: torch.nn.utils.parametrizations.weight_norm(module, dim=dim),

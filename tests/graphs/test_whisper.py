@@ -24,7 +24,7 @@ TINY: dict[str, Any] = dict(  # config.json of openai/whisper-tiny
     max_source_positions=1500,
     activation_function="gelu",
 )
-LARGE = TINY | dict(  # the differences in that of openai/whisper-large-v3
+LARGE = TINY | dict(  # the differences in the config of openai/whisper-large-v3
     num_mel_bins=128, d_model=1280, encoder_attention_heads=20, encoder_layers=32, encoder_ffn_dim=5120
 )
 

@@ -1,4 +1,4 @@
-"""The cache of compiled graphs: what is read again, what is compiled again, and what a broken cache costs."""
+"""The cache of compiled graphs: which graphs are read, which are compiled again, and the cost of a broken cache."""
 
 import io
 import os
@@ -22,7 +22,7 @@ from max_conv.runtime import compiled
 
 
 class Compiled:
-    """Stands for a compiled graph whose file holds a number."""
+    """Replaces a compiled graph; its file holds a number."""
 
     made = 0
 
@@ -54,7 +54,7 @@ def graph(
 
 
 def ask(made: Graph) -> str:
-    """Returns the number of a graph: that of the compile which made it."""
+    """Returns the number of a graph: the number of the compile that made it."""
     found = compiled.compiled(made, Compiled).compiled
     return found if isinstance(found, str) else found.content
 
@@ -115,7 +115,7 @@ def test_the_graph_is_as_before(folder: Path) -> None:
 
 
 def test_graphs_that_were_compiled_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One file with a name for each graph; a graph is told by its key, and all go together."""
+    """One file with a name for each graph; a graph is found by its key, and all are removed together."""
     keys = [compiled.key_of(graph(size=size)) for size in (3, 4, 5)]
     compiled.keep(Compiled(), keys)
     assert [compiled.find(key) for key in keys] == [("1", number, tuple(keys)) for number in range(3)]
@@ -196,7 +196,7 @@ print(max_conv.compile(lambda x: x, [x])(np.arange(3, dtype=np.float32)).tolist(
 
 
 def test_processes_share_it(tmp_path: Path) -> None:
-    """Two at once, each of which may compile; a third reads. Without a cache nothing stays behind."""
+    """Two at once, each of which may compile; a third reads. Without a cache no file is left."""
     folder = tmp_path / "cache"
 
     def start(cache: str) -> subprocess.Popen[str]:

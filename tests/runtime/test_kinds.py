@@ -1,4 +1,4 @@
-"""Which layers run in the graph of their kind, and that every bit is that of a graph of the layer's own sizes."""
+"""Which layers run in the graph of their kind; every bit equals the bit of a graph of the layer's own sizes."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,7 +96,7 @@ def random_layers(count: int) -> Iterator[tuple[Any, int, int]]:
 
 
 def test_500_random_layers() -> None:
-    """One after the other, as a user makes them; no other compile is needed than that of the kinds."""
+    """One after the other, as a user makes them; only the kinds are compiled."""
     eps = float(np.finfo(np.float32).eps)
     for layer, batch, length in random_layers(500):
         x = data(layer, batch, length)

@@ -1,4 +1,4 @@
-"""Kernels that are timed on this machine: which are tried, what is kept, and which layers get the fastest."""
+"""Kernels that are timed on this machine: which are tried, which times are kept, and which layers get the fastest."""
 
 import json
 from pathlib import Path

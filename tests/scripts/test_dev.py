@@ -1,4 +1,4 @@
-"""scripts/dev.py: what it can show without a network."""
+"""scripts/dev.py, as far as it can be tested without a network."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""Servers for the tests: an application in a thread of this process, or the command in a process of its own."""
+"""Servers for the tests: an application in a thread of this process, or the command in a separate process."""
 
 import contextlib
 import os
@@ -44,7 +44,7 @@ def wait_for(true: Any, seconds: float) -> None:
 
 
 class Process:
-    """`max-conv serve` in a process of its own."""
+    """`max-conv serve` in a separate process."""
 
     def __init__(self, *arguments: str, log: Path, port: int = 0, **environment: str) -> None:
         self.log = log
@@ -79,7 +79,7 @@ class Process:
 
 
 def request(port: int, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, str], bytes]:
-    """Sends one request on a connection of its own; underscores in names of headers are hyphens."""
+    """Sends one request on a separate connection; underscores in names of headers are hyphens."""
     lines = [f"{method} {path} HTTP/1.1", "Host: a", f"Content-Length: {len(body)}"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return raw(port, "\r\n".join(lines).encode() + b"\r\n\r\n" + body)

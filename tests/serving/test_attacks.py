@@ -1,4 +1,4 @@
-"""What clients may do wrong, on purpose or not: each gets a sentence, and the next client its answer."""
+"""Errors of clients, on purpose or not: each client gets a sentence, and the next client gets its answer."""
 
 import json
 import socket
@@ -123,7 +123,7 @@ def test_half_a_body_and_gone(port: int) -> None:
     ],
 )
 def test_smuggling(port: int, lines: list[str]) -> None:
-    """What two servers could read in two ways is refused, and the rest is not taken for a request."""
+    """Requests that two servers could read in two ways are refused, and the rest is not read as a request."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(head(*lines) + b"0\r\n\r\nGET /v2 HTTP/1.1\r\nHost: a\r\n\r\n")
         answer = response(connection)

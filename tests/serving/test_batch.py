@@ -1,4 +1,4 @@
-"""Batch jobs: what is written, what a broken file does, and what a job leaves behind that is killed at any moment."""
+"""Batch jobs: the results, the effect of a broken file, and the files that a job leaves if it is killed at any moment."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from max_conv.serving.batch import PART, RECORD, Batch, Parts
 FILES = 200
 BROKEN = ["cut.flac", "empty.wav", "text.wav"]
 LIMIT = 300
-"""Seconds for a job that takes a few: the machine may be busy."""
+"""Seconds for a job that needs a few seconds: the machine may be busy."""
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +173,7 @@ def test_a_killed_worker(sounds: Path, saved: Path, want: dict[str, bytes], tmp_
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_killed_driver(count: int, sounds: Path, saved: Path, want: dict[str, bytes], tmp_path: Path) -> None:
-    """Its workers end, nothing half is there, and the next job does what is missing."""
+    """Its workers end, no result is half written, and the next job does the missing files."""
     out = tmp_path / "out"
     job = start(sounds, out, saved, "--workers", count)
     try:
@@ -197,7 +197,7 @@ def test_a_killed_driver(count: int, sounds: Path, saved: Path, want: dict[str, 
 
 
 def test_stopped(sounds: Path, saved: Path, want: dict[str, bytes], tmp_path: Path) -> None:
-    """SIGTERM ends all processes, and removes what is half done."""
+    """SIGTERM ends all processes, and removes unfinished files."""
     out = tmp_path / "out"
     job = start(sounds, out, saved, "--workers", 2)
     try:
@@ -277,7 +277,7 @@ def test_no_process_can_start(work: Any, sentence: str, tmp_path: Path, monkeypa
         list(command.by_processes({"folder": "a", "out": str(tmp_path), "network": "silero-vad"}, ["a.wav"], 2))
 
 
-# What each kind of network writes, with a plain function for the network.
+# The results of each kind of network, with a plain function for the network.
 
 
 def half(model: Any, signal: np.ndarray, config: Any) -> np.ndarray:
@@ -298,7 +298,7 @@ STAND_INS = {
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Iterator[Path]:
-    """Files whose names differ by their suffix or folder alone, arrays, and what is no source."""
+    """Files whose names differ by their suffix or folder alone, arrays, and files that are not sources."""
     import soundfile
 
     folder = tmp_path / "in"
@@ -370,7 +370,7 @@ def test_a_result_that_cannot_be_written(sources: Path, tmp_path: Path, monkeypa
 
 
 def test_leftovers(sources: Path, tmp_path: Path) -> None:
-    """Those of processes that are gone are removed, and only they."""
+    """Folders of processes that are gone are removed, and only these."""
     out = tmp_path / "out"
     out.mkdir()
     mine = Parts(str(out))

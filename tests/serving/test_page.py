@@ -1,4 +1,4 @@
-"""The server's page: what is in its file, and what it does in a headless Chromium. The models are stand-ins in NumPy."""
+"""The server's page: the content of its file, and its behaviour in a headless Chromium. The models are stand-ins in NumPy."""
 
 import contextlib
 import itertools
@@ -36,7 +36,7 @@ PAGE = (Path(max_conv.serving.__file__).parent / "page.html").read_text()
 SCRIPT = PAGE[PAGE.index("<script>") : PAGE.index("</script>")]
 RATE, TICK, HOP = 16000, 512, 320
 WAIT = 60.0
-"""Seconds for what takes a moment: the machine may be busy."""
+"""Seconds for an action that needs a moment: the machine may be busy."""
 CHROMIUM = shutil.which("chromium")
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 
@@ -237,7 +237,7 @@ def sound(tmp_path: Path) -> Path:
 
 
 class Tags(HTMLParser):
-    """Reads a page; notes what is open, and every tag."""
+    """Reads a page; notes the open elements, and every tag."""
 
     VOID = ("meta", "link", "input", "path", "br")
 
@@ -306,7 +306,7 @@ def test_routes_and_metrics_exist() -> None:
 
 @pytest.mark.parametrize("number", [0, 1], ids=["light", "dark"])
 def test_contrast(number: int) -> None:
-    """WCAG's 4.5 for text, of all colours that text has on all that it stands on."""
+    """WCAG's contrast of 4.5 for text, of all text colours on all background colours."""
     block = re.findall(r":root \{(.*?)\}", PAGE, re.DOTALL)[number]
     colours = dict(re.findall(r"--(\w+): #(\w+)", block))
 

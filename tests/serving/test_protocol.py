@@ -1,4 +1,4 @@
-"""The Open Inference Protocol as bytes: what is right comes back bit for bit, and what is wrong is refused in a sentence."""
+"""The Open Inference Protocol as bytes: right requests come back bit for bit, and wrong requests are refused in a sentence."""
 
 import json
 from typing import Any

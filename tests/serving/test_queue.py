@@ -178,7 +178,7 @@ def test_a_deadline() -> None:
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_a_deadline_while_it_runs(keeps: bool) -> None:
-    """What changes a signal that goes on has an answer, however late; another job is not waited for."""
+    """A job that changes a signal that goes on gets an answer, even late; no other job is waited for."""
 
     async def test() -> None:
         calls = Calls()

@@ -44,7 +44,7 @@ def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def below(pid: int) -> list[int]:
-    """Returns the processes that a process has started, and those that they have started."""
+    """Returns the processes that a process has started, and the processes that these have started."""
     try:
         direct = children(pid)
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def end(pids: list[int]) -> None:
 
 
 def local(sounds: Path, out: Path, saved: Path) -> subprocess.Popen:  # noqa: F811
-    """Starts a job with a Ray of its own, again if a busy machine was too slow for Ray."""
+    """Starts a job with a separate Ray; starts it again if a busy machine was too slow for Ray."""
     for _ in range(3):
         job = start(sounds, out, saved, "--workers", 2, "--ray", "local")
         until(lambda job=job: job.poll() is not None or any(out.glob("[0-9]*.json")), "the first result")  # type: ignore[misc]
@@ -105,7 +105,7 @@ def test_a_killed_actor(sounds: Path, saved: Path, want: dict[str, bytes], tmp_p
 
 
 def test_a_killed_driver(sounds: Path, saved: Path, want: dict[str, bytes], tmp_path: Path) -> None:  # noqa: F811
-    """Nothing half is there, and a job without Ray does what is missing."""
+    """No result is half written, and a job without Ray does the missing files."""
     out = tmp_path / "out"
     job = local(sounds, out, saved)
     wait_for_results(out, 10)

@@ -1,4 +1,4 @@
-"""`max-conv serve` in a process of its own, with Silero: an unmodified Triton client, WebSockets, kill and restart."""
+"""`max-conv serve` in a separate process, with Silero: an unmodified Triton client, WebSockets, kill and restart."""
 
 import json
 import signal

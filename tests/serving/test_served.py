@@ -1,4 +1,4 @@
-"""What a served model answers, on models of NumPy: batches, states, sequences, live signals. Nothing is compiled."""
+"""The answers of a served model, with models in NumPy: batches, states, sequences, live signals. Nothing is compiled."""
 
 import asyncio
 import json
@@ -42,7 +42,7 @@ class Plain:
 
 
 class Ragged:
-    """The sum of a position and the ones beside it, of stride 2, of signals of different length."""
+    """The sum of a position and its two neighbours, with stride 2, for signals of different length."""
 
     timing = None
     facts: ClassVar[dict[str, Any]] = {}
@@ -165,7 +165,7 @@ def x_of(*rows: Any) -> np.ndarray:
 async def together(model: Any, served: Served, *asked: Coroutine[Any, Any, Any]) -> list[Any]:
     """Sends requests that come while a call runs, so that they are one batch."""
     model.go.clear()
-    served.queue._took = 1.0  # a slow call runs beside the event loop
+    served.queue._took = 1.0  # a slow call runs in a thread, not in the event loop
     tasks = [asyncio.ensure_future(one) for one in asked]
     await asyncio.sleep(0.05)
     model.go.set()
@@ -427,7 +427,7 @@ def test_a_client_that_goes_while_its_piece_runs_loses_its_sequence() -> None:
         async def gone() -> None:
             await asyncio.sleep(0.02)
 
-        # A slow call runs beside the event loop.
+        # A slow call runs in a thread, not in the event loop.
         served.queue._took = 1.0
         with pytest.raises(Refused) as error:
             await ask(x=np.ones((1, 4), np.float32), parameters={"sequence_id": 1}, gone=gone)

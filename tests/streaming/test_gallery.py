@@ -38,7 +38,7 @@ class Numpy(Case):
     """A network that NumPy runs."""
 
     def models(self) -> tuple[Callable[[int], Stream], Callable[..., Any]]:
-        """Returns what makes streams of the network, and the whole network."""
+        """Returns the function that makes streams of the network, and the whole network."""
         weights = weights_of(self.config.shapes())
         graph = max_conv.streaming(self.build, self.config, weights)
         live, whole = Interpreter(graph, weights), Interpreter(self.build(self.config, weights), weights)

@@ -122,7 +122,7 @@ def test_a_network_in_chunks_is_the_network(case: Case) -> None:
     live, _, whole = models()[case.name]
     rng = np.random.default_rng(3)
     stream = live.stream(2)
-    # Signals that are given up leave nothing behind.
+    # Signals that are given up leave no state.
     stream.push(*(np.stack([array, 1e3 * array]) for array in signal(case, rng, 55)))
     for _ in range(2):
         stream.reset()
@@ -162,7 +162,7 @@ def test_a_ragged_batch_is_its_signals_one_by_one(case: Case) -> None:
 
 
 async def asked(served: Served, signals: list[list[np.ndarray]]) -> list[dict[str, np.ndarray]]:
-    """Returns what a served model answers to signals that come at once."""
+    """Returns a served model's answers to signals that come at the same time."""
     served.start()
     names = [name for name, spec in served.inputs.items() if spec.needed]
     calls = [served.infer(Request([]), {n: x[None] for n, x in zip(names, given)}) for given in signals]

@@ -36,7 +36,7 @@ from properties import Execute, Way, kinds_of, operands_of
 
 MOSHI = "pypi://moshi==0.2.13/{}#sha256=beeb3ebc1d769a800e22b26bf4ec0d25f9525d54ae77979b37c86a2f782f4e64"
 LIMIT = 1e-6
-"""Moshi's own: the norm of the difference by the norm of the answer."""
+"""Moshi's own tolerance: the norm of the difference, divided by the norm of the answer."""
 PAIRS = [(k, s) for k, s in itertools.product((1, 3, 4, 8, 15, 16), range(1, 10)) if s <= k]
 """Kernel sizes and strides of Moshi's checks."""
 LENGTHS = {frames: [n for n in (1, 2, 8) if frames % n == 0] for frames in (1, 4, 8, 32, 54, 65, 128)}
@@ -104,10 +104,10 @@ class Part:
 
 
 class Step:
-    """One layer of a live network, on a kernel: what a call does."""
+    """One layer of a live network, on a kernel: the steps of one call."""
 
     def __init__(self, way: Way, part: Part, line: Line, offset: int) -> None:
-        """Plans the layer's window, whose rows lie in the state from a byte on."""
+        """Plans the layer's window, whose rows are stored in the state from a byte on."""
         kernel, layout, filter_layout = way
         self.part, self.dtype, self.layout = part, DType[str(part.weight.dtype)], layout
         self.window, self.after = Window.of(line, part.geometry), line.through(part.geometry)
@@ -244,9 +244,9 @@ def check_moshi(name: str, got: np.ndarray, *answers: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(("kernel", "stride"), PAIRS)
 def test_moshi(moshi: tuple[Any, Any], kernel: int, stride: int) -> None:
-    """A layer, and a transposed one behind it, against Moshi's answers to the whole signal and to the same chunks.
+    """A layer, and a transposed one after it, against Moshi's answers to the whole signal and to the same chunks.
 
-    Each pair of frames and chunk is for one of the kernels, in turn.
+    The pairs of frames and chunk use the kernels alternately.
     """
     torch.manual_seed(1234)
     conv = moshi[0].StreamingConv1d(6, 12, kernel, stride, causal=True)

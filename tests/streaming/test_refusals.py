@@ -1,4 +1,4 @@
-"""What cannot run live, or on signals of different length, is refused in one sentence. Nothing is compiled."""
+"""Networks that cannot run live, or on signals of different length, are refused in one sentence. Nothing is compiled."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -38,7 +38,7 @@ def names(path: Path, key: str | None = None) -> list[str]:
         return checkpoint.names
 
 
-# What other tools write.
+# Files that other tools write.
 
 
 def test_mlx_writes_no_metadata(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_lightning_s_dicts_are_passed_over(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_nothing_harmless_is_made(tmp_path: Path) -> None:
-    """Nothing of the real classes is called, whatever the pickle passes to them."""
+    """The real classes are never called, with any arguments in the pickle."""
 
     class Call:
         def __init__(self, function: Any, *arguments: Any) -> None:

@@ -176,7 +176,7 @@ def test_filters_of_mlx(tmp_path: Path) -> None:
         want = mx.conv_transpose1d(mx.array(x), mx.array(weights["up.weight"]), 2) + mx.array(weights["up.bias"])
         y = conv_transpose1d_ref(x, got["up.weight"], got["up.bias"], stride=2, layout="NLC", filter_layout="SFC")
         np.testing.assert_allclose(y, np.array(want), atol=1e-5)
-    # The inverse gives PyTorch's layout, whatever the source was.
+    # The inverse gives PyTorch's layout, for any source.
     good(tmp_path / "n.safetensors", tmp_path / "t.safetensors", "--to", "torch", "--verify")
     back = load_file(tmp_path / "t.safetensors")
     np.testing.assert_array_equal(back["c.weight"], weights["c.weight"].transpose(0, 2, 1))

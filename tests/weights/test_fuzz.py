@@ -21,7 +21,7 @@ from max_conv.weights.marker import MARK, Marker
 from max_conv.weights.safetensors_file import SafetensorsFile
 
 TENSORS = {"a.weight": torch.arange(24.0).reshape(4, 2, 3), "a.bias": torch.ones(4).bfloat16(), "n": torch.tensor(3)}
-# Damaged files may make NumPy and PyTorch warn; only what is raised counts.
+# Damaged files may make NumPy and PyTorch warn; only raised errors count.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

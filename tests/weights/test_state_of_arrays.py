@@ -74,7 +74,7 @@ def test_refused_in_one_sentence(case: str) -> None:
     [(None, "it is not on the CPU"), ((np.zeros(2, np.uint8), "float8_e3m4"), "it holds float8_e3m4")],
 )
 def test_memory_and_dtypes_of_other_machines(found: Any, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `dense` finds in a capsule: None for memory that the CPU cannot read."""
+    """The result of `dense` for a capsule: None for memory that the CPU cannot read."""
     monkeypatch.setattr(tensors, "dense", lambda value: found)
     with pytest.raises(TypeError, match=rf"^tensors: the tensor 'a' cannot be read: {sentence}; pass a dense array\.$"):
         of_value(mx.array(VALUES), "a")

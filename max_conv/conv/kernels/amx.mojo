@@ -3,8 +3,8 @@
 An instruction multiplies 16 positions by 32 inputs with 32 inputs by 16 filters, in 16 cycles: 16 times the work of
 `paired`. Inputs are the channels of all taps. The filter is packed in pairs of inputs when the model is compiled.
 
-The instructions are inline assembler. MAX compiles for a processor that it finds by its number, and a virtual machine
-may show the number of one with fewer instructions. So Python looks for them, and chooses this kernel.
+The instructions are inline assembler. MAX finds the processor to compile for by its number, and a virtual machine may
+show the number of a processor with fewer instructions. So Python looks for the instructions, and chooses this kernel.
 """
 
 from std.ffi import external_call
@@ -21,19 +21,19 @@ from .tasks import spread, workers
 from .window import Rows, Window
 
 comptime ROWS = 16
-"""Positions of a tile, and filters of one."""
+"""Positions of a tile, and also filters of a tile."""
 comptime DEPTH = 32
 """Inputs of a tile."""
 comptime POSITIONS = 2 * ROWS
 """Positions that are computed together, by the 32 filters of a panel: four tiles of sums."""
 comptime BLOCK_TILES = 16
-"""Most times `POSITIONS` of a block."""
+"""The most positions of a block, divided by `POSITIONS`."""
 comptime BLOCK_BYTES = 512 * 1024
-"""Rows of a block's window."""
+"""Bytes of the rows of a block's window."""
 comptime ALIASED = 2048
 """Rows that are a multiple of these bytes apart share a few lines of the first cache. They are copied farther apart."""
 comptime SPEED = 8
-"""How many times as fast as multiply-adds of float32 it is: less work than usual wakes a second thread."""
+"""So many times as fast as multiply-adds of float32: a second thread is woken only for so much more work."""
 comptime PERMIT = 0x1023
 """ARCH_REQ_XCOMP_PERM of Linux: asks that the process may use tiles."""
 
@@ -47,8 +47,8 @@ struct Inputs(ImplicitlyCopyable, TrivialRegisterPassable):
 
     @staticmethod
     def of(g: Geometry) -> Self:
-        """Returns a row for each tap. If that does not fill the steps, all taps are one row where there is no dilation,
-        because they are neighbours in memory; with a dilation, channels are filled up with zeros."""
+        """Returns one row for each tap. If such a row does not fill the steps: without a dilation all taps are one row,
+        because they are neighbours in memory; with a dilation, channels are padded with zeros."""
         var channels = g.group_channels()
         if channels % DEPTH != 0 and g.dilation == 1:
             return Self(1, g.kernel * channels)
@@ -61,7 +61,7 @@ struct Inputs(ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def rows(self) -> Int:
-        """Returns the rows of a packed panel: a row is an input of 32 filters."""
+        """Returns the rows of a packed panel. A row has the values of 32 filters for one input."""
         return self.taps * self.steps() * DEPTH
 
     @always_inline
@@ -110,14 +110,14 @@ def release():
 
 @fieldwise_init
 struct Steps(ImplicitlyCopyable, TrivialRegisterPassable):
-    """Where the operands of a tile are: the addresses of the first, and bytes from one to the next."""
+    """Where the operands of a tile are: the addresses of the first operands, and bytes from one to the next."""
 
     var x: Int
     var x_row: Int
-    """Between neighbouring positions."""
+    """Bytes between neighbouring positions."""
     var x_tap: Int
     var rest: Int
-    """The last step's inputs, 64 bytes for each position, where it is not full."""
+    """The address of the last step's inputs, 64 bytes for each position, if that step is not full."""
     var w: Int
 
 
@@ -167,7 +167,7 @@ def multiply[both_rows: Bool, both_columns: Bool](inputs: Inputs, at: Steps, sum
 
 
 def multiply_plain(inputs: Inputs, at: Steps, sums: Memory[DType.float32]):
-    """Does what `multiply` does, in plain loops: so what surrounds it is tested on every processor."""
+    """Does the same as `multiply` in plain loops, so that the code around it is tested on every processor."""
 
     def value(address: Int) {imm} -> Float32:
         var memory = Memory[DType.bfloat16](unsafe_from_address=address)
@@ -237,9 +237,9 @@ def tile[
 
 @always_inline
 def last_inputs[dtype: DType, //](rows: Rows[dtype], first: Int, rest: Int, count: Int, target: Memory[dtype]):
-    """Copies what the last step of each position reads: `rest` inputs from `first` on, with zeros up to 32.
+    """Copies the inputs that the last step of each position reads: `rest` inputs from `first` on, with zeros up to 32.
 
-    The filter has zeros there, too. But zero times infinity is NaN, and those inputs are not the position's own.
+    The filter has zeros there, too. But the inputs there belong to another position, and zero times infinity is NaN.
     """
     var from_ = rows.data.unsafe_offset(first)
     for i in range(count):
@@ -252,7 +252,7 @@ def block[dtype: DType, //, nlc: Bool, plain: Bool](g: Geometry, o: Operands[dty
     comptime bytes = size_of[Scalar[dtype]]()
     var inputs = Inputs.of(g)
     var channels = g.group_channels()
-    # Tiles may run past the part: the rows that they read must exist all the same.
+    # Tiles may run past the part: the rows that they read must exist nevertheless.
     var count = ceildiv(part.count, ROWS) * ROWS
     var window = Window.span(g, part.first, count)
     var in_place = nlc and window.inside(g)
@@ -281,7 +281,7 @@ def block[dtype: DType, //, nlc: Bool, plain: Bool](g: Geometry, o: Operands[dty
     if rest > 0:
         last_inputs(rows, inputs.depth - rest, rest, count, lasts.data())
     var panels = Panels[dtype].packed(g, part.group, o.w, inputs.rows())
-    # Squares of vectors are read where outputs are turned.
+    # Transposing the outputs reads whole squares of vectors.
     var room = Scratch[dtype]((count + PACK) * PACK)
     var values = room.data()
     var sums = Scratch[DType.float32](POSITIONS * PACK)

@@ -1,4 +1,4 @@
-"""Transposed convolution on the CPU: a kernel computes the convolution of all phases, and what it writes is placed."""
+"""Transposed convolution on the CPU: a kernel computes the convolution of all phases; its results are put in place."""
 
 from std.math import ceildiv
 from std.utils.numerics import isfinite, isnan
@@ -16,8 +16,8 @@ from .transposed import LANES, Columns, Transposed
 struct Places[dtype: DType, lanes: Int](Movable):
     """Where the columns of the convolution go, and their biases.
 
-    The table has three numbers for each `lanes` columns: the place of the first output, the filter, how many filters
-    there are from it on.
+    The table has three numbers for each `lanes` columns: the place of the first output, the first filter, and how many
+    filters there are from it on.
     """
 
     var table: List[Int]
@@ -41,7 +41,7 @@ struct Places[dtype: DType, lanes: Int](Movable):
                     biases[unsafe_offset=column + i] = o.bias[unsafe_offset=filter + i] if i < filters else 0
 
     def rows(mut self) -> Pointer[Int, MutUntrackedOrigin]:
-        """Returns the table. The caller keeps the places alive as long as it is used."""
+        """Returns the table. The caller keeps the places alive as long as the table is used."""
         return self.table.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
 
 
@@ -57,7 +57,7 @@ def direct_sum[
     column: Int,
     value: Scalar[dtype],
 ) -> Scalar[dtype]:
-    """Returns an output of the convolution `g` of all phases from the input and the taps that are there.
+    """Returns an output of the convolution `g` of all phases, from existing input rows and existing taps only.
 
     Args:
         columns: The convolution's filters.
@@ -66,7 +66,7 @@ def direct_sum[
         n: The batch item.
         position: Its output.
         column: Its filter.
-        value: What the kernel made of it, which is right where every row and every tap is there.
+        value: The output that the kernel computed. It is right if every row and every tap exists.
     """
     comptime acc = accumulator[dtype]
     var channels = g.group_channels()
@@ -97,7 +97,7 @@ def direct_sum[
                 total += sum
                 sum = 0
         total += sum
-        if isnan(total):  # it stays so; data without end that is NaN does not take without end
+        if isnan(total):  # it stays NaN: stopping here saves time on long data that is all NaN
             break
     return total.cast[dtype]()
 
@@ -138,14 +138,14 @@ struct Placed[dtype: DType, depthwise: Bool](ImplicitlyCopyable, TrivialRegister
     var g: Geometry
     var columns: Columns[Self.depthwise]
     var o: Operands[Self.dtype]
-    """Of the convolution."""
+    """Operands of the convolution `g`."""
     var rows: Pointer[Int, MutUntrackedOrigin]
     """The table of `Places`."""
 
 
 @always_inline
 def lanes_of[kernel: StaticString]() -> Int:
-    """Returns to a multiple of what the filters of a phase are filled up: two kernels read filters one by one."""
+    """Returns the number to a multiple of which zero filters fill up a phase: two kernels read filters one by one."""
     return 1 if kernel == "depthwise" or kernel == "lengthwise" else LANES
 
 
@@ -161,9 +161,9 @@ def placing[
     packed: Bool,
     body: def[place: Write[dtype]]() raises capturing -> None,
 ](t: Transposed, p: Placed[dtype, depthwise]) raises:
-    """Runs `body`, whose outputs `write` gets where they go.
+    """Runs `body`, and passes its outputs to `write` with their output positions.
 
-    The closures read variables: as functions of a `Placed` they were up to 2.5 times as slow.
+    The closures read variables. As functions of a `Placed` they took up to 2.5 times as long.
     """
     comptime lanes = lanes_of[kernel]()
     var g = p.g
@@ -171,14 +171,14 @@ def placing[
     var phased = p.o
     var rows = p.rows
 
-    # Outputs between these have all their rows; where a phase lacks a tap there are none.
+    # Outputs between these two have all their rows. If a phase lacks a tap, there are no such outputs.
     var first_inside = g.pad_left
     var end_inside = g.length - (g.kernel - 1) * g.dilation + g.pad_left if t.kernel % t.step() == 0 else 0
 
     @__parameter
     @no_inline
     def seen[width: Int](n: Int, position: Int, column: Int, values: SIMD[dtype, width]) -> SIMD[dtype, width]:
-        """Returns outputs of which one is not finite, each from what it sees alone.
+        """Returns the outputs. Each output that is not finite is computed again from its own inputs alone.
 
         The kernel has also multiplied rows next to the input, and zeros in place of the taps that a phase lacks.
         """
@@ -253,7 +253,7 @@ def place_rows[
     nlc: Bool,
     packed: Bool,
 ](places: Bytes, at: Outputs, values: Memory[dtype], row_size: Int):
-    """Writes rows of columns: what a `Store` of a transposed convolution does, whose places are a `Placed`."""
+    """Writes rows of columns, as the `Store` of a transposed convolution. `places` is the address of a `Placed`."""
 
     @__parameter
     @always_inline

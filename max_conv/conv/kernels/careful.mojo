@@ -1,8 +1,8 @@
 """Direct sums in Winograd's place, where a value is not finite or too large for its transforms.
 
 A transform mixes six inputs into four outputs, so that a NaN or an infinity would reach outputs that do not see it,
-and a value of 1e17 would move them by its rounding error. The transforms tell of such values, which they have in
-registers anyway; what a block cannot multiply at the points, it sums here, tap by tap.
+and a value of 1e17 would change them by its rounding error. The transforms detect such values, because they have them
+in registers anyway. Outputs that a block cannot compute at the points are summed here, tap by tap.
 """
 
 from std.utils.numerics import isnan
@@ -16,9 +16,9 @@ from .points import Plan, QUAD, first_output
 
 @always_inline
 def limit[acc: DType]() -> Scalar[acc]:
-    """Returns what the squares of values stay below that cannot overflow on their way through the points.
+    """Returns a limit for squares: values whose squares are below it cannot overflow in the transforms.
 
-    The values are 2^54 in float32 and 2^500 in float64: `LIMIT` in `max_conv/packing.py`.
+    The limit of the values is 2^54 in float32 and 2^500 in float64: `LIMIT` in `max_conv/conv/packing.py`.
     """
     comptime if acc == DType.float64:
         return Scalar[acc](2.0) ** 1000
@@ -37,7 +37,7 @@ struct Source[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def row[nlc: Bool](self, g: Geometry, position: Int) -> Memory[Self.dtype]:
-        """Returns the row at a position, which is negative in the left padding."""
+        """Returns the row at a position. Positions in the left padding are negative."""
         comptime if nlc:
             var source = g.source(position)
             return self.x.unsafe_offset(source * g.channels) if source >= 0 else self.rest
@@ -47,7 +47,7 @@ struct Source[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 
 @always_inline
 def calm_filter[acc: DType, //](plan: Plan, w: Memory[acc], channels: Int, filter_row: Int) -> Bool:
-    """Tells whether a panel could be transformed: NaN in place of its first products says that it could not."""
+    """Returns whether a panel could be transformed. If it could not, one of its first products is NaN."""
     for part in range(len(plan.sizes)):
         if isnan(w[unsafe_offset=part * channels * filter_row]):
             return False
@@ -58,8 +58,8 @@ def calm_filter[acc: DType, //](plan: Plan, w: Memory[acc], channels: Int, filte
 def restored[
     acc: DType, //
 ](g: Geometry, plan: Plan, w: Memory[acc], filter_row: Int, raw: Bool, part: Int, j: Int, c: Int) -> Scalar[acc]:
-    """Returns tap j of a group of taps, for channel c and the packed filter that `w` points at: the twin of
-    `Packing.multiply` in `max_conv/packing.py`. `raw` says that the panel is not `calm_filter`.
+    """Returns tap j of a group of taps, for channel c and the packed filter that `w` points at: the inverse of
+    `Packing.multiply` in `max_conv/conv/packing.py`. `raw` is true if `calm_filter` is false for the panel.
     """
     var parts = len(plan.sizes)
     var plane = g.group_channels() * filter_row

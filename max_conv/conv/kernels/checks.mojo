@@ -1,4 +1,4 @@
-"""Checks of sizes that only the run can tell."""
+"""Checks of sizes that are only known at run time."""
 
 from std.math import ceildiv
 from std.utils.index import IndexList
@@ -15,10 +15,10 @@ def counted(positions: Int) -> String:
 
 
 def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
-    """Raises where the run-time sizes do not make a convolution that this package computes."""
+    """Raises unless the run-time sizes make a convolution that this package computes."""
     if g.kernel < 1 or g.stride < 1 or g.dilation < 1 or g.filters < 1 or filter_channels < 1:
         raise Error("conv1d: kernel_size, stride, dilation and the filter's sizes must be at least 1.")
-    # Windows have rows that no output reads: padding that is negative on the right.
+    # A window may end with rows that no output reads. Then the padding on the right is negative.
     if g.pad_left < 0 or pad_right < -g.length:
         raise Error("conv1d: padding must not be negative.")
     if g.groups < 1 or g.groups * filter_channels != g.channels or g.filters % g.groups != 0:
@@ -41,7 +41,7 @@ def check(g: Geometry, pad_right: Int, filter_channels: Int) raises:
 
 
 def check_room(length: Int, left: Int, right: Int, reach: Int, mode: Int) raises:
-    """Raises where an input is too short for a filter that reaches over `reach` positions, or for its padding."""
+    """Raises if an input is too short for its padding, or for a filter that reaches over `reach` positions."""
     if length + left + right < reach:
         raise Error(
             "conv1d: the filter reaches over ",
@@ -50,7 +50,7 @@ def check_room(length: Int, left: Int, right: Int, reach: Int, mode: Int) raises
             length + left + right,
             "; pad more or pass a longer input.",
         )
-    # A reflection leaves out the edge itself, a circle does not, and an edge to repeat needs an input.
+    # Reflection leaves out the edge itself, circular padding does not, and repeating the edge needs an input.
     var pad = max(left, right)
     var wide = (
         (mode == REFLECT and pad >= length)
@@ -68,7 +68,7 @@ def check_room(length: Int, left: Int, right: Int, reach: Int, mode: Int) raises
 
 
 def check_transposed(t: Transposed, pad_right: Int, filter_channels: Int) raises:
-    """Raises where the run-time sizes do not make a transposed convolution."""
+    """Raises unless the run-time sizes make a transposed convolution."""
     if t.kernel < 1 or t.stride < 1 or t.dilation < 1 or t.filters < 1 or filter_channels < 1:
         raise Error("conv_transpose1d: kernel_size, stride, dilation and the filter's sizes must be at least 1.")
     if min(t.pad_left, pad_right) < 0:
@@ -102,13 +102,13 @@ def check_transposed(t: Transposed, pad_right: Int, filter_channels: Int) raises
 
 
 def check_depthwise(op: StaticString, channels: Int, filters: Int, groups: Int) raises:
-    """Raises unless a layer is one for the depthwise kernel."""
+    """Raises unless the depthwise kernel can compute a layer."""
     if groups != channels or filters != channels:
         raise Error(op, ": the depthwise kernel needs one channel in and one out a group.")
 
 
 def packed_shape[kernel: StaticString](g: Geometry) -> IndexList[3]:
-    """Returns the shape of what `max_conv/packing.py` makes of a filter for a kernel."""
+    """Returns the shape of a filter that `max_conv/conv/packing.py` has packed for a kernel."""
     var rows = Plan(g).products() if kernel == "winograd" else g.kernel
     var row = g.group_channels()
     comptime if kernel == "paired":

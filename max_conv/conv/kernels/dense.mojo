@@ -1,7 +1,7 @@
 """Convolution of NLC data with an SCF filter: vector lanes run over output channels.
 
 A tile of positions by two vectors of output channels stays in registers while taps and channels are summed. A step
-reads the filter's vectors straight from SCF and broadcasts one input value a row.
+reads the filter's vectors straight from SCF and broadcasts one input value per row.
 """
 
 from std.math import ceildiv, gcd
@@ -18,15 +18,15 @@ comptime VECTORS = 2
 comptime SHORT_ROWS = 4
 """Positions in the tile that ends a block: a tile of 14 would waste most of its rows on short signals."""
 comptime SLAB = 2048
-"""Rows of a filter's panel (a tap and a channel each) that are summed for all tiles of a block before the next ones: a
-quarter of the second cache."""
+"""Rows of a filter's panel (each is a tap and a channel) that are summed for all tiles of a block before the next rows:
+a quarter of the second cache."""
 comptime WINDOW_BYTES = 512 * 1024
 comptime TASK = 1 << 20
-"""Multiplications in a task: about 10 microseconds, above which finer cuts pay for themselves."""
+"""Multiplications in a task, about 10 microseconds. Larger tasks are worth cutting into smaller ones."""
 
 
 def tile_rows[acc: DType]() -> Int:
-    """Positions in a register tile: 28 of 32 AVX-512 or NEON registers hold sums, 12 of 16 in AVX2."""
+    """Returns the positions of a register tile: 28 of 32 AVX-512 or NEON registers hold sums, 12 of 16 in AVX2."""
     return 6 if simd_width_of[acc]() * size_of[Scalar[acc]]() == 32 else 14
 
 
@@ -39,7 +39,7 @@ struct Panel[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
     var first_tap: Int
     var end_tap: Int
     var sums: Memory[Self.acc]
-    """Of each position of the block, where the taps do not all fit into one slab."""
+    """The sums of each position of the block, used if the taps do not all fit into one slab."""
 
     @always_inline
     def after(self, sums: Int) -> Self:
@@ -60,7 +60,7 @@ struct Taps[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 def accumulate[
     acc: DType, width: Int, size: Int, //, rows: Int, vectors: Int, partial: Bool
 ](mut sum: Array[SIMD[acc, width], size], x: Rows[acc], w: Taps[acc], taps: Int, channels: Int, rest: Int):
-    """Adds the products of some taps and channels to the sums of a tile. `rest` lanes of the last vector are there."""
+    """Adds the products of some taps and channels to the sums of a tile. The last vector has `rest` lanes."""
     for k in range(taps):
         var xk = x.data.unsafe_offset(k * x.tap_step)
         var wk = w.data.unsafe_offset(k * w.tap_size)
@@ -81,7 +81,7 @@ def sum_of_taps[
 ](mut total: Array[SIMD[acc, width], size], x: Rows[acc], w: Taps[acc], taps: Int, channels: Int, rest: Int):
     """Adds the products of some taps and channels to the totals of a tile.
 
-    With `short` a running sum is not cut into blocks, so that it needs no second set of registers.
+    With `short`, the sum is not cut into blocks, so that it needs no second set of registers.
     """
     comptime if short:
         accumulate[rows, vectors, partial](total, x, w, taps, channels, rest)
@@ -104,7 +104,7 @@ def sum_of_taps[
 def tile[
     dtype: DType, acc: DType, //, write: Write[dtype], short: Bool, rows: Int, vectors: Int, partial: Bool, packed: Bool
 ](g: Geometry, x: Rows[acc], w: Panel[acc], o: Operands[dtype], part: Part):
-    """Computes the first `rows` positions of a part, or as many as there are, by `vectors` vectors of filters."""
+    """Computes the first `rows` positions of a part, or all if there are fewer, by `vectors` vectors of filters."""
     comptime width = simd_width_of[acc]()
     comptime last = vectors - 1
     var filter = part.column(g)
@@ -170,7 +170,7 @@ def column[
 
 @always_inline
 def pack[dtype: DType, acc: DType, //](w: Memory[dtype], row_size: Int, rows: Int, lanes: Int, target: Memory[acc]):
-    """Copies `rows` rows of `lanes` filters side by side, with zeros behind the last filter."""
+    """Copies `rows` rows of `lanes` filters side by side, with zeros after the last filter."""
     comptime width = simd_width_of[acc]()
     for r in range(rows):
         comptime for j in range(VECTORS):
@@ -192,13 +192,13 @@ def block[
     fills_panels: Bool,
     packed: Bool,
 ](g: Geometry, o: Operands[dtype], part: Part):
-    """Computes a part. When some of its filters are done, calls `after` with the part by these."""
+    """Computes a part. When some of its filters are done, calls `after` with the part by these filters."""
     comptime acc = accumulator[dtype]
     comptime width = simd_width_of[acc]()
     comptime panel = VECTORS * width
     comptime rows = tile_rows[acc]()
     var channels = g.group_channels()
-    # Tiles may run past the part: the rows that they read must exist all the same.
+    # Tiles may run past the part: the rows that they read must exist nevertheless.
     var window = Window.of(g, part.first, part.count + rows)
     var x = o.x.unsafe_offset(part.n * g.length * g.channels + part.group * channels)
     var scratch = Scratch[acc](0)
@@ -241,7 +241,7 @@ def block[
 def stored_block[
     dtype: DType, //, fills_panels: Bool, packed: Bool
 ](g: Geometry, o: Operands[dtype], part: Part, sink: Sink[dtype]):
-    """Computes a part, whose outputs are stored panel by panel."""
+    """Computes a part and stores its outputs panel by panel."""
     comptime panel = VECTORS * simd_width_of[accumulator[dtype]]()
     var room = Scratch[dtype](part.count * panel)
     var rows = room.data()
@@ -270,7 +270,7 @@ def conv1d_short[
 ](g: Geometry, o: Operands[dtype]):
     """Does what `conv1d_dense` does, in one running sum: for few taps and channels.
 
-    Its tiles write outputs themselves, as rows in between would cost as much as the sums.
+    Its tiles write outputs directly: storing them in rows first would take as long as the sums.
     """
     var (grid, threads) = cut[accumulator[dtype]](g)
 
@@ -302,7 +302,7 @@ def conv1d_dense[
 
 
 def cut[acc: DType](g: Geometry) -> Tuple[Grid, Int]:
-    """Returns the tasks of a layer, and how many threads take them."""
+    """Returns the tasks of a layer, and how many threads compute them."""
     comptime rows = tile_rows[acc]()
     comptime panel = VECTORS * simd_width_of[acc]()
     var work = g.batch * g.out_length * g.filters * g.kernel * g.group_channels()
@@ -310,8 +310,8 @@ def cut[acc: DType](g: Geometry) -> Tuple[Grid, Int]:
     var target = max(threads, min(16 * threads, work // TASK))
     var tiles = ceildiv(g.out_length, rows)
     var panels = ceildiv(g.group_filters(), panel)
-    # A block reads its filters from cache once for each of its tiles, so blocks are long, and work is cut along the
-    # filters where blocks alone are too few to go round evenly.
+    # A block reads its filters from the cache once for each of its tiles. So blocks are long, and work is also cut
+    # along the filters if there are too few blocks to give each thread an equal share.
     var tile_bytes = g.group_channels() * g.stride * rows * size_of[Scalar[acc]]()
     var longest = min(16 if g.kernel * g.group_channels() > SLAB else 8, WINDOW_BYTES // tile_bytes)
     var block_tiles = min(longest, g.batch * g.groups * tiles * panels // target)

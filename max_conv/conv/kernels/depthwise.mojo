@@ -1,9 +1,9 @@
-"""Depthwise convolution of NLC data with an SCF filter: one channel in, lanes run over channels. Of several filters a
-channel, as transposed convolutions have, the first of all channels come first, then the second ones.
+"""Depthwise convolution of NLC data with an SCF filter: one channel in, lanes run over channels. A transposed
+convolution has several filters per channel: the first filters of all channels come first, then the second ones.
 
 There is no sum over channels, so a step loads one filter vector and multiplies it with one vector of each row. A block
-of rows is first laid out vector by vector, where the rows of a vector are neighbours: in place they can be 2 KiB apart,
-which is where the same few lines of the cache serve them all.
+of rows is first copied vector by vector, so that the rows of a vector are neighbours. In place they can be 2 KiB apart,
+and then they all share the same few lines of the cache.
 """
 
 from std.math import ceildiv
@@ -46,7 +46,7 @@ def fill[
 def tile[
     dtype: DType, acc: DType, //, write: Write[dtype], rows: Int, partial: Bool
 ](g: Geometry, x: Memory[acc], tap_step: Int, o: Operands[dtype], part: Part):
-    """Computes the first `rows` positions of a part, or as many as there are, of one vector of filters."""
+    """Computes the first `rows` positions of a part, or all if there are fewer, of one vector of filters."""
     comptime width = simd_width_of[acc]()
     var lanes = part.lanes()
     var total = Array[SIMD[acc, width], rows](fill=o.bias_at[acc, width](part.filter, lanes))
@@ -93,7 +93,7 @@ def block[
     """Computes `count` positions from `first` on, of `channels` channels from `channel` on."""
     comptime acc = accumulator[dtype]
     comptime width = simd_width_of[acc]()
-    # Tiles may run past `count`: the rows that they read must exist all the same.
+    # Tiles may run past `count`: the rows that they read must exist nevertheless.
     var window = Window.neighbours(g, first, count + ROWS) if nlc else Window.span(g, first, count + ROWS)
     var scratch = Scratch[acc](window.rows * ceildiv(channels, width) * width)
     var rows = scratch.data()
@@ -140,7 +140,7 @@ def conv1d_depthwise[dtype: DType, //, write: Write[dtype], nlc: Bool](g: Geomet
     var blocks = max(ceildiv(g.out_length, POSITIONS), min(most, ceildiv(4 * threads, g.batch * columns)))
     var positions = ceildiv(ceildiv(g.out_length, blocks), ROWS) * ROWS
     blocks = ceildiv(g.out_length, positions)
-    # Channels are cut as other layers' filters are, those of all groups together.
+    # The channels of all groups together are cut into tasks, as the filters of other layers are.
     var grid = Grid(g.batch, 1, blocks, columns, positions, g.out_length, channels, g.channels)
 
     def task(i: Int) {imm}:

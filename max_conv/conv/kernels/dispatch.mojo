@@ -1,4 +1,4 @@
-"""The call of one CPU kernel. Python chooses it, where sizes are known; only short inputs change the choice here."""
+"""Calls one CPU kernel. Python chooses the kernel, where sizes are known; only short inputs change the choice here."""
 
 from .amx import conv1d_amx
 from .dense import conv1d_dense, conv1d_short
@@ -25,7 +25,7 @@ def convolve[
     """Computes a convolution of NLC or NCL data with a filter that is packed for the kernel, SCF, or of another layout.
 
     "dense" and "winograd" give outputs to `sink`, the other kernels to `write`. Both store the same values.
-    "winograd" falls back to another kernel below `least` outputs where the filter is not packed. `fills_panels` says
+    "winograd" falls back to another kernel below `least` outputs if the filter is not packed. `fills_panels` says
     that the filters of a group are a multiple of 32.
     """
     if fills_panels and g.group_filters() % PACK != 0:

@@ -8,7 +8,7 @@ comptime CIRCULAR = 3
 
 @always_inline
 def source(mode: Int, length: Int, p: Int) -> Int:
-    """Returns the row of a signal of `length` rows that is at position `p` of the padded one, or -1 for zeros."""
+    """Returns which row of a signal of `length` rows is at position `p` of the padded signal, or -1 for zeros."""
     var q = p
     if mode == REFLECT:
         if q < 0:
@@ -27,7 +27,7 @@ def source(mode: Int, length: Int, p: Int) -> Int:
 
 @fieldwise_init
 struct Geometry(ImplicitlyCopyable, TrivialRegisterPassable):
-    """Sizes of one convolution. Groups slice channels and filters alike."""
+    """Sizes of one convolution. Groups divide channels and filters equally."""
 
     var batch: Int
     var length: Int
@@ -51,10 +51,9 @@ struct Geometry(ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def source(self, p: Int) -> Int:
-        """Returns the input row that stands at position `p`, which is negative in the left padding, or -1 where it is
-        zero.
+        """Returns the input row at position `p`, or -1 if the row is zero. Positions in the left padding are negative.
 
-        Positions past both the input and its padding (lanes that are computed but never stored) are zero
+        Positions after both the input and its padding (lanes that are computed but never stored) are zero
         as well, so that no caller can read outside the input.
         """
         return source(self.mode, self.length, p)
@@ -63,7 +62,7 @@ struct Geometry(ImplicitlyCopyable, TrivialRegisterPassable):
     def first_tap(self, first: Int, count: Int) -> Int:
         """Returns the first tap that meets data in outputs `first .. first + count - 1`."""
         var last = (first + count - 1) * self.stride - self.pad_left
-        if self.mode != ZEROS or last >= 0:  # most often, and without a division
+        if self.mode != ZEROS or last >= 0:  # the most common case, without a division
             return 0
         return min(self.kernel, max(0, (self.dilation - 1 - last) // self.dilation))
 

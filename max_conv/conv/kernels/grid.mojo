@@ -1,4 +1,4 @@
-"""How the work of a layer is cut into tasks, and who computes with filters that are laid out first."""
+"""How the work of a layer is cut into tasks; `by_chunks` is for kernels that first rearrange the filters."""
 
 from std.math import ceildiv
 
@@ -9,9 +9,9 @@ from .tasks import phases
 
 @fieldwise_init
 struct Part(ImplicitlyCopyable, TrivialRegisterPassable):
-    """`count` positions from `first` on of a batch item, by the filters `filter .. end_filter - 1` of a group.
+    """`count` positions of a batch item, from `first` on, by the filters `filter .. end_filter - 1` of a group.
 
-    Positions are outputs, and quads of outputs for Winograd's kernel.
+    A position is one output; in Winograd's kernel it is a quad of outputs.
     """
 
     var n: Int
@@ -28,12 +28,12 @@ struct Part(ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def column(self, g: Geometry) -> Int:
-        """Returns the number of the first filter among those of all groups."""
+        """Returns the number of the first filter, counted over all groups."""
         return self.group * g.group_filters() + self.filter
 
     @always_inline
     def after(self, positions: Int) -> Self:
-        """Returns what is left behind some positions."""
+        """Returns the part that is left after its first `positions` positions."""
         var rest = self
         rest.first += positions
         rest.count -= positions
@@ -41,7 +41,7 @@ struct Part(ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def by(self, filter: Int, lanes: Int) -> Self:
-        """Returns the same positions, by `lanes` filters from `filter` on."""
+        """Returns the same positions by `lanes` filters, from `filter` on."""
         var part = self
         part.filter = filter
         part.end_filter = filter + lanes
@@ -50,7 +50,7 @@ struct Part(ImplicitlyCopyable, TrivialRegisterPassable):
 
 @fieldwise_init
 struct Grid(ImplicitlyCopyable, TrivialRegisterPassable):
-    """Tasks of a layer. Those that follow each other differ in the filters, then in the positions.
+    """Tasks of a layer. From one task to the next the filters change first, then the positions.
 
     Each kernel knows the sizes that suit it; how they become parts is the same for all.
     """
@@ -58,11 +58,11 @@ struct Grid(ImplicitlyCopyable, TrivialRegisterPassable):
     var batch: Int
     var groups: Int
     var blocks: Int
-    """Of the positions, as even as units allow."""
+    """Blocks of positions, as equal as `unit` allows."""
     var splits: Int
-    """Of a group's filters."""
+    """Parts into which a group's filters are split."""
     var unit: Int
-    """Positions that stay together."""
+    """A block is a multiple of so many positions."""
     var positions: Int
     var split: Int
     """Filters of a task."""
@@ -73,7 +73,7 @@ struct Grid(ImplicitlyCopyable, TrivialRegisterPassable):
         return self.batch * self.groups * self.blocks * self.splits
 
     def part(self, task: Int) -> Part:
-        """Returns what a task computes."""
+        """Returns the part that a task computes."""
         var units = ceildiv(self.positions, self.unit)
         var row = task // self.splits
         var block = row % self.blocks
@@ -94,17 +94,17 @@ struct Grid(ImplicitlyCopyable, TrivialRegisterPassable):
 def by_chunks[
     dtype: DType, Prepare: def(Int, Int, Int, Memory[dtype]) -> None, Work: def(Part, Panels[dtype]) -> None, //
 ](g: Geometry, grid: Grid, chunk: Int, held: Panels[dtype], prepare: Prepare, pieces: Int, work: Work, threads: Int,):
-    """Lays out `chunk` panels of filters at a time, and computes with them before the next ones.
+    """Rearranges `chunk` panels of filters at a time, and computes with them before the next ones.
 
     Args:
         g: The layer.
         grid: The tasks of one group with one chunk's filters.
         chunk: Panels at a time.
-        held: Where they are laid out.
+        held: Where the rearranged panels are stored.
         prepare: Writes a piece of a panel: `prepare(group, first filter, piece, target)`.
         pieces: Pieces of a panel.
-        work: Computes a part with the panels of a group, of which those that the part needs are there.
-        threads: How many threads take part.
+        work: Computes a part with the panels of a group; only the panels that the part needs are there.
+        threads: How many threads are used.
     """
     for group in range(g.groups):
         for start in range(0, g.group_filters(), chunk * held.lanes):

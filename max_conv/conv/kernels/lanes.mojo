@@ -9,10 +9,10 @@ from .geometry import Geometry
 comptime Memory[dtype: DType] = Pointer[Scalar[dtype], MutUntrackedOrigin]
 
 comptime SUM_TERMS = 128
-"""Terms in one running sum. Sums of blocks keep the rounding error near sqrt(terms) instead of growing with terms."""
+"""Terms in one running sum. With blocks the rounding error is near sqrt(terms); in one long sum it grows with terms."""
 
 comptime PACK = 32
-"""Filters side by side in a packed filter (`max_conv/packing.py`): two vectors of float32 in AVX-512."""
+"""Filters side by side in a packed filter (`conv/packing.py`): two vectors of float32 in AVX-512."""
 
 comptime FILTER_BYTES = 1536 * 1024
 """Transformed or packed filters that are held at a time, for each thread."""
@@ -33,7 +33,7 @@ def load[dtype: DType, //, acc: DType, width: Int, partial: Bool](p: Memory[dtyp
 
 @always_inline
 def load_strided[dtype: DType, //, acc: DType, width: Int](p: Memory[dtype], step: Int, lanes: Int) -> SIMD[acc, width]:
-    """Loads `lanes` values that stand `step` apart, and zeros after them."""
+    """Loads `lanes` values that are `step` apart, and zeros after them."""
     if step == 1:
         if lanes >= width:
             return load[acc, width, False](p, lanes)
@@ -68,11 +68,11 @@ The graph compiler puts the operations that follow the convolution in here, so o
 def put[
     dtype: DType, acc: DType, width: Int, //, write: Write[dtype], nlc: Bool
 ](n: Int, position: Int, filter: Int, value: SIMD[acc, width], lanes: Int):
-    """Stores the first `lanes` values, of which there may be more than `width` and none."""
+    """Stores the first min(lanes, width) values; nothing if lanes <= 0."""
     if lanes >= width:
         write[width](n, position, filter, value.cast[dtype]())
         return
-    # A loop, and not a vector for each power of two: what is fused into `write` is compiled once more, not five times.
+    # A loop, not a vector for each power of two: so the code fused into `write` is compiled once more, not five times.
     var rest = value
     for i in range(lanes):
         comptime if nlc:
@@ -83,7 +83,7 @@ def put[
 
 
 struct Scratch[dtype: DType](Movable):
-    """Memory of a task, uninitialised, at the start of a cache line: vectors across two lines load half as fast."""
+    """A task's memory, uninitialised. It starts at a cache line: vectors across two lines load half as fast."""
 
     comptime LINE = 64
     var values: List[Scalar[Self.dtype]]
@@ -92,14 +92,14 @@ struct Scratch[dtype: DType](Movable):
         self.values = List[Scalar[Self.dtype]](unsafe_uninit_length=size + Self.LINE // size_of[Scalar[Self.dtype]]())
 
     def data(mut self) -> Memory[Self.dtype]:
-        """Returns where it starts. The caller keeps the scratch alive as long as this is used."""
+        """Returns where the memory starts. The caller keeps the scratch alive as long as the result is used."""
         var start = self.values.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
         return start.unsafe_offset(-Int(start) % Self.LINE // size_of[Scalar[Self.dtype]]())
 
 
 @fieldwise_init
 struct Operands[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
-    """What every kernel reads. The bias is read only where `has_bias` says so."""
+    """The tensors that every kernel reads. The bias is read only if `has_bias` is true."""
 
     var x: Memory[Self.dtype]
     var w: Memory[Self.dtype]
@@ -117,7 +117,7 @@ struct Operands[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 
 @fieldwise_init
 struct FilterSteps(ImplicitlyCopyable, TrivialRegisterPassable):
-    """How far apart a filter's taps, channels and output channels stand: its layout."""
+    """A filter's layout: how far apart its taps, channels and output channels are."""
 
     var tap: Int
     var channel: Int
@@ -126,7 +126,7 @@ struct FilterSteps(ImplicitlyCopyable, TrivialRegisterPassable):
 
 @fieldwise_init
 struct Panels[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
-    """A filter in panels: `rows` rows of `lanes` filters side by side, then those of the next filters."""
+    """A filter in panels: `rows` rows of `lanes` filters side by side, then the rows of the next filters."""
 
     var data: Memory[Self.acc]
     var lanes: Int
@@ -141,7 +141,7 @@ struct Panels[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def at(self, filter: Int) -> Memory[Self.acc]:
-        """Returns where the first row of a filter and its neighbours stands."""
+        """Returns where the first row of a filter and its neighbours is stored."""
         return self.data.unsafe_offset(filter // self.lanes * self.lanes * self.rows + filter % self.lanes)
 
 

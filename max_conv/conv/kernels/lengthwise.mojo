@@ -1,8 +1,8 @@
 """Convolution with vector lanes along the length: NCL data, and layers with few output channels.
 
-A block of positions is first laid out channel by channel, in lines whose neighbours are neighbouring outputs: one
-line for each residue of the stride, so that every tap reads whole vectors whatever the stride. The filter is read
-one value at a time through strides, so every filter layout is native here.
+A block of positions is first copied channel by channel into lines: one line for each residue of the stride.
+Neighbouring values of a line belong to neighbouring outputs, so every tap reads whole vectors, with any stride. The
+filter is read one value at a time through strides, so every filter layout is native here.
 """
 
 from std.math import ceildiv
@@ -19,14 +19,14 @@ comptime TILE_VECTORS = 3
 """Vectors of positions in a tile of several filters."""
 comptime LONG_TILES = 40
 comptime SHORT_TILES = 4
-"""Wide tiles in a block: of one channel's line, and of many channels' lines, which share a cache."""
+"""Wide tiles in a block if there is one channel; then the same for many channels, whose lines share a cache."""
 comptime TASK = 1 << 20
-"""Multiplications in a task that takes several groups."""
+"""Multiplications in a task that computes several groups."""
 comptime WINDOW_BYTES = 256 * 1024
 
 
 def tile_filters[acc: DType]() -> Int:
-    """Filters in a register tile: 24 of 32 registers hold sums, 12 of 16 in AVX2."""
+    """Returns the filters of a register tile: 24 of 32 registers hold sums, 12 of 16 in AVX2."""
     return 4 if simd_width_of[acc]() * size_of[Scalar[acc]]() == 32 else 8
 
 
@@ -35,7 +35,7 @@ struct Lines(ImplicitlyCopyable, TrivialRegisterPassable):
     """How the rows of a block are laid out for each channel: `count` lines of `length` values.
 
     Entry i of line q is the input at `first + i * stride + shift(q)`. Lines are residues of the stride, or taps
-    (`by_tap`) where that takes less room.
+    (`by_tap`) if that needs less memory.
     """
 
     var first: Int
@@ -61,7 +61,7 @@ struct Lines(ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def tap(self, g: Geometry, k: Int) -> Int:
-        """Returns where tap k of the block's first output stands."""
+        """Returns where tap k of the block's first output is stored."""
         if self.by_tap:
             return k * self.length
         var reach = k * g.dilation
@@ -108,19 +108,19 @@ struct Lines(ImplicitlyCopyable, TrivialRegisterPassable):
 
 @fieldwise_init
 struct Laid[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
-    """A group's lines: `channel_size` values for each channel, in which tap k is found at `taps[k]`."""
+    """A group's lines: `channel_size` values for each channel, where tap k starts at `taps[k]`."""
 
     var data: Memory[Self.acc]
     var channel_size: Int
     var taps: Pointer[Int, MutUntrackedOrigin]
-    """For a filter of one tap, where each channel is found."""
+    """If the filter has one tap: where each channel starts."""
 
 
 @always_inline
 def tile[
     dtype: DType, acc: DType, //, write: Write[dtype], filters: Int, vectors: Int, nlc: Bool
 ](g: Geometry, x: Laid[acc], steps: FilterSteps, o: Operands[dtype], part: Part, skip: Int):
-    """Computes the first `vectors` vectors of a part's positions, or what is there of them, by `filters` filters.
+    """Computes the first `vectors` vectors of a part's positions, or fewer at its end, by `filters` filters.
 
     The first `skip` filters are not stored.
     """
@@ -139,7 +139,7 @@ def tile[
     var first_tap = g.first_tap(part.first, vectors * width) // tap_block * tap_block
     var end_tap = g.end_tap(part.first)
     var tap_step = steps.tap
-    if g.kernel == 1:  # the inner loop runs over channels, of which there are more
+    if g.kernel == 1:  # the inner loop is over channels: there are more channels than taps
         first_tap, end_tap, tap_step, channels = 0, channels, steps.channel, 1
         tap_block = min(end_tap, SUM_TERMS)
     var channel_block = SUM_TERMS // tap_block
@@ -178,7 +178,7 @@ def tile[
 def band[
     dtype: DType, acc: DType, //, write: Write[dtype], filters: Int, vectors: Int, nlc: Bool
 ](g: Geometry, x: Laid[acc], steps: FilterSteps, o: Operands[dtype], part: Part, skip: Int = 0):
-    """Computes a part's first `filters` filters, of which the first `skip` are not stored."""
+    """Computes a part's first `filters` filters; the first `skip` of them are not stored."""
     comptime width = simd_width_of[acc]()
     var done = 0
     while done < part.count:
@@ -212,7 +212,7 @@ def bands[
             continue
         comptime if not fills_panels:
             if left.lanes() > 2 and g.group_filters() >= filters:
-                # A tile that takes filters from before the rest costs as much as three filters on their own.
+                # This tile also computes filters before the rest, again. It costs as much as three separate filters.
                 var skip = filters - left.lanes()
                 left.filter -= skip
                 band[write, filters, TILE_VECTORS, nlc](g, x, steps, o, left, skip)
@@ -224,12 +224,12 @@ def bands[
 def block[
     dtype: DType, //, write: Write[dtype], nlc: Bool, fills_panels: Bool
 ](g: Geometry, steps: FilterSteps, o: Operands[dtype], part: Part, end_group: Int):
-    """Computes a part, and the same of the groups behind it up to `end_group`."""
+    """Computes a part, and the same part of the groups after it, up to `end_group`."""
     comptime acc = accumulator[dtype]
     var channels = g.group_channels()
     var lines = Lines.of(g, part.first, part.count)
     var channel_size = lines.count * lines.length
-    # Tiles may run past the part: what they read there is never stored, but must be memory.
+    # Tiles may run past the part: results from there are never stored, but the memory that is read must exist.
     var scratch = Scratch[acc](channels * channel_size + WIDE_VECTORS * simd_width_of[acc]())
     var table = List[Int](capacity=g.kernel)
     if g.kernel == 1:
@@ -272,7 +272,7 @@ def conv1d_lengthwise[
     var tile = tile_filters[acc]()
     var split = ceildiv(ceildiv(g.group_filters(), splits), tile) * tile
     splits = ceildiv(g.group_filters(), split)
-    # Small groups share a task, and what it allocates.
+    # Small groups share a task, and the memory that it allocates.
     var group_work = positions * g.kernel * g.group_channels() * g.group_filters()
     var bundle = min(TASK // group_work, g.batch * blocks * g.groups // (8 * threads))
     var bundles = g.groups if splits > 1 else ceildiv(g.groups, max(1, bundle))

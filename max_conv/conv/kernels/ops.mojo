@@ -27,10 +27,10 @@ from .transposed import Transposed
 struct Conv1d:
     """A convolution of (N, L, C) or (N, C, L) data. `kernel` is chosen in Python, where sizes are known.
 
-    What it falls back to for fewer than `least` outputs needs no second op in the graph. `whole` says that the filters
-    of a group are a multiple of 32. A filter of layout "packed" is what `max_conv/packing.py` made of it for the
-    kernel, and its kernel size is `kernel_size`, which is not read otherwise. A GPU's kernels store only whole vectors,
-    from a multiple of their width on.
+    For fewer than `least` outputs it may use another kernel, without a second operation in the graph. `whole` says that
+    the filters of a group are a multiple of 32. A filter of layout "packed" is one that `max_conv/conv/packing.py`
+    packed for the kernel. Its kernel size is `kernel_size`, which is not read for other layouts. A GPU's kernels store
+    only whole vectors, each at a multiple of its width.
     """
 
     @staticmethod
@@ -109,7 +109,7 @@ struct Conv1d:
 def transposed_of[
     layout: StaticString, filter_layout: StaticString
 ](numbers: Numbers, x: IndexList[3], w: IndexList[3], y: IndexList[3]) -> Tuple[Transposed, Int]:
-    """Returns a transposed convolution of these shapes, and the channels that its filter takes for each group."""
+    """Returns a transposed convolution of these shapes, and how many channels its filter has for each group."""
     comptime data = DataAxes[layout]
     comptime axes = FilterAxes[filter_layout]
     comptime made = axes.made
@@ -139,8 +139,8 @@ struct ConvTranspose1d:
     """A transposed convolution of (N, L, C) or (N, C, L) data.
 
     A filter of layout SFC or CFS holds all channels and the filters of one group, one of layout FSC all filters and the
-    channels of one group. "packed" and "phased" are what `max_conv/packing.py` made of it: the kernel size is
-    `kernel_size`, which is not read otherwise. `full` says that the filters of a group are a multiple of 16.
+    channels of one group. "packed" and "phased" filters come from `max_conv/conv/packing.py`: their kernel size is
+    `kernel_size`, which is not read for other layouts. `full` says that the filters of a group are a multiple of 16.
     """
 
     @staticmethod
@@ -210,7 +210,7 @@ struct ConvTranspose1d:
 
 @extensibility.register("max_conv.window")
 struct SignalWindow:
-    """The rows that a layer reads of signals that come chunk by chunk; `state` then holds what later chunks need.
+    """The rows that a layer reads of signals that come chunk by chunk; `state` then holds the rows for later chunks.
 
     `state` has a row of bytes for each signal, `ticks` says how much of a signal came before, `ends` how long it is.
     """
@@ -247,7 +247,7 @@ struct SignalWindow:
 
 @extensibility.register("max_conv.ragged_window")
 struct RaggedWindow:
-    """The rows that a layer reads of whole signals, of which each has a length of its own."""
+    """The rows that a layer reads of whole signals. Each signal has a separate length."""
 
     @staticmethod
     def execute[

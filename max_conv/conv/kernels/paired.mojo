@@ -1,7 +1,7 @@
 """Convolution of bfloat16 data with the processor's dot products of pairs (AVX512_BF16), summed in float32.
 
 An instruction multiplies a pair of input channels with a pair of filter values for each of 16 filters: twice the work
-of a float32 multiply-add. The filter is packed in pairs of channels, panel by panel, once a call.
+of a float32 multiply-add. The filter is packed in pairs of channels, panel by panel, once per call.
 """
 
 from std.math import ceildiv
@@ -24,13 +24,13 @@ comptime SHORT_ROWS = 4
 comptime SUM_PAIRS = 64
 """Pairs in one running sum."""
 comptime BLOCK_BYTES = 256 * 1024
-"""Rows of a block's window."""
+"""Bytes of the rows of a block's window."""
 
 
 def has_vectors() -> Bool:
-    """Returns whether the processor that is compiled for has vectors of 512 bits.
+    """Returns whether the code is compiled for a processor with vectors of 512 bits.
 
-    Python looks whether this processor has the instruction itself, which is inline assembler; `amx.mojo` says why.
+    Python checks whether this processor has the instruction itself, which is inline assembler; `amx.mojo` says why.
     """
     return CompilationTarget._has_feature["avx512f"]()
 
@@ -65,7 +65,7 @@ def pack[
 def tile[
     dtype: DType, //, write: Write[dtype], rows: Int
 ](g: Geometry, x: Rows[dtype], w: Memory[dtype], o: Operands[dtype], part: Part):
-    """Computes the first `rows` positions of a part, or as many as there are, by its first panel of filters."""
+    """Computes the first `rows` positions of a part, or all if there are fewer, by its first panel of filters."""
     comptime acc = DType.float32
     var filter = part.column(g)
     var lanes = part.lanes()
@@ -119,7 +119,7 @@ def block[
 ](g: Geometry, o: Operands[dtype], part: Part, filter: Panels[dtype]):
     """Computes a part."""
     var channels = g.group_channels()
-    # A pair must not reach into the next row, nor a tile beyond the last one.
+    # A pair must not reach into the next row, and a tile must not reach beyond the last row.
     var row_size = ceildiv(channels, 2) * 2
     var window = Window.span(g, part.first, part.count + ROWS)
     var in_place = nlc and channels % 2 == 0 and window.inside(g)

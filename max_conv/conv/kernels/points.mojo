@@ -1,9 +1,9 @@
-"""Winograd's polynomials: how taps fall into groups, and how taps, data and sums go to the points and back.
+"""Winograd's polynomials: how taps form groups, and how taps and data are evaluated at points and sums interpolated.
 
 Four outputs and up to three taps are polynomials; they are evaluated at the points 0, 1, -1, 1/2, -2 and infinity,
-multiplied there, and the products, summed over channels and groups of taps, are brought back by one matrix. Groups of
-two and of one tap need five and four of the same points, so every kernel size is a sum of groups, every stride a sum
-of groups of its phases, and a dilation only says which outputs make a quad: those that are `spacing` apart.
+multiplied there, and the products, summed over channels and groups of taps, become outputs by one matrix. Groups of two
+taps need five of the same points, groups of one tap four. So every kernel size is a sum of groups, every stride a sum
+of groups of its phases, and a dilation only changes which outputs make a quad: outputs that are `spacing` apart.
 
     Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, https://arxiv.org/abs/1509.09308
     Barabasz et al., Error Analysis and Improving the Accuracy of Winograd Convolution, https://arxiv.org/abs/1803.10986
@@ -23,7 +23,7 @@ comptime TAPS = 3
 
 
 struct Plan(Movable):
-    """How the taps of a layer fall into groups. Large groups come first, so that each point has a prefix of them."""
+    """How the taps of a layer form groups. Large groups come first, so that each point is used by the first groups."""
 
     var spacing: Int  # outputs between the outputs of a quad
     var step: Int  # taps between the taps of a group
@@ -59,7 +59,7 @@ struct Plan(Movable):
                 self.bases[point] = self.bases[point - 1] + self.counts[point - 1]
 
     def products(self) -> Int:
-        """Returns the multiplications of a quad, for each channel and filter."""
+        """Returns the multiplications per quad, channel and filter."""
         return self.bases[POINTS - 1] + self.counts[POINTS - 1]
 
 
@@ -67,7 +67,7 @@ struct Plan(Movable):
 def filter_points[
     acc: DType, width: Int, //, size: Int
 ](w: Array[SIMD[acc, width], size]) -> Array[SIMD[acc, width], POINTS]:
-    """Evaluates a group of taps at the points, divided by what the data's side leaves out."""
+    """Evaluates a group of taps at the points, divided by the factors that the data's transform leaves out."""
     var u = Array[SIMD[acc, width], POINTS](fill=SIMD[acc, width](0))
     comptime if size == 1:
         u[0] = w[0]
@@ -95,7 +95,7 @@ def filter_points[
 def data_points[
     acc: DType, width: Int, //, size: Int
 ](d: Array[SIMD[acc, width], size + QUAD - 1]) -> Array[SIMD[acc, width], POINTS]:
-    """Transforms the data that four outputs of a group of taps see."""
+    """Transforms the data that four outputs read through a group of taps."""
     var t = Array[SIMD[acc, width], POINTS](fill=SIMD[acc, width](0))
     var e0 = d[0] - d[2]
     var e1 = d[1] - d[3]
@@ -129,7 +129,7 @@ def data_points[
 def outputs[
     acc: DType, width: Int, //
 ](sums: Memory[acc], point_size: Int, bias: SIMD[acc, width]) -> Array[SIMD[acc, width], QUAD]:
-    """Brings the sums of one quad, which stand `point_size` apart, back from the points."""
+    """Returns the four outputs of one quad from its sums at the points, which are `point_size` apart."""
     var m = Array[SIMD[acc, width], POINTS](fill=SIMD[acc, width](0))
     comptime for p in range(POINTS):
         m[p] = sums.unsafe_offset(p * point_size).unsafe_load[width=width]()

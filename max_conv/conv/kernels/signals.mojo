@@ -1,8 +1,8 @@
-"""Rows of signals that begin and end at places of their own: live ones, which come chunk by chunk, and ragged batches.
+"""Rows of signals that begin and end at different positions: live signals, which come chunk by chunk; ragged batches.
 
 A layer of a live signal reads a window: rows of the chunks before, which the state holds, and the rows of this chunk.
-Position 0 is a signal's first row. Rows before it, and those from the signal's length on, are the layer's padding, so
-what the state and the chunk hold there is never read.
+Position 0 is a signal's first row. Rows before it, and rows from the signal's length on, are the layer's padding. So
+the values that the state and the chunk hold there are never read.
 """
 
 from std.math import ceildiv
@@ -19,18 +19,18 @@ from .lanes import Memory
 from .tasks import phases, workers
 
 comptime MOST_STEPS = 8
-"""The most steps of a length; also in `max_conv/conv/lines.py`."""
+"""The most steps in the formula of a length; also in `max_conv/conv/lines.py`."""
 comptime ENDLESS = 1 << 40
 """The length of a signal whose end is not known; also `ENDLESS` in `max_conv/conv/lines.py`."""
 comptime BLOCK_BYTES = 64 * 1024
 """Bytes that a task copies."""
 comptime THREADS = 256
 comptime PER_BYTE = 4
-"""Multiplications that take as long as the copy of a byte."""
+"""How many multiplications take as long as copying one byte."""
 
 
 struct Plan(ImplicitlyCopyable, TrivialRegisterPassable):
-    """What `WindowPlan.numbers` in `max_conv/conv/lines.py` writes, in this order."""
+    """The numbers that `WindowPlan.numbers` in `max_conv/conv/lines.py` writes, in this order."""
 
     var offset: Int
     """Bytes before this window's rows in a row of the state."""
@@ -47,10 +47,10 @@ struct Plan(ImplicitlyCopyable, TrivialRegisterPassable):
     var left: Int
     var right: Int
     var reach: Int
-    """Of the layer, 0 where there is none."""
+    """The reach of the layer's filter; 0 if there is no layer."""
     var steps: Int
     var lengths: SIMD[DType.int64, 4 * MOST_STEPS]
-    """Each step of the length: factor, summand and divisor. Not memory, so that a GPU has them, too."""
+    """Each step of the length's formula: factor, summand and divisor. These are values, not a pointer, for GPUs."""
 
     @always_inline
     def __init__(out self, memory: Memory[DType.int64]):
@@ -70,7 +70,7 @@ struct Plan(ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def length(self, end: Int) -> Int:
-        """Returns how many positions a signal has here that has `end` of them in the network's input."""
+        """Returns how many positions a signal has here if it has `end` positions in the network's input."""
         var length = end
         for i in range(self.steps):
             length = (length * Int(self.lengths[3 * i]) + Int(self.lengths[3 * i + 1])) // Int(self.lengths[3 * i + 2])
@@ -79,7 +79,7 @@ struct Plan(ImplicitlyCopyable, TrivialRegisterPassable):
 
 @fieldwise_init
 struct Line[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
-    """A run of rows of one signal: all of NLC data, or those of one channel of NCL data."""
+    """A run of rows of one signal: all channels of NLC data, or one channel of NCL data."""
 
     var chunk: Memory[Self.dtype]
     var size: Int
@@ -91,7 +91,7 @@ struct Line[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def copy(self, first: Int, count: Int, target: Memory[Self.dtype]):
-        """Copies `count` rows from `first` on, counted from the chunk; those that are not there are zeros."""
+        """Copies `count` rows from `first` on. Row 0 is the chunk's first; rows that are not there are zeros."""
         var at = first
         var to = target
         var end = first + count
@@ -112,7 +112,7 @@ struct Line[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
         _ = zero(to, (end - at) * self.row)
 
     def keep_value(self, i: Int):
-        """Writes value i of the newest rows into the state, the oldest first, as its new place may hold an old row."""
+        """Writes value i of the newest rows into the state, the oldest row first: a new place may hold an old row."""
         for r in range(self.kept):
             var at = r + self.size - self.kept
             var value = (
@@ -124,7 +124,7 @@ struct Line[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
     def keep(self):
         """Writes the newest rows into the state."""
         if self.size < self.kept:
-            # Forward, as the target lies before the source.
+            # The copy goes forward, because the target is before the source.
             var rest = (self.kept - self.size) * self.row
             var from_ = self.state.unsafe_offset(self.size * self.row)
             for i in range(rest):
@@ -137,7 +137,7 @@ struct Line[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 
 @always_inline
 def zero[dtype: DType, //](target: Memory[dtype], count: Int) -> Memory[dtype]:
-    """Writes zeros, and returns what comes after them."""
+    """Writes zeros, and returns the address after them."""
     for i in range(count):
         target[unsafe_offset=i] = 0
     return target.unsafe_offset(max(0, count))
@@ -191,7 +191,7 @@ struct Signals[dtype: DType, nlc: Bool](ImplicitlyCopyable, TrivialRegisterPassa
         var length = self.plan.length(Int(self.ends[unsafe_offset=n]))
         var start = self.start(n)
         var position = start - self.plan.rows + first
-        # Rows inside the signal are copied together, others one by one.
+        # Rows inside the signal are copied together, other rows one by one.
         var inner = min(max(0, -position), count)
         var outer = max(inner, min(count, length - position))
         line.copy(position + inner - start, outer - inner, target.unsafe_offset(inner * line.row))
@@ -238,7 +238,7 @@ struct Signals[dtype: DType, nlc: Bool](ImplicitlyCopyable, TrivialRegisterPassa
         return line.chunk[unsafe_offset=at * line.row + i]
 
     def check(self) raises:
-        """Raises where lengths do not fit, or a layer cannot pad a signal, as it does not for one whole signal."""
+        """Raises if a length does not fit, or if a layer cannot pad a signal: the same checks as for a whole signal."""
         for n in range(self.batch):
             var end = Int(self.ends[unsafe_offset=n])
             if end < 0 or (self.plan.per_tick == 0 and self.plan.length(end) > self.length):

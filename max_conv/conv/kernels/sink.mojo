@@ -13,7 +13,7 @@ from .turn import turn_out
 
 
 comptime Bytes = Memory[DType.uint8]
-"""Where a value of any type is."""
+"""The address of a value of any type."""
 
 
 @fieldwise_init
@@ -27,22 +27,22 @@ struct Outputs(ImplicitlyCopyable, TrivialRegisterPassable):
     var first: Int
     var count: Int
     var spacing: Int
-    """Of the outputs of a quad, or 0."""
+    """The distance between the outputs of a quad, or 0."""
     var end: Int
-    """Positions from here on are not there."""
+    """The output has no positions from here on."""
     var filter: Int
     var lanes: Int
 
 
 comptime Store[dtype: DType] = def(Bytes, Bytes, Outputs, Memory[dtype], Int) thin -> None
-"""Stores rows of values, which are so far apart: `store(output, places, outputs, values, row size)`."""
+"""Stores rows of values, which are `row size` apart: `store(output, places, outputs, values, row size)`."""
 
 
 @fieldwise_init
 struct Sink[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
-    """A function that stores outputs, and what it needs for that: the graph's tensor, and where columns are placed.
+    """A function that stores outputs, and two of its arguments: the graph's tensor, and the places of columns.
 
-    With NCL data, whole squares of vectors are read: so the memory has to go on after the last row and value.
+    With NCL data, whole squares of vectors are read: so there must be memory after the last row and value.
     """
 
     var store: Store[Self.dtype]
@@ -57,7 +57,7 @@ struct Sink[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 
 @always_inline
 def address[T: AnyType, //](mut value: T) -> Bytes:
-    """Returns where a value is. The caller keeps it there as long as this is used."""
+    """Returns the address of a value. The caller keeps the value there as long as the address is used."""
     return Pointer(to=value).unsafe_bitcast[Scalar[DType.uint8]]().unsafe_origin_cast[MutUntrackedOrigin]()
 
 
@@ -65,11 +65,11 @@ def address[T: AnyType, //](mut value: T) -> Bytes:
 def store_rows[
     dtype: DType, //, write: Write[dtype], nlc: Bool, widest: Int = simd_width_of[dtype]()
 ](at: Outputs, values: Memory[dtype], row_size: Int):
-    """Writes rows of values, in vectors of at most `widest`: what a `Store` does."""
+    """Writes rows of values, in vectors of at most `widest`, as a `Store` does."""
     comptime if not nlc:
         turn_out[write](values, row_size, at.n, at.first, at.count, at.filter, at.lanes)
     else:
-        # Runs of neighbouring positions: all rows, or one output each of the quads between two multiples of `spacing`.
+        # Runs of neighbouring positions: all rows, or one output of each quad between two multiples of `spacing`.
         var each = QUAD if at.spacing > 0 else 1
         var done = 0
         while done < at.count:
@@ -94,7 +94,7 @@ def run_of[
     """Writes rows of neighbouring positions from `first` on."""
     comptime whole = min(widest, simd_width_of[dtype]())
     var j = 0
-    # Vectors of 16-bit values hold a panel: half of one may be left.
+    # One vector of 16-bit values holds a whole panel, so half a vector may be left.
     comptime for width in range(whole, min(whole, simd_width_of[accumulator[dtype]]()) - 1, -(whole // 2)):
         while j + width <= at.lanes:
             for i in range(count):

@@ -1,8 +1,8 @@
-"""Tasks for threads: how many threads, and who takes which task.
+"""Tasks for threads: how many threads, and which thread computes which task.
 
-`sync_parallelize` alone deals tasks out in advance, and a core that is interrupted keeps the others waiting: a timer of
-MAX wakes 5,000 times a second on one of them. So a thread that is done takes the next task, which made whisper's stem
-12 % faster.
+`sync_parallelize` alone assigns tasks to threads in advance. Then the other cores wait for a core that is interrupted:
+a timer of MAX wakes 5,000 times per second on one of them. So here a thread that is done takes the next task, which
+made whisper's stem 12 % faster.
 """
 
 from std.atomic import Atomic
@@ -22,7 +22,7 @@ def workers(work: Int) -> Int:
 
 
 struct Queue(Movable):
-    """Numbers of tasks. Threads take them one after the other, and report each that is done."""
+    """Numbers of tasks. Threads take them one after the other, and report each task that is done."""
 
     var count: Int
     var taken: Memory[DType.int64]
@@ -36,7 +36,7 @@ struct Queue(Movable):
         self.done = self.taken.unsafe_offset(1)
 
     def take(self) -> Int:
-        """Returns the next number, from `count` on where there is none left."""
+        """Returns the next number; `count` or more if no task is left."""
         return Int(Atomic.fetch_add(self.taken, 1))
 
     def finish(self, i: Int):
@@ -47,7 +47,7 @@ struct Queue(Movable):
 
 
 def together[Work: def(Int) -> None, //](work: Work, threads: Int):
-    """Runs `work(0)` to `work(threads - 1)`, each on a thread of its own."""
+    """Runs `work(0)` to `work(threads - 1)`, each on a separate thread."""
     if threads == 1:
         work(0)
     else:
@@ -56,13 +56,13 @@ def together[Work: def(Int) -> None, //](work: Work, threads: Int):
 
 @always_inline
 def round_of(i: Int, first_tasks: Int, later_tasks: Int) -> Int:
-    """Returns the round of task i of all rounds."""
+    """Returns the round that task i belongs to, counted over all rounds."""
     return 0 if i < first_tasks else 1 + (i - first_tasks) // later_tasks
 
 
 @always_inline
 def before(r: Int, first_tasks: Int, later_tasks: Int) -> Int:
-    """Returns how many tasks stand before a round."""
+    """Returns how many tasks come before a round."""
     return 0 if r == 0 else first_tasks + (r - 1) * later_tasks
 
 
@@ -88,7 +88,7 @@ def rounds[Task: def(Int, Int) -> None, //](task: Task, count: Int, first_tasks:
                 return
             var r = round_of(i, first_tasks, later_tasks)
             var start = before(r, first_tasks, later_tasks)
-            # Every task that is waited for has been taken by a thread that runs.
+            # A running thread has taken every task that is waited for.
             while Int(Atomic.load(done)) < start:
                 pass
             task(r, i - start)

@@ -1,4 +1,4 @@
-"""A graph's tensors as the kernels see them: memory, axes, and the store behind which the graph compiler fuses."""
+"""A graph's tensors as the kernels see them: their memory, their axes, and the numbers of a geometry."""
 
 from extensibility import ManagedTensorSlice
 from std.utils.index import IndexList
@@ -8,12 +8,12 @@ from .lanes import FilterSteps, Memory
 
 @always_inline
 def memory(tensor: ManagedTensorSlice) -> Memory[tensor.dtype]:
-    """Returns where a tensor's values stand. The caller keeps the tensor alive as long as this is used."""
+    """Returns where a tensor's values are stored. The caller keeps the tensor alive as long as the result is used."""
     return tensor.unsafe_ptr().unsafe_origin_cast[MutUntrackedOrigin]()
 
 
 struct Numbers(TrivialRegisterPassable):
-    """What `conv/ops.py` writes into an operation's vector `geometry`, in this order.
+    """The numbers that `conv/ops.py` writes into an operation's vector `geometry`, in this order.
 
     As scalars they would be part of a function's signature, and fewer layers of a graph would share their code.
     """
@@ -47,7 +47,7 @@ struct DataAxes[layout: StaticString]:
     @always_inline
     @staticmethod
     def index(n: Int, position: Int, channel: Int) -> IndexList[3]:
-        """Returns where a value stands."""
+        """Returns the index of a value."""
         comptime if Self.nlc:
             return IndexList[3](n, position, channel)
         else:
@@ -55,7 +55,7 @@ struct DataAxes[layout: StaticString]:
 
 
 struct FilterAxes[layout: StaticString]:
-    """The axes of a filter. What `max_conv/packing.py` made of one is read as SCF, where it is read by axes at all."""
+    """The axes of a filter. A filter that `conv/packing.py` rearranged is read as SCF, if it is read by axes at all."""
 
     comptime made = Self.layout == "packed" or Self.layout == "phased" or Self.layout == "phased FSC"
     comptime tap = 0 if Self.made else Self.layout.find("S")
@@ -64,6 +64,6 @@ struct FilterAxes[layout: StaticString]:
 
     @staticmethod
     def steps(shape: IndexList[3]) -> FilterSteps:
-        """Returns how far apart taps, channels and filters stand."""
+        """Returns how far apart taps, channels and filters are."""
         var size = [shape[1] * shape[2], shape[2], 1]
         return FilterSteps(size[Self.tap], size[Self.channel], size[Self.filter])

@@ -1,4 +1,4 @@
-"""Winograd's ways to the points: of filters that are not packed, and of data."""
+"""Winograd's transforms to the points: of filters that are not packed, and of data."""
 
 from std.sys.info import simd_width_of
 from std.utils.numerics import nan
@@ -23,7 +23,7 @@ struct Planes[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def at(self, product: Int, quad: Int) -> Self:
-        """Returns the planes from a product on, without the quads before `quad`."""
+        """Returns the planes from `product` on, without the quads before `quad`."""
         var data = self.data.unsafe_offset(product * self.plane + quad * self.row_size)
         return Self(data, self.row_size, self.plane)
 
@@ -32,9 +32,10 @@ struct Planes[acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 def transform_filter[
     dtype: DType, acc: DType, //, size: Int
 ](g: Geometry, plan: Plan, group: Int, w: Memory[dtype], steps: FilterSteps, lanes: Int, target: Memory[acc],):
-    """Writes one group of taps of one panel, whose first filter `w` points at, all channels, to each point's place.
+    """Transforms one group of taps of one panel, all channels, and writes it to each point's place.
 
-    A value that the transforms do not take turns the first product into NaN, for `calm_filter`.
+    `w` points at the panel's first filter. If a value is not finite or too large for the transforms, the first product
+    becomes NaN, for `calm_filter`.
     """
     comptime width = simd_width_of[acc]()
     comptime panel = VECTORS * width
@@ -101,7 +102,7 @@ def transform_data[
 def transform_block[
     dtype: DType, acc: DType, //, nlc: Bool
 ](g: Geometry, plan: Plan, source: Source[dtype], part: Part, planes: Planes[acc]) -> Bool:
-    """Writes the data of a part's quads to the planes; tells whether all of it is finite and small enough for that."""
+    """Writes the transformed data of a part's quads; returns whether all of it is finite and small enough for that."""
     var channels = g.group_channels()
     var squares = SIMD[acc, simd_width_of[acc]()](0)
     for i in range(part.count):

@@ -1,9 +1,9 @@
-"""Transposed convolution as a convolution: the outputs of each phase of the stride are filters of their own.
+"""Transposed convolution as a convolution: each phase of the stride has separate filters.
 
 Output `m * stride + phase * dilation - pad_left` is the sum over taps `phase + j * step` of input rows
 `m - j * dilation / common`: every phase reads the same rows, with the same dilation and stride 1. So the kernels
-compute `phases` times as many filters of one convolution of `ceil(kernel / step)` taps, and what they write finds its
-way to its place in the output. Each output is written once; nothing is filled with zeros, and nothing is added up in
+compute `phases` times as many filters of one convolution of `ceil(kernel / step)` taps, and each result is then written
+to its place in the output. Each output is written once; nothing is filled with zeros, and nothing is added up in
 memory.
 """
 
@@ -14,9 +14,9 @@ from .lanes import FilterSteps, Memory, Operands, Write
 from .tasks import spread, workers
 
 comptime LANES = 16
-"""The filters of a phase are filled up to a multiple of it, so that no vector holds two phases: the widest vector."""
+"""Zero filters fill up each phase to a multiple of this, the widest vector, so that no vector holds two phases."""
 comptime CHANNELS = 16
-"""Channels of the filter that a task copies: a cache line of them."""
+"""Channels of the filter that a task copies: one cache line."""
 
 
 @fieldwise_init
@@ -48,17 +48,17 @@ struct Transposed(ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def step(self) -> Int:
-        """Taps from one to the next of the same phase."""
+        """Returns the distance from one tap to the next tap of the same phase."""
         return self.stride // self.common()
 
     @always_inline
     def phases(self) -> Int:
-        """Phases that have a tap."""
+        """Returns how many phases have a tap."""
         return min(self.step(), self.kernel)
 
     @always_inline
     def taps(self) -> Int:
-        """Taps of the phase that has the most."""
+        """Returns how many taps the phase with the most taps has."""
         return ceildiv(self.kernel, self.step())
 
     @always_inline
@@ -85,7 +85,7 @@ struct Transposed(ImplicitlyCopyable, TrivialRegisterPassable):
         )
 
     def inverse(self) -> Int:
-        """Returns what `dilation / common` has to be multiplied with to leave 1 when divided by `step`."""
+        """Returns the inverse of `dilation / common` modulo `step`."""
         var (a, b) = (self.step(), self.dilation // self.common() % self.step())
         var (x, y) = (0, 1)
         while b != 0:
@@ -106,13 +106,13 @@ struct Transposed(ImplicitlyCopyable, TrivialRegisterPassable):
     def scf[
         dtype: DType, //, depthwise: Bool
     ](self, w: Memory[dtype], steps: FilterSteps, group_step: Int, lanes: Int, target: Memory[dtype]):
-        """Writes the filter as SCF of the convolution. `Packing.phased` in `max_conv/packing.py` is its twin.
+        """Writes the filter as SCF of the convolution. `Packing.phased` in `conv/packing.py` does the same.
 
         Args:
             w: The filter.
-            steps: How far apart its taps, channels and filters stand.
-            group_step: How far apart groups stand.
-            lanes: What the filters of a phase are filled up to a multiple of.
+            steps: How far apart its taps, channels and filters are.
+            group_step: How far apart groups are.
+            lanes: Zero filters fill up each phase to a multiple of this.
             target: (taps, channels of a group, filters of the convolution), the filters in the order of `Columns`.
         """
         var g = self.convolution(lanes)
@@ -143,7 +143,7 @@ struct Transposed(ImplicitlyCopyable, TrivialRegisterPassable):
         spread(task, self.groups * blocks, workers(g.filters * channels * g.kernel))
 
     def fill_unreached[dtype: DType, //, write: Write[dtype]](self, o: Operands[dtype]):
-        """Writes the bias where no tap reaches: the stride exceeds the kernel, or shares a factor with the dilation."""
+        """Writes the bias where no tap reaches: the stride exceeds the kernel or shares a factor with the dilation."""
         if self.phases() == self.stride:
             return
         var inverse = self.inverse()
@@ -160,7 +160,7 @@ struct Transposed(ImplicitlyCopyable, TrivialRegisterPassable):
 
 @fieldwise_init
 struct Columns[depthwise: Bool](ImplicitlyCopyable, TrivialRegisterPassable):
-    """Filters of the convolution of all phases: `room` for each phase of each group, those that are there first."""
+    """Filters of the convolution of all phases: `room` for each phase of each group, the real filters first."""
 
     var t: Transposed
     var phases: Int

@@ -1,4 +1,4 @@
-"""Turns blocks of data between (C, L) and (L, C), a square of vectors at a time, in registers."""
+"""Transposes blocks of data between (C, L) and (L, C), a square of vectors at a time, in registers."""
 
 from std.bit import log2_floor
 from std.sys.info import simd_width_of
@@ -45,9 +45,9 @@ def turn_in[
 def turned[
     dtype: DType, //, write: Write[dtype], size: Int, compute: def[keep: Write[dtype]]() capturing -> None
 ](rows: Memory[dtype], n: Int, first: Int, count: Int, filter: Int, filters: Int):
-    """Has `compute` keep `count` positions of at most `size` filters in `rows`, NLC, and writes them as NCL outputs.
+    """Calls `compute`, which stores `count` positions of at most `size` filters in `rows`, NLC; writes them as NCL.
 
-    There must be `simd_width_of[dtype]()` rows more than positions.
+    `rows` must have `simd_width_of[dtype]()` more rows than there are positions.
     """
 
     @__parameter
@@ -63,9 +63,9 @@ def turned[
 def turn_out[
     dtype: DType, //, write: Write[dtype]
 ](rows: Memory[dtype], row_size: Int, n: Int, first: Int, count: Int, filter: Int, filters: Int):
-    """Writes `count` rows of `filters` values, which stand `row_size` apart, as outputs from `first` on.
+    """Writes `count` rows of `filters` values, which are `row_size` apart, as outputs from `first` on.
 
-    Whole squares are read: there must be memory behind the last row and value.
+    Whole squares are read: there must be memory after the last row and value.
     """
     comptime width = simd_width_of[dtype]()
     for f in range(0, filters, width):

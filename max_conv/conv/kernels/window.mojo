@@ -1,7 +1,7 @@
 """A small copy of the input rows that one block of outputs reads, with the halo written out.
 
-Only blocks that touch an edge, data that has to be converted or turned, are read through a window. Row r of the
-window is the input row at `first + r` when the taps overlap (`dense`), and the row of tap r // count, output
+Only blocks that touch an edge, and data that has to be converted or transposed, are read through a window. Row r of
+the window is the input row at `first + r` when the taps overlap (`dense`), and the row of tap r // count, output
 r % count otherwise, so a large dilation or stride costs no memory.
 """
 
@@ -35,7 +35,7 @@ struct Window(ImplicitlyCopyable, TrivialRegisterPassable):
 
     @staticmethod
     def neighbours(g: Geometry, first_output: Int, count: Int) -> Self:
-        """Returns rows in which neighbouring outputs are always neighbours: tap by tap unless the stride is 1."""
+        """Returns a window in which neighbouring outputs read neighbouring rows: tap by tap unless the stride is 1."""
         var window = Self.of(g, first_output, count)
         if g.stride > 1 and not window.by_tap:
             return Self(window.first, count, g.kernel * count, True)
@@ -43,30 +43,30 @@ struct Window(ImplicitlyCopyable, TrivialRegisterPassable):
 
     @staticmethod
     def span(g: Geometry, first_output: Int, count: Int) -> Self:
-        """Returns all rows between the first and the last that are needed, whether taps meet them or not."""
+        """Returns all rows from the first to the last needed row, whether a tap reads them or not."""
         var rows = (count - 1) * g.stride + (g.kernel - 1) * g.dilation + 1
         return Self(first_output * g.stride - g.pad_left, count, rows, False)
 
     @always_inline
     def row_step(self, g: Geometry) -> Int:
-        """Rows between neighbouring outputs."""
+        """Returns how many rows are between neighbouring outputs."""
         return 1 if self.by_tap else g.stride
 
     @always_inline
     def tap_step(self, g: Geometry) -> Int:
-        """Rows between neighbouring taps."""
+        """Returns how many rows are between neighbouring taps."""
         return self.count if self.by_tap else g.dilation
 
     @always_inline
     def source(self, g: Geometry, r: Int) -> Int:
-        """Returns the input row behind window row `r`, or -1 where it is zero."""
+        """Returns the input row that window row `r` copies, or -1 if that row is zero."""
         if self.by_tap:
             return g.source(self.first + (r % self.count) * g.stride + (r // self.count) * g.dilation)
         return g.source(self.first + r)
 
     @always_inline
     def inside(self, g: Geometry) -> Bool:
-        """Tells whether every row lies in the input, so that no window is needed."""
+        """Returns whether every row is in the input, so that no window is needed."""
         return self.first >= 0 and self.first + (self.count - 1) * g.stride + (g.kernel - 1) * g.dilation < g.length
 
     def fill[
@@ -91,7 +91,7 @@ struct Window(ImplicitlyCopyable, TrivialRegisterPassable):
     def turn[
         dtype: DType, //
     ](self, g: Geometry, x: Memory[dtype], channels: Int, target: Memory[dtype], row_size: Int):
-        """Does the same for NCL data, where the window is a `span`."""
+        """Does the same for NCL data. The window must be a `span`."""
         var inner = min(self.rows, max(0, -self.first))
         var outer = max(inner, min(self.rows, g.length - self.first))
         var to = target.unsafe_offset(inner * row_size)
@@ -120,8 +120,8 @@ struct Rows[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
     def of[
         source: DType, //
     ](window: Window, g: Geometry, x: Memory[source], channels: Int, mut scratch: Scratch[Self.dtype],) -> Self:
-        """Returns where `channels` channels of the window's rows stand: in NLC data that starts at `x`, where every row
-        lies in the input and has the right type, and otherwise copied to `scratch`.
+        """Returns where `channels` channels of the window's rows are stored: in the NLC data that starts at `x`, if
+        every row is in the input and has the right type; otherwise in `scratch`, to which they are copied.
         """
         comptime if source == Self.dtype:
             if window.inside(g):
@@ -134,5 +134,5 @@ struct Rows[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def skip(self, outputs: Int) -> Self:
-        """Moves on by some outputs."""
+        """Returns the rows from some outputs on."""
         return Self(self.data.unsafe_offset(outputs * self.output_step), self.output_step, self.tap_step)

@@ -1,7 +1,7 @@
 """Winograd's convolution along the length: four outputs of three taps for six multiplications instead of twelve.
 
-The filter is transformed panel by panel, once a call; the data block by block. At each point a tile of quads by two
-vectors of filters is summed like a tile of `dense`. The polynomials stand in `points.mojo`.
+The filter is transformed panel by panel, once per call; the data block by block. At each point a tile of quads by two
+vectors of filters is summed like a tile of `dense`. The polynomials are in `points.mojo`.
 """
 
 from std.math import ceildiv, gcd
@@ -20,15 +20,15 @@ from .transforms import VECTORS, Planes, transform_block, transform_filter
 from .window import Window
 
 comptime POINT_TERMS = 32
-"""Terms in one running sum. Transforms cost accuracy, shorter sums win it back."""
+"""Terms in one running sum. Transforms lose accuracy; shorter sums make up for it."""
 comptime TO_CACHE = PrefetchOptions().for_read().high_locality().to_data_cache()
 comptime AHEAD = 24
-"""Channels between the filter's values that are multiplied and those that are asked for: a filter that is far away came
-15 to 25 % faster, others alike."""
+"""Filter values are prefetched so many channels before they are multiplied. That made loading a filter that is not in
+the cache 15 to 25 % faster; other filters load equally fast."""
 comptime DATA_BYTES = 320 * 1024
-"""Transformed data of one block."""
+"""Bytes of one block's transformed data."""
 comptime MOST_BYTES = 720 * 1024
-"""The same where the transformed filter exceeds `FAR_BYTES`, and the data is little."""
+"""The same if the transformed filter exceeds `FAR_BYTES` and there is little data."""
 comptime FAR_BYTES = 4 * 1024 * 1024
 comptime QUADS = 16
 """Quads whose outputs are stored at a time: they stay in the first cache."""
@@ -71,18 +71,18 @@ def tile[
 
 @fieldwise_init
 struct Block[dtype: DType, acc: DType](ImplicitlyCopyable, TrivialRegisterPassable):
-    """A part, whose filters are those of one panel while that is computed, and where what is made of it stands."""
+    """A part and its intermediate results. While a panel is computed, the part's filters begin at that panel."""
 
     var part: Part
     var source: Source[Self.dtype]
     var calm: Bool
-    """Whether the data could be transformed."""
+    """Whether all data is finite and small enough for the transforms."""
     var planes: Planes[Self.acc]
     var sums: Memory[Self.acc]
 
     @always_inline
     def point_size(self, panel: Int) -> Int:
-        """Returns how far apart the sums at two points stand."""
+        """Returns how far apart the sums at two points are."""
         return (self.part.count + tile_rows[Self.acc]()) * panel
 
 
@@ -94,12 +94,12 @@ def block[
     comptime rows = tile_rows[acc]()
     var channels = g.group_channels()
     var row_size = ceildiv(channels, width) * width
-    # Tiles may run past the quads: the rows that they read must exist all the same.
+    # Tiles may run past the last quad: the rows that they read must exist nevertheless.
     var plane = (part.count + rows // 4) * row_size
     var products = plan.products()
     var scratch = Scratch[acc](products * plane + POINTS * (part.count + rows) * VECTORS * width)
     var planes = Planes[acc](scratch.data(), row_size, plane)
-    # Rows of padding are read from `rest`; NCL data is turned into it.
+    # Rows of padding are read from `rest`. NCL data is transposed into it.
     var x = o.x.unsafe_offset(part.n * g.length * g.channels + part.group * channels * (1 if nlc else g.length))
     var span = Window.span(g, first_output(plan, part.first), part.count * QUAD)
     var rest = Scratch[dtype](channels if nlc else span.rows * channels)
@@ -137,7 +137,7 @@ def panel[
     o: Operands[dtype],
     sink: Sink[dtype],
 ):
-    """Computes a block's quads of its first filters."""
+    """Computes a block's quads by its first filters."""
     comptime size = vectors * simd_width_of[acc]()
     comptime spare = simd_width_of[dtype]()
     var at_points = products[nlc, packed, vectors](g, plan, steps, b, filter, o)
@@ -165,9 +165,9 @@ def panel[
 def products[
     dtype: DType, acc: DType, //, nlc: Bool, packed: Bool, vectors: Int
 ](g: Geometry, plan: Plan, steps: FilterSteps, b: Block[dtype, acc], filter: Panels[acc], o: Operands[dtype]) -> Bool:
-    """Writes the sums of a block's quads and some vectors of filters, at all points or of the outputs themselves.
+    """Writes the sums of a block's quads and some vectors of filters: at all points, or the outputs themselves.
 
-    Returns whether they are at the points.
+    Returns whether the sums are at the points.
     """
     comptime size = vectors * simd_width_of[acc]()
     var channels = g.group_channels()
@@ -193,7 +193,7 @@ def multiply[
     """Sums the products of a block's quads and some vectors of filters, at all points."""
     comptime panel = vectors * simd_width_of[acc]()
     comptime rows = tile_rows[acc]()
-    # Point by point: its part of the filter is read from far away once, for all tiles.
+    # The loop over points is outermost, so each point's part of the filter is read from memory once for all tiles.
     for p in range(POINTS):
         var w = filter.unsafe_offset(plan.bases[p] * channels * filter_row)
         var groups = plan.counts[p]
@@ -226,7 +226,7 @@ def quads[
     column: Int,
     rows: Memory[dtype],
 ):
-    """Makes rows of the outputs of `count` quads of a block from its quad `first` on, and its first vectors of filters.
+    """Writes the outputs of `count` quads of a block, from its quad `first` on, by its first vectors of filters.
 
     The rows are in the order of the quads for NLC data, and of the positions for NCL data.
     """
@@ -251,7 +251,7 @@ def quads[
 
 
 def pays(g: Geometry, least: Int) -> Bool:
-    """Tells whether outputs are enough to make up for the transformed filter, and for quads that are cut off."""
+    """Returns whether there are enough outputs to make up for transforming the filter and for incomplete quads."""
     return g.batch * g.out_length >= least and g.out_length * gcd(g.stride, g.dilation) >= 4 * QUAD * g.dilation
 
 
@@ -263,11 +263,11 @@ def quads_of_a_block[acc: DType, packed: Bool, nlc: Bool](g: Geometry, plan: Pla
     var size = min(DATA_BYTES // quad_bytes, g.batch * g.groups * total // (4 * threads))
     size = max(1, size // rows) * rows
     if packed and quad_bytes * g.group_filters() > FAR_BYTES and total * quad_bytes <= 4 * DATA_BYTES:
-        # The filter comes from far away once a block: few long blocks, cut along the filters, read it alternately.
+        # Each block reads the filter from memory. So there are few long blocks, and tasks are cut along the filters.
         var parts = ceildiv(total * quad_bytes, MOST_BYTES)
         size = min(total, ceildiv(ceildiv(total, parts), rows) * rows)
     comptime if not nlc:
-        # Blocks of NCL data are runs of outputs without gaps.
+        # A block of NCL data is a run of outputs without gaps.
         size = max(1, size // plan.spacing) * plan.spacing
     return size
 
@@ -291,7 +291,7 @@ def conv1d_winograd[
 
     comptime if packed:
         comptime assert dtype == acc
-        # Few long blocks are cut along the filters, though each part then transforms the data again.
+        # If there are few blocks, they are cut along the filters, though each part then transforms the data again.
         var splits = max(1, min(ceildiv(filters, PACK), ceildiv(4 * threads, g.batch * g.groups * blocks)))
         var split = ceildiv(ceildiv(filters, PACK), splits) * PACK
         var grid = Grid(g.batch, g.groups, blocks, splits, size, total, split, filters)

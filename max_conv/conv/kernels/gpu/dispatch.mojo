@@ -1,4 +1,4 @@
-"""The call of one GPU kernel. Python chooses it, where sizes are known: `max_conv/conv/accelerators.py`."""
+"""Calls one GPU kernel. Python chooses it, where sizes are known: `max_conv/conv/accelerators.py`."""
 
 from max.gpu.host import DeviceContext
 
@@ -38,8 +38,8 @@ def conv1d_gpu[
 ](g: Geometry, steps: FilterSteps, o: Operands[dtype], ctx: DeviceContext) raises:
     """Computes a convolution of NLC or NCL data.
 
-    `whole` says that 8 divides the channels and the filters of a group. "each" reads any filter, "hopper…" an FSC one,
-    all others an SCF one.
+    `whole` says that 8 divides the channels and the filters of a group. "each" reads any filter layout, "hopper…" reads
+    FSC filters, all others SCF filters.
     """
 
     @__parameter
@@ -74,8 +74,8 @@ def conv_transpose1d_gpu[
 ](t: Transposed, steps: FilterSteps, group_step: Int, o: Operands[dtype], ctx: DeviceContext) raises:
     """Computes a transposed convolution of NLC or NCL data.
 
-    "each" reads any filter. The other kernels compute the convolution of all phases, each of which has all its taps,
-    with the filter that `Transposed.scf` makes, in the order that they read.
+    "each" reads any filter. The other kernels compute the convolution of all phases, and each phase has all its taps.
+    Their filter is the one that `Transposed.scf` makes, in the order that they read.
     """
     comptime if kernel == "each":
         conv_transpose1d_each[write, nlc](t, steps, group_step, o, ctx)

@@ -1,7 +1,7 @@
 """Convolution on a GPU: one thread for each output value, neighbouring threads on neighbouring values.
 
 Correct for every case, and coalesced in the layers' own layouts: threads that differ in the last axis read neighbouring
-filter values (NLC with SCF) or neighbouring input values (NCL) and share all else.
+filter values (NLC with SCF) or neighbouring input values (NCL), and share everything else.
 """
 
 from max.gpu import global_idx
@@ -18,7 +18,7 @@ comptime THREADS = 256
 
 @fieldwise_init
 struct Sizes(ImplicitlyCopyable, TrivialRegisterPassable):
-    """What both directions need of a layer: sizes of the data, and where a group's filter is."""
+    """The sizes that convolution and transposed convolution need: of the data, and where a group's filter is."""
 
     var batch: Int
     var length: Int
@@ -26,7 +26,7 @@ struct Sizes(ImplicitlyCopyable, TrivialRegisterPassable):
     var channels: Int
     var filters: Int
     var groups: Int
-    var group_step: Int  # from a group's filter to the next
+    var group_step: Int  # from one group's filter to the next
 
 
 @fieldwise_init
@@ -79,8 +79,8 @@ def output[
 ](s: Sizes, taps: Int, tap_step: Int, steps: FilterSteps, o: Operands[dtype], index: Int):
     """Computes one output value.
 
-    Its taps are `first_tap(position)` and every `tap_step`-th after it. `row(position, tap)` is the input row that a
-    tap meets, negative where there is none.
+    Its taps are `first_tap(position)` and every `tap_step`-th tap after it. `row(position, tap)` is the input row that
+    a tap reads, or a negative number if there is none.
     """
     var filter: Int
     var position: Int
@@ -140,7 +140,7 @@ def conv1d_each[
 def conv_transpose1d_each[
     dtype: DType, //, write: Write[dtype], nlc: Bool
 ](t: Transposed, steps: FilterSteps, group_step: Int, o: Operands[dtype], ctx: DeviceContext) raises:
-    """Computes a transposed convolution of NLC or NCL data; the filter's groups stand `group_step` apart."""
+    """Computes a transposed convolution of NLC or NCL data; the filter's groups are `group_step` apart."""
     var size = t.batch * t.filters * t.out_length
     if size == 0:
         return

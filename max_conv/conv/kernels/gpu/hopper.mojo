@@ -1,10 +1,10 @@
 """A convolution of NLC data on Hopper's tensor cores: nothing is copied and nothing padded.
 
-The copy engine (TMA) fetches rows of 128 bytes of channels, and for each tap a tile of filters. A tile of positions
-meets rows `tap * dilation` further on for each tap, so the rows are fetched once for as many taps as fit into shared
-memory. What is fetched from outside of the data, of a group's channels or of the filters is zero, which is the
-padding. One warp group fetches, two multiply, each half of the positions. float32 is multiplied as TF32. The filter is
-FSC.
+The copy engine (TMA) fetches rows of 128 bytes of channels, and for each tap a tile of filters. For each tap, a tile of
+positions reads the rows that are `tap * dilation` further on. So rows are fetched once for as many taps as fit into
+shared memory. Values outside of the data, of a group's channels or of the filters are fetched as zeros: this is the
+padding. One warp group fetches; two multiply, each one half of the positions. float32 is multiplied as TF32. The filter
+is FSC.
 """
 
 from layout import Coord, Idx, Layout, LayoutTensor
@@ -33,7 +33,7 @@ comptime LINE = 128
 comptime BOX = 64
 """Rows that are fetched by one instruction."""
 comptime ROOM = 225 * 1024
-"""Bytes of shared memory of a multiprocessor for what its blocks fetch ahead."""
+"""Bytes of a multiprocessor's shared memory for the tiles that its blocks fetch ahead."""
 comptime MOST_ROWS = 4
 """The most tiles of rows that are fetched ahead."""
 comptime STAGES = 4
@@ -72,13 +72,13 @@ struct Fetch(ImplicitlyCopyable, TrivialRegisterPassable):
     var taps: Int
     """Taps for which a tile of rows is fetched."""
     var boxes: Int
-    """Of `BOX` rows in a tile of rows."""
+    """Boxes of `BOX` rows in a tile of rows."""
     var tiles: Int
     """Tiles of rows that are fetched ahead."""
 
     @staticmethod
     def of(g: Geometry, positions: Int, chunks: Int, room: Int) -> Self:
-        """Returns the most taps whose rows fit into `room` bytes, twice where there are several tiles of rows."""
+        """Returns the most taps whose rows fit into `room` bytes, twice if there are several tiles of rows."""
         for taps in range(g.kernel, 0, -1):
             var boxes = ceildiv(positions + (taps - 1) * g.dilation, BOX)
             var tiles = min(room // (boxes * BOX * LINE), MOST_ROWS)
@@ -98,11 +98,11 @@ def hopper[
     """Computes a convolution of stride 1, padded with zeros, whose groups have a multiple of 16 bytes of channels.
 
     Parameters:
-        dtype: The data's: bfloat16, float16, or float32, which is rounded to TF32.
+        dtype: The data's type: bfloat16, float16, or float32, which is rounded to TF32.
         put: Stores sums.
-        positions: Of a tile: a multiple of 128.
-        filters: Of a tile: a multiple of 8, 256 at most.
-        blocks: Of a multiprocessor.
+        positions: Positions of a tile, a multiple of 128.
+        filters: Filters of a tile, a multiple of 8, 256 at most.
+        blocks: Blocks of a multiprocessor.
         eights: Whether 8 divides the filters of a group.
     """
     comptime filter_bytes = filters * LINE
@@ -138,7 +138,7 @@ def hopper[
         comptime B = tile_layout_k_major[dtype, filters, DEPTH, SWIZZLE]()
         comptime Box = tile_layout_k_major[dtype, BOX, DEPTH, SWIZZLE]()
         comptime parts = positions // 64 // CONSUMERS  # products of 64 positions that a warp group computes
-        comptime size = 64 * filters // WARP_GROUP  # values of one of them in a thread
+        comptime size = 64 * filters // WARP_GROUP  # values of one such product in a thread
         comptime Tile[layout: Layout] = LayoutTensor[
             dtype, layout, MutUntrackedOrigin, address_space=AddressSpace.SHARED, alignment=128
         ]
@@ -150,7 +150,7 @@ def hopper[
         var x_empty = stack_allocation[MOST_ROWS, SharedMemBarrier, address_space=AddressSpace.SHARED, alignment=8]()
         var w_full = stack_allocation[STAGES, SharedMemBarrier, address_space=AddressSpace.SHARED, alignment=8]()
         var w_empty = stack_allocation[STAGES, SharedMemBarrier, address_space=AddressSpace.SHARED, alignment=8]()
-        # One axis: the others have 65,535 blocks at most.
+        # The grid uses one axis, because the other axes have 65,535 blocks at most.
         var tile = Int(block_idx.x) // (columns * g.groups)
         var column = Int(block_idx.x) % (columns * g.groups)
         var group = column // columns
@@ -214,7 +214,7 @@ def hopper[
         _ = sums.fill(0)
         var rows = Turn(0)
         var taps = Turn(0)
-        var used_rows = -1  # what the product before the last one has read, if it was the last to read it
+        var used_rows = -1  # rows that the previous product read, if it was the last one to read them
         var used_taps = -1
         for _ in range(chunks):
             for start in range(0, g.kernel, fetch.taps):
@@ -245,7 +245,7 @@ def hopper[
         product.wait_group()
         warpgroup_fence(sums)
 
-        # A thread holds two neighbouring values of every eight: rows `down` and `down + 8`, filters from `across` on.
+        # A thread holds two neighbouring filters of every eight, for rows `down` and `down + 8`.
         var lane = thread % 4
         comptime for part in range(parts):
             var down = first + ((who - 1) * parts + part) * 64 + thread // 32 * 16 + thread % 32 // 4
@@ -263,7 +263,7 @@ def hopper[
                     comptime for four in range(filters // 32):
                         var all = SIMD[DType.float32, 8](0)
                         comptime for turn in range(4):
-                            # Thread `lane` sends the pair that thread `lane ^ turn` puts, and gets one back.
+                            # Thread `lane` sends the pair that thread `lane ^ turn` stores, and gets a pair from it.
                             var other = lane ^ turn
                             var sent = SIMD[DType.float32, 2](0)
                             comptime for block in range(4):

@@ -1,4 +1,4 @@
-"""A depthwise convolution on a GPU, bound by memory: each value is loaded from it once and each output stored once.
+"""A depthwise convolution on a GPU, bound by memory: each value is loaded once and each output is stored once.
 
 NLC data: a thread computes a run of positions of a vector of channels, and the threads of a warp have neighbouring
 channels. NCL data: a block computes a run of one channel, which it first copies into shared memory. The
@@ -20,7 +20,7 @@ comptime THREADS = 128
 comptime RUN = 8
 """Positions of a thread."""
 comptime ROOM = 96 * 1024
-"""The most bytes of shared memory of a block, so that two fit a multiprocessor."""
+"""The most bytes of shared memory of a block, so that two blocks fit into a multiprocessor."""
 
 
 def rows[
@@ -51,7 +51,7 @@ def rows[
         @__parameter
         @always_inline
         def add[inside: Bool]():
-            """Adds all products; `inside` says that every row is one of the data."""
+            """Adds all products; `inside` says that every row is in the data."""
 
             @__parameter
             @always_inline
@@ -63,7 +63,7 @@ def rows[
                     return values[width](line.unsafe_offset(row * g.channels)) if row >= 0 else 0
 
             if g.stride == 1 and g.dilation == 1:
-                # A window of rows goes round in registers: a row and a tap come in at a time.
+                # A window of rows is a ring of registers: each step loads one row and one tap.
                 var window = StaticTuple[Vector, RUN]()
                 comptime for t in range(RUN):
                     window[t] = at(start + t)
@@ -93,7 +93,7 @@ def rows[
 
 
 def fits(g: Geometry) -> Bool:
-    """Returns whether a block of `lines` has the shared memory that a layer needs."""
+    """Returns whether a layer fits into the shared memory of one block of `lines`."""
     return bytes(g) <= ROOM
 
 

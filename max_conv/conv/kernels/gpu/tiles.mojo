@@ -1,8 +1,8 @@
 """A convolution on a GPU by tiles in shared memory and plain multiply-adds: strict float32, any GPU.
 
-It computes any stride, dilation, groups and padding, of NLC and of NCL data. A block computes a tile of positions and
+It computes any stride, dilation, groups and padding, of NLC and of NCL data. A block computes a tile of positions by
 filters, a thread 8 by 8 or 8 by 4 of them. The reduction runs over taps and channels as one axis, 16 terms at a time;
-while they are multiplied, the next ones are on their way into registers. The filter is SCF.
+while these are multiplied, the next terms are loaded into registers. The filter is SCF.
 """
 
 from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, barrier, block_idx, thread_idx
@@ -47,14 +47,14 @@ struct Term(ImplicitlyCopyable, TrivialRegisterPassable):
     """A place on the axis of the reduction: a channel of a tap."""
 
     var left: Int32
-    """Terms from it to the end."""
+    """Terms from this place to the end."""
     var channel: Int32
     var offset: Int32
-    """Of the tap's row from the one that the first tap meets."""
+    """The distance of the tap's row from the row that the first tap reads."""
 
     @always_inline
     def move(mut self, g: Geometry, channels: Int32, terms: Int32):
-        """Goes on by `terms` terms."""
+        """Moves forward by `terms` terms."""
         self.left -= terms
         self.channel += terms
         while self.channel >= channels:
@@ -68,11 +68,11 @@ def tiles[
     """Computes a convolution.
 
     Parameters:
-        dtype: The data's.
+        dtype: The data's type.
         put: Stores sums.
         nlc: Whether the data is NLC.
-        positions: Of a tile.
-        filters: Of a tile.
+        positions: Positions of a tile.
+        filters: Filters of a tile.
         width: 4 or 1. It divides the channels and the filters of a group.
 
     Args:
@@ -89,7 +89,7 @@ def tiles[
     comptime vectors = across // VECTOR
     comptime fast_step = fast // vectors  # a thread's vectors are not neighbours: no bank conflicts
     comptime slow_step = slow // (RUN // VECTOR)
-    comptime pitch = positions + VECTOR * Int(nlc)  # of a term: then fewer threads store into the same bank
+    comptime pitch = positions + VECTOR * Int(nlc)  # of a term, so that fewer threads store into the same bank
     comptime x_width = width if nlc else 1
     comptime x_loads = DEPTH * positions // x_width // THREADS
     comptime w_vectors = DEPTH * filters // width
@@ -120,9 +120,9 @@ def tiles[
         var x_next = StaticTuple[SIMD[DType.float32, x_width], x_loads]()
         var w_next = StaticTuple[SIMD[DType.float32, width], w_loads]()
 
-        # Where a thread loads: neighbouring threads along the axis that is stored.
+        # Where a thread loads: neighbouring threads load neighbouring values in memory.
         comptime x_across = Int32(DEPTH // x_width if nlc else positions)
-        comptime rows = Int32(THREADS) // x_across  # from a load to the next: positions of NLC data, terms of NCL data
+        comptime rows = Int32(THREADS) // x_across  # from load to load: positions of NLC data, terms of NCL data
         var lane = thread % x_across
         var row = thread // x_across
         var start = (first + (row if nlc else lane)) * Int32(g.stride) - Int32(g.pad_left)
@@ -143,7 +143,7 @@ def tiles[
         @__parameter
         @always_inline
         def fetch():
-            """Loads what comes next, and goes on by a step."""
+            """Loads the terms of the next step, and moves forward by one step."""
             comptime if nlc:
                 comptime for i in range(x_loads):
                     var from_ = source(start + Int32(i) * rows * Int32(g.stride) + x_term.offset)
@@ -251,5 +251,5 @@ def tiles[
                         sum = sum.shift_left[1]()
 
     var steps = ceildiv(g.kernel * group_channels, DEPTH)
-    # The second axis has 65,535 blocks at most, fewer than there may be signals.
+    # Signals are on the first axis, because the second axis has 65,535 blocks at most.
     ctx.enqueue_function[task](Int32(steps), grid_dim=(along * g.batch, columns * g.groups), block_dim=THREADS)

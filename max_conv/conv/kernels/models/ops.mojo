@@ -10,11 +10,11 @@ from .silero_vad import Network, silero_vad
 
 @extensibility.register("max_conv.silero_vad")
 struct SileroVad:
-    """Silero's network over (N, T, hop) chunks, on a CPU. `graphs/silero_vad.py` makes what it reads.
+    """Silero's network over (N, T, hop) chunks, on a CPU. `graphs/silero_vad.py` makes its operands.
 
     `sizes` has taps, stride, padding and filters of each layer, `weights` its panels and its bias, `head` the last
-    layer's filter and its bias. A row of `state` holds the samples before the first chunk, the hidden and the cell
-    state.
+    layer's filter and its bias. A row of `state` holds the samples before the first chunk, the hidden state and the
+    cell state.
     """
 
     @staticmethod

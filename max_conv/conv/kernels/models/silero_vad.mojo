@@ -3,7 +3,7 @@
 Its layers are so small that on a live chunk MAX takes longer to pass from one operation to the next than they take to
 compute. Here a few chunks go through all layers together, in memory that stays in the cache, and the LSTM follows.
 
-Filters stand in panels, (panels, taps * channels, 32), those of the spectrum as `spectrum_tile` tells.
+Filters are stored in panels, (panels, taps * channels, 32). For the spectrum's filters see `spectrum_tile`.
 """
 
 from std.math import ceildiv, sqrt
@@ -27,7 +27,7 @@ comptime FREQUENCIES = 16
 
 @fieldwise_init
 struct Layer(ImplicitlyCopyable, TrivialRegisterPassable):
-    """A convolution of short frames, which sees `pad` zeros before and behind each."""
+    """A convolution of short frames, which sees `pad` zeros before and after each."""
 
     var w: Memory[F32]
     var bias: Memory[F32]
@@ -38,7 +38,7 @@ struct Layer(ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def positions(self, given: Int) -> Int:
-        """Returns those of its output."""
+        """Returns how many positions the output has for `given` input positions."""
         return (given + 2 * self.pad - self.taps) // self.stride + 1
 
 
@@ -53,7 +53,7 @@ struct Frames(ImplicitlyCopyable, TrivialRegisterPassable):
 
     @always_inline
     def step(self) -> Int:
-        """From a chunk to the next."""
+        """Returns how many values lie between the starts of two neighbouring chunks."""
         return (self.positions + 2 * self.pad) * self.channels
 
     @always_inline
@@ -63,7 +63,7 @@ struct Frames(ImplicitlyCopyable, TrivialRegisterPassable):
 
 @fieldwise_init
 struct Network(Copyable):
-    """The input and the weights of a call."""
+    """The input and the weights of one call."""
 
     var chunks: Memory[F32]  # (batch, steps, hop)
     var state: Memory[F32]  # (batch, state_size): first the samples before the first chunk
@@ -75,7 +75,7 @@ struct Network(Copyable):
     var layers: List[Layer]  # the first is the spectrum
 
     def add(mut self, taps: Int, stride: Int, pad: Int, filters: Int, w: Memory[F32]) -> Memory[F32]:
-        """Adds a layer whose panels and bias stand at `w`; returns where they end."""
+        """Adds a layer whose panels and bias are stored at `w`; returns where they end."""
         var panel_size = (taps + 2) * FREQUENCIES
         var panels = ceildiv(taps // 4 + 1, FREQUENCIES)
         var filters_in_panels = 0
@@ -88,11 +88,11 @@ struct Network(Copyable):
         return bias.unsafe_offset(filters_in_panels)
 
     def samples(self) -> Int:
-        """Those of a chunk, with what stands before and behind it."""
+        """Returns the samples of a chunk, with the samples before it and the mirrored ones after it."""
         return self.before + self.hop + self.reflected
 
     def multiplications(self) -> Int:
-        """Those of a chunk, roughly: every layer's filters once a position."""
+        """Returns roughly how many multiplications a chunk needs: every layer's filters once per position."""
         var count = 0
         var positions = self.samples()
         var channels = 1
@@ -103,7 +103,7 @@ struct Network(Copyable):
         return count
 
     def write_sound(self, n: Int, to: Memory[F32]):
-        """Copies chunk `n` behind the samples before it, and mirrors its end."""
+        """Copies the samples before chunk `n`, then the chunk, then its mirrored end."""
         var chunk = self.chunks.unsafe_offset(n * self.hop)
         var before = chunk.unsafe_offset(-self.before)
         if n % self.steps == 0:
@@ -118,7 +118,7 @@ struct Network(Copyable):
 
 
 struct Workspace(Movable):
-    """What a thread needs to take chunks through the layers: a chunk's sound, and the input of every layer."""
+    """The memory that a thread needs to compute chunks: a chunk's sound, and the input of every layer."""
 
     var sound: Memory[F32]
     var frames: List[Frames]
@@ -131,7 +131,7 @@ struct Workspace(Movable):
         var size = positions
         for i in range(len(net.layers)):
             var layer = net.layers[i]
-            if i == 0:  # its frames are folded: they stand side by side
+            if i == 0:  # its frames are folded: they are stored one after the other
                 positions = layer.positions(positions)
             self.frames.append(Frames(net.chunks, positions, layer.pad, channels))
             size += chunks * self.frames[i].step()
@@ -149,10 +149,10 @@ struct Workspace(Movable):
 
 
 def fold(x: Memory[F32], window: Int, to: Memory[F32]):
-    """Writes what the cosines of a spectrum see of a frame and then what its sines see.
+    """Writes the values of a frame that the spectrum's cosines multiply, and then the values for its sines.
 
-    Those are the sums and the differences of samples that mirror each other about the middle: `window / 2 + 2` and
-    `window / 2` values, an even number of each.
+    The first are the sums, the second the differences of samples that mirror each other about the middle:
+    `window / 2 + 2` and `window / 2` values, an even number of each.
     """
     var half = window // 2
     var differences = to.unsafe_offset(half + 2)
@@ -169,11 +169,11 @@ def fold(x: Memory[F32], window: Int, to: Memory[F32]):
 
 @always_inline
 def spectrum_tile[rows: Int](layer: Layer, x: Frames, y: Frames, row: Int, first: Int):
-    """Computes the magnitudes of `WIDTH` frequencies from `first` on, and of those that mirror them, of some rows.
+    """Computes, for some rows, the magnitudes of `WIDTH` frequencies from `first` on, and of their mirror frequencies.
 
-    The waves of frequencies k and window / 2 - k differ in the sign of every second sample: what even and what odd
-    samples add is summed apart, and makes both. A panel, (window + 2, 16), holds the cosines and then the sines of 16
-    frequencies up to window / 4, a row for each value of a folded frame.
+    The waves of frequencies k and window / 2 - k differ in the sign of every second sample. So even and odd samples are
+    summed separately: the two sums give both frequencies. A panel, (window + 2, 16), holds the cosines and then the
+    sines of 16 frequencies up to window / 4, one row for each value of a folded frame.
     """
     var half = layer.taps // 2
     var sum = Array[SIMD[F32, WIDTH], 4 * rows](fill=SIMD[F32, WIDTH](0))
@@ -217,7 +217,7 @@ def spectrum(layer: Layer, x: Frames, y: Frames, chunks: Int):
 
 @fieldwise_init
 struct Product(ImplicitlyCopyable, TrivialRegisterPassable):
-    """Rows of values, to be multiplied with panels of which `terms` rows are used."""
+    """Rows of values, and the panels to multiply them with. Only `terms` rows of each panel are used."""
 
     var x: Memory[F32]
     var x_step: Int
@@ -233,7 +233,7 @@ struct Product(ImplicitlyCopyable, TrivialRegisterPassable):
 
 @always_inline
 def rectified(x: SIMD[F32, WIDTH]) -> SIMD[F32, WIDTH]:
-    """Returns what is positive, zeros elsewhere; a NaN stays one."""
+    """Returns max(x, 0) for each value; a NaN stays NaN."""
     return x.lt(0).select(SIMD[F32, WIDTH](0), x)
 
 
@@ -272,7 +272,7 @@ def multiply[relu: Bool](p: Product):
 
 
 def convolve[relu: Bool](layer: Layer, x: Frames, y: Frames, chunks: Int):
-    """Computes a layer of some chunks, whose filters fill their panels."""
+    """Computes a layer for some chunks. The layer's filters fill their panels."""
     var all_terms = layer.taps * x.channels
     var p = Product(
         x.data,
@@ -308,7 +308,7 @@ def convolve[relu: Bool](layer: Layer, x: Frames, y: Frames, chunks: Int):
 
 
 def features(net: Network, room: Workspace, first: Int, end: Int, gates: Memory[F32]):
-    """Takes the chunks from `first` to `end` through all layers; `gates` is (chunks, 4 * units)."""
+    """Computes all layers for the chunks from `first` to `end`; `gates` is (chunks, 4 * units)."""
     ref frames = room.frames
     var window = net.layers[0].taps
     for n in range(end - first):
@@ -325,7 +325,7 @@ def features(net: Network, room: Workspace, first: Int, end: Int, gates: Memory[
 
 
 def speech(hidden: Memory[F32], head: Memory[F32], units: Int) -> Float32:
-    """Returns the probability of speech in a chunk, which the last layer makes of the hidden state."""
+    """Returns the probability of speech in a chunk: the last layer computes it from the hidden state."""
     var sum = SIMD[F32, WIDTH](0)
     for unit in range(0, units, WIDTH):
         var value = rectified(load[F32, WIDTH, True](hidden.unsafe_offset(unit), units - unit))
@@ -334,7 +334,7 @@ def speech(hidden: Memory[F32], head: Memory[F32], units: Int) -> Float32:
 
 
 def silero_vad(net: Network, var s: Lstm[F32], head: Memory[F32], probability: Memory[F32], last_state: Memory[F32]):
-    """Computes a call. `s` lacks what is made here: the places of its input, its output and its state."""
+    """Computes one call. The fields of `s` for input, output and state are filled in here."""
     var chunks = s.batch * s.steps
     var size = s.batch * s.units
     var room = Scratch[F32](chunks * (GATES + 1) * s.units + 4 * size)
@@ -361,7 +361,7 @@ def silero_vad(net: Network, var s: Lstm[F32], head: Memory[F32], probability: M
     def work(thread: Int) {imm}:
         var room = Workspace(net, share)
         if thread == 0 and s.batch == 1:
-            # The LSTM of one signal follows close behind: it helps with the chunks that it waits for.
+            # This thread runs the LSTM of a single signal. While it waits for a chunk, it computes chunks itself.
             var sequence = Sequence[F32, 1](s, 1)
             for i in range(tasks.count):
                 while not tasks.finished(i):

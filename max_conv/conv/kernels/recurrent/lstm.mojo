@@ -1,11 +1,12 @@
 """A long short-term memory over a whole sequence in one operation, so that the state never leaves the cache.
 
-The input's share of the gates comes ready-made, from one matrix product for the whole sequence. What is left of a step
-is one vector by matrix product with the (H, 4H) recurrent weights and the gates themselves. Gates stand in the order
+The input's share of the gates is computed before, by one matrix product for the whole sequence. Each step then needs
+one vector by matrix product with the (H, 4H) recurrent weights, and the gates themselves. The order of the gates is
 input, forget, cell, output, as in PyTorch.
 
-A step reads all weights. Long sequences get them in the order in which they are read, tile by tile of units; where they
-exceed what a core keeps near, threads share the units of every step and wait for each other behind it.
+A step reads all weights. For long sequences they are copied into the order in which they are read, tile by tile of
+units. If they exceed a core's cache (`NEAR_BYTES`), threads share the units of every step and wait for each other after
+it.
 """
 
 from std.math import ceildiv, exp, tanh
@@ -20,12 +21,12 @@ from ..tasks import rounds, spread, workers
 
 comptime GATES = 4
 comptime ITEMS = 4
-"""Batch items that go through the weights together: a step is bound by reading them."""
+"""Batch items that are computed together: a step's time is mostly the time to read the weights."""
 comptime THREADS = 1024
 comptime LONG_STEPS = 16
-"""Steps from which it pays to lay the weights out anew."""
+"""From so many steps on, it is faster to copy the weights into the order in which they are read."""
 comptime NEAR_BYTES = 1 << 20
-"""Bytes of weights that a core keeps near."""
+"""Bytes of weights that stay in a core's cache."""
 
 
 def tile_vectors[dtype: DType]() -> Int:
@@ -35,18 +36,18 @@ def tile_vectors[dtype: DType]() -> Int:
 
 @fieldwise_init
 struct Lstm[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
-    """What one call reads and writes."""
+    """The memory that one call reads and writes, and its sizes."""
 
     var x: Memory[Self.dtype]  # (batch, rows, 4 * units): the input's share of the gates, bias included
     var w: Memory[Self.dtype]  # (units, 4 * units)
-    var hidden: Memory[Self.dtype]  # (batch, units), as cell and the last two
+    var hidden: Memory[Self.dtype]  # (batch, units), as are cell and the last two
     var cell: Memory[Self.dtype]
     var output: Memory[Self.dtype]  # (batch, steps, units)
     var last_hidden: Memory[Self.dtype]
     var last_cell: Memory[Self.dtype]
     var batch: Int
     var steps: Int
-    var rows: Int  # of x for each batch item, at least `steps`
+    var rows: Int  # rows of x for each batch item, at least `steps`
     var units: Int
 
     @always_inline
@@ -58,7 +59,7 @@ struct Lstm[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
         return self.output.unsafe_offset((n * self.steps + t) * self.units)
 
 
-# The standard library's exp and tanh clamp their argument, which turns a NaN into a number: it is put back.
+# The standard library's exp and tanh clamp their argument, which turns a NaN into a number. So the NaN is put back.
 @always_inline
 def sigmoid[dtype: DType, width: SIMDLength, //](x: SIMD[dtype, width]) -> SIMD[dtype, width]:
     comptime assert dtype.is_floating_point()
@@ -81,17 +82,17 @@ def advance[
     output: SIMD[dtype, width],
     mut cell: SIMD[dtype, width],
 ) -> SIMD[dtype, width]:
-    """Takes the cell state through one step and returns the hidden state; the gates come as sums."""
+    """Updates the cell state by one step and returns the hidden state; the arguments are the gates' sums."""
     cell = sigmoid(forget) * cell + sigmoid(input) * hyperbolic(candidate)
     return sigmoid(output) * hyperbolic(cell)
 
 
 @fieldwise_init
 struct Tiles[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
-    """The recurrent weights of a tile of units: `at(unit)` is those of row 0 and the first gate."""
+    """The recurrent weights of a tile of units: `at(unit)` is where the weights of row 0 and the first gate are."""
 
     var data: Memory[Self.dtype]
-    var step: Int  # from a unit to the next
+    var step: Int  # from one unit to the next
     var row: Int
     var gate: Int
 
@@ -104,10 +105,10 @@ struct Tiles[dtype: DType](ImplicitlyCopyable, TrivialRegisterPassable):
 def tile[
     dtype: DType, //, items: Int, vectors: Int, partial: Bool
 ](s: Lstm[dtype], w: Tiles[dtype], n: Int, valid: Int, t: Int, unit: Int, states: Memory[dtype]):
-    """Takes `vectors` vectors of units from `unit` on through step `t`, of `valid` of `items` batch items from `n` on.
+    """Computes step `t` for `vectors` vectors of units from `unit` on, of `items` batch items from `n` on.
 
-    `states` is (3, batch, units): the hidden state before an even step, before an odd one, and the cell state. Items
-    past `valid` are computed from the last one's state.
+    `states` is (3, batch, units): the hidden state before an even step, before an odd one, and the cell state. Only the
+    first `valid` items are stored. Items past the end of the batch are computed from the last item's state.
     """
     comptime width = simd_width_of[dtype]()
     var lanes = s.units - unit
@@ -150,12 +151,12 @@ def tile[
 
 @always_inline
 def lanes_of[dtype: DType, items: Int]() -> Int:
-    """Units of a tile."""
+    """Returns how many units a tile has."""
     return simd_width_of[dtype]() * (tile_vectors[dtype]() if items == 1 else 1)
 
 
 struct Sequence[dtype: DType, items: Int](Movable):
-    """A sequence that is being computed, `items` of the batch at a time."""
+    """A sequence that is being computed, `items` batch items at a time."""
 
     var s: Lstm[Self.dtype]
     var w: Tiles[Self.dtype]
@@ -163,7 +164,7 @@ struct Sequence[dtype: DType, items: Int](Movable):
     var scratch: List[Scalar[Self.dtype]]
 
     def __init__(out self, s: Lstm[Self.dtype], threads: Int):
-        """Copies the state, and lays out the weights of a long sequence."""
+        """Copies the state; for a long sequence, also copies the weights into the order in which they are read."""
         comptime lanes = lanes_of[Self.dtype, Self.items]()
         var size = s.batch * s.units
         var full = s.units // lanes if s.steps >= LONG_STEPS else 0
@@ -183,7 +184,7 @@ struct Sequence[dtype: DType, items: Int](Movable):
             spread(lay, full, threads)
 
     def lay_out(self, unit: Int):
-        """Lays out the weights of the tile of units from `unit` on, row by row, gate by gate."""
+        """Copies the weights of the tile of units from `unit` on, row by row, gate by gate."""
         comptime width = simd_width_of[Self.dtype]()
         var to = self.w.at(unit)
         for k in range(self.s.units):
@@ -194,7 +195,7 @@ struct Sequence[dtype: DType, items: Int](Movable):
                     to = to.unsafe_offset(width)
 
     def step(self, t: Int, first: Int, end: Int, begin: Int, stop: Int):
-        """Takes the units from `first` to `end` through step `t`, of the batch items from `begin` to `stop`."""
+        """Computes step `t` for the units from `first` to `end`, of the batch items from `begin` to `stop`."""
         comptime width = simd_width_of[Self.dtype]()
         comptime full = lanes_of[Self.dtype, Self.items]()
         var plain = Tiles(self.s.w, 1, GATES * self.s.units, self.s.units)
@@ -209,7 +210,7 @@ struct Sequence[dtype: DType, items: Int](Movable):
             unit += width
 
     def advance(self, i: Int, first: Int, end: Int):
-        """Takes the batch items of number `i` through the steps from `first` to `end`."""
+        """Computes the steps from `first` to `end` for the batch items of tile `i`."""
         for t in range(first, end):
             self.step(t, 0, self.s.units, i * Self.items, min((i + 1) * Self.items, self.s.batch))
 
@@ -253,7 +254,7 @@ def lstm_cpu[dtype: DType](s: Lstm[dtype]):
 
 
 def lstm_gpu[dtype: DType](s: Lstm[dtype], ctx: DeviceContext) raises:
-    """Computes a sequence on a GPU: one block a batch item, one thread a hidden unit, a barrier after each step."""
+    """Computes a sequence on a GPU: one block per batch item, one thread per hidden unit, a barrier after each step."""
 
     @__parameter
     def kernel(steps: Int64):
@@ -285,7 +286,7 @@ def lstm_gpu[dtype: DType](s: Lstm[dtype], ctx: DeviceContext) raises:
                 c[unsafe_offset=unit] = cell
                 output[unsafe_offset=unit] = hidden
                 last_hidden[unsafe_offset=unit] = hidden
-            # The next step reads what every thread of this one has written.
+            # The next step reads the values that all threads have written in this step.
             barrier()
             h = output
 

@@ -11,7 +11,7 @@ from .lstm import GATES, Lstm, lstm_cpu, lstm_gpu
 
 @extensibility.register("max_conv.lstm")
 struct LongShortTermMemory:
-    """The recurrent part of an LSTM over (N, T, 4H) gates that hold the input's share, of at least T rows each."""
+    """The recurrent part of an LSTM. `x` is the input's share of the gates, (N, T or more, 4H)."""
 
     @staticmethod
     def execute[
