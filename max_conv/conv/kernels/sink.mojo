@@ -93,14 +93,13 @@ def run_of[
 ](at: Outputs, first: Int, count: Int, row: Memory[dtype], row_size: Int):
     """Writes rows of neighbouring positions from `first` on."""
     comptime whole = min(widest, simd_width_of[dtype]())
-    var j = 0
-    # One vector of 16-bit values holds a whole panel, so half a vector may be left.
-    comptime for width in range(whole, min(whole, simd_width_of[accumulator[dtype]]()) - 1, -(whole // 2)):
-        while j + width <= at.lanes:
-            for i in range(count):
-                var value = row.unsafe_offset(i * row_size + j).unsafe_load[width=width]()
-                write[width](at.n, first + i, at.filter + j, value)
-            j += width
     for i in range(count):
+        var from_ = row.unsafe_offset(i * row_size)
+        var j = 0
+        # One vector of 16-bit values holds a whole panel, so half a vector may be left.
+        comptime for width in range(whole, min(whole, simd_width_of[accumulator[dtype]]()) - 1, -(whole // 2)):
+            while j + width <= at.lanes:
+                write[width](at.n, first + i, at.filter + j, from_.unsafe_offset(j).unsafe_load[width=width]())
+                j += width
         for f in range(j, at.lanes):
-            write[1](at.n, first + i, at.filter + f, row[unsafe_offset=i * row_size + f])
+            write[1](at.n, first + i, at.filter + f, from_[unsafe_offset=f])

@@ -30,7 +30,7 @@ comptime DATA_BYTES = 320 * 1024
 comptime MOST_BYTES = 720 * 1024
 """The same if the transformed filter exceeds `FAR_BYTES` and there is little data."""
 comptime FAR_BYTES = 4 * 1024 * 1024
-comptime QUADS = 16
+comptime QUADS = 8
 """Quads whose outputs are stored at a time: they stay in the first cache."""
 
 
