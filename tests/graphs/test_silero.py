@@ -172,10 +172,12 @@ def test_takes_any_length(model: max_conv.Model) -> None:
 def test_layer_by_layer_is_all_in_one(
     audio: np.ndarray, probabilities: np.ndarray, started: Callable[..., Any]
 ) -> None:
-    # In float32 on a CPU the graph is one operation, otherwise one per layer.
+    # In float32 and 16 bits on a CPU the graph is one operation, otherwise one per layer.
     weights = silero_vad.load_weights()
     graph = silero_vad.build(CONFIG, weights, dtype=DType.float64)
     one = silero_vad.build(CONFIG, weights)
+    sixteen = silero_vad.build(CONFIG, weights, dtype=DType.bfloat16)
+    assert [layer.name for layer in sixteen.emitted[0]] == [layer.name for layer in one.emitted[0]]
     assert [len(layers) for layers in graph.emitted] == [1] * 8 and [len(layers) for layers in one.emitted] == [8]
     names = [layer.name.removesuffix(".float64") for (layer,) in graph.emitted]
     names[5:7] = ["lstm_cell.weight_ih", "lstm_cell.weight_hh"]  # which `lstm` reads as values
