@@ -316,7 +316,7 @@ class Whole(Served):
         return answers
 
     def _own(self, job: Job, number: int, array: np.ndarray, at: int) -> np.ndarray:
-        """Returns a job's rows of an output, cut to the lengths of its own signals."""
+        """Returns a job's rows of an output, without the positions after the ends of the job's signals."""
         rows = array[at : at + job.rows]
         if not self._ragged:
             return rows

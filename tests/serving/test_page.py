@@ -1,4 +1,4 @@
-"""The server's page: the content of its file, and its behaviour in a headless Chromium. The models are stand-ins in NumPy."""
+"""Tests the server's page: the text of its file, and the page in a headless Chromium. NumPy functions replace the models."""
 
 import contextlib
 import itertools
@@ -42,7 +42,7 @@ in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-
 
 
 class Stand:
-    """A stand-in for `Model`."""
+    """Replaces `Model`."""
 
     def __init__(self, run: Callable[..., Any], inputs: list[Port], outputs: list[Port], timing: Timing | None = None):
         self.run, self.inputs, self.outputs, self.timing = run, tuple(inputs), tuple(outputs), timing
@@ -110,7 +110,7 @@ def models() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def served(**limits: Any) -> Iterator[str]:
-    """Serves the stand-ins; gives the address."""
+    """Serves the replaced models; returns the address."""
     config = uvicorn.Config(
         app(models(), **limits), http=Limited, ws="websockets-sansio", ws_max_size=MESSAGE, log_config=None
     )

@@ -26,8 +26,9 @@ comptime LAST_ROWS = 2
 comptime FEW_READ = 28
 """Rows that a tile of `FEW_ROWS` may read to run along the channels."""
 comptime POSITIONS = 64
+"""Positions of a task along the channels, at most; a task by vectors has twice as many."""
 comptime CHANNEL_VECTORS = 8
-"""Vectors of channels of a task."""
+"""Vectors of channels of a task, at most; along the channels as many as `TILE_BYTES` allow, if they are more."""
 comptime TILE_BYTES = 32 * 1024
 """Of the rows that a tile reads along the channels: they stay in the first cache for the next tile."""
 
