@@ -21,7 +21,8 @@ from max_conv import PackedGraph, conv1d, conv_transpose1d
 from max_conv.conv.geometry import TransposedGeometry
 from max_conv.conv.library import kernel_library
 from max_conv.conv.reference import conv1d_ref, conv_transpose1d_ref
-from max_conv.runtime.devices import port_of, session_of
+from max_conv.runtime.compiler import compile_graphs
+from max_conv.runtime.devices import port_of
 from max_conv.runtime.kinds import alone, ready
 
 Array = np.ndarray | torch.Tensor
@@ -106,7 +107,7 @@ def compile_together(*graphs: tuple[Graph, Mapping[str, Any]]) -> list[max_conv.
                 values[f"{number}.{name}"] = registry[name]
         if number:
             operation.move_after(graphs[number - 1][0]._mlir_op)
-    compiled = session_of().compile(graphs[0][0].module, custom_extensions=[kernel_library()])
+    compiled = compile_graphs(graphs[0][0].module, [kernel_library()])
     models = []
     for number, (graph, _) in enumerate(graphs):
         inputs = [port_of(f"input{i}", value.type) for i, value in enumerate(graph.inputs)]

@@ -20,6 +20,7 @@ from max_conv.conv.library import kernel_library
 from max_conv.conv.lines import Line, Window
 from max_conv.conv.ragged import ragged_window
 from max_conv.runtime import compiled
+from max_conv.runtime.compiler import compile_graphs
 from max_conv.runtime.devices import session_of
 from max_conv.streaming import Stream, Timing
 from max_conv.streaming.live import emit_window
@@ -40,7 +41,7 @@ def windows() -> dict[tuple[str, DType, str], Any]:
         module = Module()
         for name in names:
             window_graph(*name, module)
-        result = session_of().compile(module, custom_extensions=[kernel_library()])
+        result = compile_graphs(module, [kernel_library()])
         compiled.keep(result, keys)
     else:
         result = found.compiled

@@ -22,6 +22,7 @@ from ..conv.graph import PackedGraph
 from ..conv.library import kernel_library
 from ..conv.ops import emit
 from . import compiled
+from .compiler import compile_graphs
 from .devices import session_of
 from .notice import slow_compile
 
@@ -215,7 +216,7 @@ def ready(*kinds: Kind) -> list[Ready]:
             for kind in missing.values():
                 kind.graph(module)
             with slow_compile(", ".join(kind.name for kind in missing.values())):
-                result = session_of().compile(module, custom_extensions=[kernel_library()])
+                result = compile_graphs(module, [kernel_library()])
             compiled.keep(result, list(missing))
             _start(result, list(missing))
         return [_ready[key] for key in keys]

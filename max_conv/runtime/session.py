@@ -18,6 +18,7 @@ from ..streaming.stream import Stream
 from ..streaming.timing import Timing
 from . import kinds, saved
 from .compiled import compiled
+from .compiler import compile_graphs
 from .devices import accelerators, device_of, port_of, session_of
 from .fork import check_fork
 from .idle import first_run
@@ -248,7 +249,7 @@ def compile(
 
     def compile_now() -> Any:
         with slow_compile(graph.name):
-            return session_of(devices).compile(graph)
+            return compile_graphs(graph, devices=devices)
 
     found = compiled(graph, compile_now)
     timing = graph.timing if isinstance(graph, StreamingGraph) else None
