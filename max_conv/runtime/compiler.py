@@ -43,18 +43,18 @@ def compile_graphs(graphs: Graph | Module, libraries: Sequence[Path] = (), devic
         RuntimeError: If the graphs cannot be compiled.
     """
     session = session_of(devices)
-    if isinstance(graphs, Graph):
-        module, libraries = graphs.module, graphs.kernel_libraries_paths
-    else:
-        module = graphs
+    module, libraries = (
+        (graphs.module, graphs.kernel_libraries_paths) if isinstance(graphs, Graph) else (graphs, libraries)
+    )
     if not devices and _one_thread_is_faster(module) and (result := with_one_thread(module, libraries)) is not None:
         return result
-    # Also where the process failed: MAX says here what is wrong.
-    return session.compile(graphs, custom_extensions=None if isinstance(graphs, Graph) else list(libraries))
+    # Also where the other process failed: MAX's errors are raised here.
+    return session.compile(graphs, custom_extensions=list(libraries)) if graphs is module else session.compile(graphs)
 
 
 def _one_thread_is_faster(module: Module) -> bool:
-    if not sys.executable or not hasattr(os, "sched_getaffinity"):
+    # Some programs that embed Python name themselves as its executable.
+    if not Path(sys.executable or "").name.startswith("python") or not hasattr(os, "sched_getaffinity"):
         return False
     graphs = [graph for graph in _operation(module).regions[0].blocks[0] if graph.regions]
     operations = sum(1 for graph in graphs for _ in graph.regions[0].blocks[0].operations)
@@ -69,7 +69,11 @@ def with_one_thread(module: Module, libraries: Sequence[Path]) -> Any:
         file = Path(folder) / "graphs.mef"
         program = Path(__file__).with_name("one_thread.py")
         command = [sys.executable, "-P", program, file, get_virtual_cpu_target() or "", *libraries]
-        done = subprocess.run([str(word) for word in command], input=bytecode.getvalue(), capture_output=True)
+        words, environment = (
+            [str(word) for word in command],
+            dict(os.environ),
+        )  # without what MAX exports for its own use
+        done = subprocess.run(words, input=bytecode.getvalue(), capture_output=True, env=environment)
         return read(io.BytesIO(file.read_bytes())) if done.returncode == 0 else None
 
 

@@ -23,7 +23,7 @@ from max.nn import Module
 
 import max_conv
 from max_conv.conv.reference import conv1d_ref
-from max_conv.runtime import notice, session
+from max_conv.runtime import kinds, notice, session
 from max_conv.runtime.compiled import Found
 from max_conv.runtime.ports import Port, check_inputs, too_short
 
@@ -43,16 +43,26 @@ def layer() -> max_conv.Conv1D:
     return conv
 
 
+def layer16() -> max_conv.Conv1D:
+    return max_conv.Conv1D(3, 4, 8, DType.bfloat16, padding=1, has_bias=True, permute=True)
+
+
 @pytest.fixture(scope="module")
 def model() -> max_conv.Model:
+    """The layer. The kinds of all layers of this file are compiled together."""
+    packed = [max_conv.PackedGraph("packed", conv, input_types=conv.input_types()) for conv in (layer(), layer16())]
+    graphs = [*packed, Graph("plain", layer(), layer().input_types())]
+    kinds.ready(*(alone.kind for graph in graphs if (alone := kinds.alone(graph))))
     return max_conv.compile(layer())
+
+
+PAIR = TensorType(DType.float32, ["n", 3], CPU_REF)
 
 
 @pytest.fixture(scope="module")
 def two() -> max_conv.Model:
     """A function of two inputs with two outputs, which share the dimension n."""
-    x = TensorType(DType.float32, ["n", 3], CPU_REF)
-    return max_conv.compile(lambda a, b: (a + b, a - b), {"a": x, "b": x})
+    return max_conv.compile(lambda a, b: (a + b, a - b), {"a": PAIR, "b": PAIR})
 
 
 def close(got: Any) -> None:
@@ -133,18 +143,31 @@ def test_errors_of_the_kernels_are_one_sentence(model: max_conv.Model) -> None:
     )
 
 
+class Tree(Module):
+    """Two layers: at least eleven positions make an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = max_conv.Conv1D(3, 4, 8, DType.float32, stride=2, has_bias=True)
+        self.first.load_state_dict(STATE)
+        self.second = max_conv.Conv1D(5, 8, 2, DType.float32)
+
+    def __call__(self, x: TensorValue) -> TensorValue:
+        return self.second(self.first(x))
+
+
+HEAD = RANDOM.standard_normal((5, 8, 2)).astype(np.float32)
+STATES = {**{f"first.{name}": value for name, value in STATE.items()}, "second.weight": HEAD}
+
 SHORT = r"model: input 'x' is too short: its dimension 'length' must be at least 11, but is {}\."
 
 
 def test_an_input_that_is_too_short_for_the_network(tmp_path: Path) -> None:
     """MAX would print a page about memory: each layer's length is known, and too short an input makes it negative."""
-    first = max_conv.Conv1D(3, 4, 4, DType.float32, stride=2, name="first")
-    second = max_conv.Conv1D(5, 4, 4, DType.float32, name="second")
-    weights = {"first.weight": np.zeros((3, 4, 4), np.float32), "second.weight": np.zeros((5, 4, 4), np.float32)}
-    model = max_conv.compile(lambda x: second(first(x)), {"x": layer().input_types()[0]}, weights=weights)
+    model = max_conv.compile(Tree(), layer().input_types(), weights=STATES)
     model.save(tmp_path / "m")
     for net in (model, max_conv.load(tmp_path / "m")):
-        assert net(np.zeros((1, 11, 4), np.float32)).shape == (1, 1, 4)
+        assert net(np.zeros((1, 11, 4), np.float32)).shape == (1, 1, 2)
         for length in (1, 8):
             with pytest.raises(ValueError, match=rf"^{SHORT.format(length)}$"):
                 net(np.zeros((1, length, 4), np.float32))
@@ -238,8 +261,8 @@ def test_compile_reports_what_it_compiles(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(session, "slow_compile", told)
     monkeypatch.setattr(session, "compiled", lambda graph, compile: Found(compile()))  # not from the cache
-    max_conv.compile(layer(), specialise=True)
-    assert names == ["Conv1D"]
+    max_conv.compile(lambda a, b: (a + b, a - b), [PAIR, PAIR])
+    assert names == ["<lambda>"]
 
 
 def test_compile_refuses() -> None:
@@ -306,28 +329,18 @@ def test_a_graph_a_function_and_a_tree_of_layers() -> None:
     )
     np.testing.assert_allclose(function(X, STATE["weight"]), WANT - STATE["bias"], atol=1e-5)
 
-    class Tree(Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = layer(), max_conv.Conv1D(1, 8, 2, DType.float32)
-
-        def __call__(self, x: TensorValue) -> TensorValue:
-            return self.second(self.first(x))
-
-    head = RANDOM.standard_normal((1, 8, 2)).astype(np.float32)
-    state = {**{f"first.{name}": value for name, value in STATE.items()}, "second.weight": head}
+    want = conv1d_ref(conv1d_ref(X, STATE["weight"], STATE["bias"], stride=2), HEAD)
     tree = Tree()
-    np.testing.assert_allclose(max_conv.compile(tree, conv.input_types(), weights=state)(X), WANT @ head[0], atol=1e-4)
+    np.testing.assert_allclose(max_conv.compile(tree, conv.input_types(), weights=STATES)(X), want, atol=1e-4)
     own = Tree()  # each layer has its own weights, like the front ends' layers
     with pytest.raises(ValueError, match=r"compile: the weight 'second\.weight' of Tree has no value"):
         max_conv.compile(own, conv.input_types())
-    own.second.load_state_dict({"weight": head})
-    np.testing.assert_allclose(max_conv.compile(own, conv.input_types())(X), WANT @ head[0], atol=1e-4)
+    own.second.load_state_dict({"weight": HEAD})
+    np.testing.assert_allclose(max_conv.compile(own, conv.input_types())(X), want, atol=1e-4)
 
 
 def test_names_of_a_function_that_takes_any_number() -> None:
-    x = TensorType(DType.float32, ["n", 3], CPU_REF)
-    model = max_conv.compile(lambda *xs: xs[0] + xs[1], [x, x])
+    model = max_conv.compile(lambda *xs: (xs[0] + xs[1], xs[0] - xs[1]), [PAIR, PAIR])
     assert [port.name for port in model.inputs] == ["input0", "input1"]
     with pytest.raises(ValueError, match=r"model: input 'input1' must have shape \(n, 3\), but has \(3,\)\."):
         model(ROW, ROW[0])
@@ -380,8 +393,7 @@ def test_loads_in_a_new_process_without_compiling(saved: Path, tmp_path: Path) -
 
 def test_bfloat16_weights_are_saved_bit_for_bit(tmp_path: Path) -> None:
     reference = torch.nn.Conv1d(4, 8, 3, padding=1).to(torch.bfloat16)
-    conv = max_conv.Conv1D(3, 4, 8, DType.bfloat16, padding=1, has_bias=True, permute=True)
-    model = max_conv.compile(conv, weights={n: value.detach() for n, value in reference.state_dict().items()})
+    model = max_conv.compile(layer16(), weights={n: value.detach() for n, value in reference.state_dict().items()})
     model.save(tmp_path / "m")
     x = torch.randn(1, 4, 9, dtype=torch.bfloat16)
     assert torch.equal(torch.from_dlpack(max_conv.load(tmp_path / "m")(x)), torch.from_dlpack(model(x)))
