@@ -22,6 +22,7 @@ from max.engine import read
 from max.graph import Graph, Module
 
 from .devices import session_of
+from .notice import LOG
 
 CPUS = 2
 """Up to as many CPUs one thread is faster for large graphs: more CPUs optimise more copies at a time."""
@@ -74,7 +75,10 @@ def with_one_thread(module: Module, libraries: Sequence[Path]) -> Any:
             dict(os.environ),
         )  # without what MAX exports for its own use
         done = subprocess.run(words, input=bytecode.getvalue(), capture_output=True, env=environment)
-        return read(io.BytesIO(file.read_bytes())) if done.returncode == 0 else None
+        if done.returncode:
+            LOG.info("compiling with one thread failed: %s", done.stderr.decode(errors="replace").strip()[-300:])
+            return None
+        return read(io.BytesIO(file.read_bytes()))
 
 
 def _operation(module: Module) -> Any:

@@ -34,6 +34,7 @@ def main(file: str, target: str, *libraries: str) -> None:
         os.sched_setaffinity(int(thread), usable)
     module = Module(Operation.from_bytecode(sys.stdin.buffer.read(), default_mlir_context()))
     session.compile(module, custom_extensions=[Path(library) for library in libraries]).export_mef(file)
+    os._exit(0)  # MAX's thread may end the process with SIGABRT while Python ends
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from max.dtype import DType
 from max.graph import Graph, TensorType
 
 from harness import HOST
+from max_conv import PackedGraph
 from max_conv.conv.library import kernel_library
 from max_conv.runtime import compiler
 from max_conv.runtime.devices import session_of
@@ -26,10 +27,7 @@ X = np.arange(6, dtype=np.float32).reshape(2, 3)
 def graph() -> Graph:
     """The graph of `test_session.two`, which is compiled in any case."""
     x = TensorType(DType.float32, ["n", 3], HOST)
-    with Graph("two", input_types=[x, x], custom_extensions=[kernel_library()]) as made:
-        a, b = (value.tensor for value in made.inputs)
-        made.output(a + b, a - b)
-    return made
+    return PackedGraph("two", lambda a, b: (a + b, a - b), input_types=[x, x])
 
 
 def answers(result: Any) -> list[list[list[float]]]:
@@ -71,7 +69,7 @@ class FakeSession:
 
 
 def test_its_result(graph: Graph) -> None:
-    assert answers(compiler.with_one_thread(graph.module, [kernel_library()])) == WANT
+    assert answers(compiler.with_one_thread(graph.module, [])) == WANT
 
 
 def test_a_process_that_fails(graph: Graph, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -81,7 +79,7 @@ def test_a_process_that_fails(graph: Graph, monkeypatch: pytest.MonkeyPatch, tmp
     broken.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(broken))
     monkeypatch.setattr(compiler, "_one_thread_is_faster", lambda _: True)
-    assert compiler.with_one_thread(graph.module, [kernel_library()]) is None
+    assert compiler.with_one_thread(graph.module, []) is None
     assert answers(compiler.compile_graphs(graph)) == WANT
 
 

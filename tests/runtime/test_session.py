@@ -50,8 +50,7 @@ def layer16() -> max_conv.Conv1D:
 @pytest.fixture(scope="module")
 def model() -> max_conv.Model:
     """The layer. The kinds of all layers of this file are compiled together."""
-    packed = [max_conv.PackedGraph("packed", conv, input_types=conv.input_types()) for conv in (layer(), layer16())]
-    graphs = [*packed, Graph("plain", layer(), layer().input_types())]
+    graphs = [max_conv.PackedGraph("layer", conv, input_types=conv.input_types()) for conv in (layer(), layer16())]
     kinds.ready(*(alone.kind for graph in graphs if (alone := kinds.alone(graph))))
     return max_conv.compile(layer())
 
