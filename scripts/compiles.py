@@ -102,9 +102,9 @@ option = click.option(
 
 def main(number: int) -> None:
     compile = ROWS[number][1]()
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), sum(os.times()[:4])  # with the CPU time of the processes that have ended
     compile()
-    print(json.dumps({"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}), flush=True)
+    print(json.dumps({"wall": time.perf_counter() - wall, "cpu": sum(os.times()[:4]) - cpu}), flush=True)
     os._exit(0)  # MAX's threads need not be waited for
 
 

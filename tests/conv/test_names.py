@@ -9,7 +9,7 @@ from max.dtype import DType
 from max.graph import Graph, KernelLibrary, TensorType, ops
 
 import max_conv
-from harness import HOST, is_one_sentence, normal
+from harness import HOST, compile_together, is_one_sentence, normal
 from max_conv import Conv1D, ConvTranspose1D, PackedGraph, WeightNormConv1D
 from max_conv.conv.reference import conv1d_ref, conv_transpose1d_ref
 
@@ -63,16 +63,28 @@ def test_names_follow_the_first_call() -> None:
         max_conv.compile(graph)
 
 
-def test_weight_norm_without_a_name() -> None:
+DIRECTIONS = [normal(3, 16, 16, seed=seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, max_conv.Model]:
+    """A graph of two layers with weight norm and without names, and a plain graph of two layers with names."""
     layers = [WeightNormConv1D(3, 16, 16, DType.float32, padding=1) for _ in "ab"]
-    graph = PackedGraph("network", lambda x: layers[1](layers[0](x)), input_types=X)
-    direction, g = [normal(3, 16, 16, seed=seed) for seed in (1, 2)], np.ones((16, 1, 1), np.float32)
-    weights = {"weight_g": g, "weight_v": direction[0], "layer2.weight_g": g, "layer2.weight_v": direction[1]}
+    unnamed = PackedGraph("unnamed", lambda x: layers[1](layers[0](x)), input_types=X)
+    g, (first, second) = np.ones((16, 1, 1), np.float32), DIRECTIONS
+    weights = {"weight_g": g, "weight_v": first, "layer2.weight_g": g, "layer2.weight_v": second}
+    named = [layer(seed=1, name="a"), layer(seed=2, name="b")]
+    plain = Graph("plain", lambda x: named[1](named[0](x)), input_types=X)
+    values = {name: value for conv in named for name, value in conv.state_dict().items()}
+    return dict(zip(("unnamed", "plain"), compile_together((unnamed, weights), (plain, values))))
+
+
+def test_weight_norm_without_a_name(models: dict[str, max_conv.Model]) -> None:
     x = normal(1, 20, 16)
     want = x
-    for v in direction:
+    for v in DIRECTIONS:
         want = conv1d_ref(want, v / np.sqrt((v**2).sum((0, 1))), padding=1)
-    np.testing.assert_allclose(max_conv.compile(graph, weights=weights)(x), want, atol=1e-5)
+    np.testing.assert_allclose(models["unnamed"](x), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -84,16 +96,13 @@ def test_two_layers_of_one_name(kind: Any, bias: bool) -> None:
     assert is_one_sentence(str(error.value))
 
 
-def test_a_plain_graph_asks_for_names() -> None:
+def test_a_plain_graph_asks_for_names(models: dict[str, max_conv.Model]) -> None:
     a, b = layer(seed=1), layer(seed=2)
     with pytest.raises(ValueError, match=re.escape("another weight named 'weight'")) as error:
         Graph("network", lambda x: ops.relu(b(a(x))), input_types=X)
     assert is_one_sentence(str(error.value)) and "name=" in str(error.value)
-    named = [layer(seed=1, name="a"), layer(seed=2, name="b")]
-    graph = Graph("network", lambda x: named[1](named[0](x)), input_types=X)
-    weights = {name: value for conv in named for name, value in conv.state_dict().items()}
     x = normal(1, 20, 16)
-    np.testing.assert_allclose(max_conv.compile(graph, weights=weights)(x), expected(expected(x, 1), 2), atol=2e-2)
+    np.testing.assert_allclose(models["plain"](x), expected(expected(x, 1), 2), atol=2e-2)
 
 
 def test_a_graph_accepts_a_kernel_library() -> None:

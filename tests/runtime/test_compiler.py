@@ -80,7 +80,7 @@ def test_a_process_that_fails(graph: Graph, monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(sys, "executable", str(broken))
     monkeypatch.setattr(compiler, "_one_thread_is_faster", lambda _: True)
     assert compiler.with_one_thread(graph.module, []) is None
-    assert answers(compiler.compile_graphs(graph)) == WANT
+    assert answers(compiler.compile_graphs(graph.module)) == WANT
 
 
 KILLED = """
