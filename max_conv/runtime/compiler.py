@@ -44,13 +44,13 @@ def compile_graphs(graphs: Graph | Module, libraries: Sequence[Path] = (), devic
         RuntimeError: If the graphs cannot be compiled.
     """
     session = session_of(devices)
-    module, libraries = (
-        (graphs.module, graphs.kernel_libraries_paths) if isinstance(graphs, Graph) else (graphs, libraries)
-    )
-    if not devices and _one_thread_is_faster(module) and (result := with_one_thread(module, libraries)) is not None:
-        return result
+    module = graphs.module if isinstance(graphs, Graph) else graphs
+    if not devices and _one_thread_is_faster(module):
+        paths = graphs.kernel_libraries_paths if isinstance(graphs, Graph) else libraries
+        if (result := with_one_thread(module, paths)) is not None:
+            return result
     # Also where the other process failed: MAX's errors are raised here.
-    return session.compile(graphs, custom_extensions=list(libraries)) if graphs is module else session.compile(graphs)
+    return session.compile(graphs, custom_extensions=list(libraries) or None)
 
 
 def _one_thread_is_faster(module: Module) -> bool:
@@ -66,19 +66,19 @@ def with_one_thread(module: Module, libraries: Sequence[Path]) -> Any:
     """Returns the result of another process, or None if the process failed."""
     bytecode = io.BytesIO()
     _operation(module).write_bytecode(bytecode)
-    with _lock, tempfile.TemporaryDirectory(prefix="max_conv.compile.") as folder:
-        file = Path(folder) / "graphs.mef"
-        program = Path(__file__).with_name("one_thread.py")
-        command = [sys.executable, "-P", program, file, get_virtual_cpu_target() or "", *libraries]
-        words, environment = (
-            [str(word) for word in command],
-            dict(os.environ),
-        )  # without what MAX exports for its own use
-        done = subprocess.run(words, input=bytecode.getvalue(), capture_output=True, env=environment)
-        if done.returncode:
-            LOG.info("compiling with one thread failed: %s", done.stderr.decode(errors="replace").strip()[-300:])
-            return None
-        return read(io.BytesIO(file.read_bytes()))
+    environment = dict(os.environ)  # without what MAX exports for its own use
+    try:
+        with _lock, tempfile.TemporaryDirectory(prefix="max_conv.compile.") as folder:
+            file, program = Path(folder) / "graphs.mef", Path(__file__).with_name("one_thread.py")
+            words: list[str | Path] = [sys.executable, "-P", program, file, get_virtual_cpu_target() or "", *libraries]
+            done = subprocess.run(words, input=bytecode.getvalue(), capture_output=True, env=environment)
+            if not done.returncode:
+                return read(io.BytesIO(file.read_bytes()))
+            reason = done.stderr.decode(errors="replace").strip()[-300:]
+    except OSError as error:  # no further process, or no room for the file
+        reason = str(error)
+    LOG.info("compiling with one thread failed, and is done again in this process: %s", reason)
+    return None
 
 
 def _operation(module: Module) -> Any:

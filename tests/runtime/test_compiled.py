@@ -186,9 +186,9 @@ from max.dtype import DType
 from max.graph import TensorType, DeviceRef
 from max.engine import InferenceSession
 real = InferenceSession.compile
-def counted(self, graph):
+def counted(self, graph, **options):
     print("compiled")
-    return real(self, graph)
+    return real(self, graph, **options)
 InferenceSession.compile = counted
 x = TensorType(DType.float32, ["n"], DeviceRef.CPU())
 print(max_conv.compile(lambda x: x, [x])(np.arange(3, dtype=np.float32)).tolist())

@@ -1,11 +1,11 @@
 """Compiles in a process of their own: when there is one, its result, what happens if it fails, and that it never stays."""
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ X = np.arange(6, dtype=np.float32).reshape(2, 3)
 def graph() -> Graph:
     """The graph of `test_session.two`, which is compiled in any case."""
     x = TensorType(DType.float32, ["n", 3], HOST)
+    session_of()  # sets the processor to compile for
     return PackedGraph("two", lambda a, b: (a + b, a - b), input_types=[x, x])
 
 
@@ -63,8 +64,8 @@ def test_when_there_is_one(
 
 
 class FakeSession:
-    def compile(self, _: Any, custom_extensions: Sequence[Path] = ()) -> str:
-        assert list(custom_extensions) in ([], [kernel_library()])
+    def compile(self, _: Any, custom_extensions: list[Path] | None) -> str:
+        assert custom_extensions in (None, [kernel_library()])
         return "ours"
 
 
@@ -72,15 +73,21 @@ def test_its_result(graph: Graph) -> None:
     assert answers(compiler.with_one_thread(graph.module, [])) == WANT
 
 
-def test_a_process_that_fails(graph: Graph, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("script", "reason"), [("echo no memory >&2; exit 3", "no memory"), ("", "No such file")])
+def test_a_process_that_fails(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any, script: str, reason: str
+) -> None:
     """The graph is compiled here instead."""
+    caplog.set_level(logging.INFO, "max_conv")
     broken = tmp_path / "python3"
-    broken.write_text("#!/bin/sh\nexit 3\n")
-    broken.chmod(0o755)
+    if script:
+        broken.write_text(f"#!/bin/sh\n{script}\n")
+        broken.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(broken))
     monkeypatch.setattr(compiler, "_one_thread_is_faster", lambda _: True)
     assert compiler.with_one_thread(graph.module, []) is None
     assert answers(compiler.compile_graphs(graph.module)) == WANT
+    assert len(caplog.records) == 2 and reason in caplog.text
 
 
 KILLED = """
