@@ -4,6 +4,7 @@ MAX's cache and ours start empty, and all rows share them: a row finds what the 
 of CPU seconds, which other load on the machine changes less than wall time.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -40,7 +41,7 @@ def layer(name: str) -> Callable[[], Any]:
     made = max_conv.Conv1D(taps, channels, filters, DType.float32, padding=1)
     made.load_state_dict({"weight": np.zeros((taps, channels, filters), np.float32)})
     max_conv.PackedGraph("kernels", made, input_types=made.input_types())  # compiles the kernels, once per machine
-    return lambda: max_conv.compile(made)
+    return functools.partial(max_conv.compile, made)
 
 
 def hifigan() -> Callable[[], Any]:
@@ -51,7 +52,7 @@ def hifigan() -> Callable[[], Any]:
 
     weights = {name: np.zeros(shape, np.float32) for name, shape in hifigan.Config().shapes().items()}
     graph = hifigan.build(hifigan.Config(), weights)
-    return lambda: max_conv.compile(graph, weights=weights)
+    return functools.partial(max_conv.compile, graph, weights=weights)
 
 
 ROWS: tuple[tuple[str, Callable[[], Callable[[], Any]]], ...] = (
