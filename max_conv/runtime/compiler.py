@@ -1,4 +1,4 @@
-"""Compiles graphs with MAX: large ones in a process of their own, with one thread.
+"""Compiles graphs with MAX: large ones in a separate process, with one thread.
 
 Where MAX has several threads, it gives LLVM each operation of the graphs apart, with a copy of all functions that the
 operation calls, and optimises the copies again and again. With one thread all operations are one module, and each function

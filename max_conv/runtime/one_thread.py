@@ -1,4 +1,4 @@
-"""Compiles a module of graphs with one thread of MAX. `compiler.py` runs this file in a process of its own.
+"""Compiles a module of graphs with one thread of MAX. `compiler.py` runs this file in a separate process.
 
     python one_thread.py FILE TARGET LIBRARY ...
 
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 DEATH_SIGNAL = 1
-"""What `prctl` takes to set the signal that a process gets when its parent ends."""
+"""The option of `prctl` that sets the signal that a process gets when its parent ends."""
 
 
 def main(file: str, target: str, *libraries: str) -> None:

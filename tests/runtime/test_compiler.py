@@ -1,4 +1,4 @@
-"""Compiles in a process of their own: when there is one, its result, what happens if it fails, and that it never stays."""
+"""Compiles in a separate process: when there is one, its result, what happens if it fails, and that it never stays."""
 
 import logging
 import os
