@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from max import mlir
+from max._core.dialects.mo import GraphOp
 from max.driver import get_virtual_cpu_target
 from max.engine import read
 from max.graph import Graph, Module
@@ -57,21 +57,19 @@ def _one_thread_is_faster(module: Module) -> bool:
     # Some programs that embed Python name themselves as its executable.
     if not Path(sys.executable or "").name.startswith("python") or not hasattr(os, "sched_getaffinity"):
         return False
-    graphs = [graph for graph in _operation(module).regions[0].blocks[0] if graph.regions]
-    operations = sum(1 for graph in graphs for _ in graph.regions[0].blocks[0].operations)
+    graphs = [operation for operation in module.mlir_module.body if isinstance(operation, GraphOp)]
+    operations = sum(1 for graph in graphs for _ in graph.regions[0].front)
     return operations >= OPERATIONS and 1 < len(os.sched_getaffinity(0)) <= CPUS
 
 
 def with_one_thread(module: Module, libraries: Sequence[Path]) -> Any:
     """Returns the result of another process, or None if the process failed."""
-    bytecode = io.BytesIO()
-    _operation(module).write_bytecode(bytecode)
     environment = dict(os.environ)  # without what MAX exports for its own use
     try:
         with _lock, tempfile.TemporaryDirectory(prefix="max_conv.compile.") as folder:
             file, program = Path(folder) / "graphs.mef", Path(__file__).with_name("one_thread.py")
             words: list[str | Path] = [sys.executable, "-P", program, file, get_virtual_cpu_target() or "", *libraries]
-            done = subprocess.run(words, input=bytecode.getvalue(), capture_output=True, env=environment)
+            done = subprocess.run(words, input=module.mlir_module.bytecode, capture_output=True, env=environment)
             if not done.returncode:
                 return read(io.BytesIO(file.read_bytes()))
             reason = done.stderr.decode(errors="replace").strip()[-300:]
@@ -79,7 +77,3 @@ def with_one_thread(module: Module, libraries: Sequence[Path]) -> Any:
         reason = str(error)
     LOG.info("compiling with one thread failed, and is done again in this process: %s", reason)
     return None
-
-
-def _operation(module: Module) -> Any:
-    return mlir.Operation._CAPICreate(module.mlir_module._CAPIPtr)

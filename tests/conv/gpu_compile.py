@@ -8,10 +8,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+# With one thread MAX compiles in less time, max_conv/runtime/compiler.py says why. Its import makes the threads.
 USABLE = os.sched_getaffinity(0)
-os.sched_setaffinity(
-    0, {min(USABLE)}
-)  # with one thread MAX compiles in less time, max_conv/runtime/compiler.py says why
+os.sched_setaffinity(0, {min(USABLE)})
 
 from max.driver import set_virtual_device_api, set_virtual_device_count, set_virtual_device_target_arch  # noqa: E402
 
