@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Starts the longest files first, so that no worker has one of them left at the end."""
-    items.sort(key=lambda item: "property" not in item.path.name and item.path.parent.name != "graphs")
+    items.sort(key=lambda item: "property" not in item.path.name and not has_graphs(item.path))
     if not config.getoption("--all"):
         for item in items:
             if item.get_closest_marker("nightly"):
@@ -39,18 +39,49 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Gives each file to one worker, and all files of tests/graphs to the same one: they share a compile."""
+    """Gives each file to one worker, and all files with `graphs` to the same one: they share a compile."""
     from xdist.scheduler import LoadFileScheduling
 
     scheduling = LoadFileScheduling(config, log)
     file_of = scheduling._split_scope
 
     def scope_of(test: str) -> str:
-        folder, found, _ = test.partition("graphs/")
-        return folder + found if found else file_of(test)
+        file = file_of(test)
+        return "graphs" if has_graphs(config.rootpath / file) else file
 
     scheduling._split_scope = scope_of
     return scheduling
+
+
+@functools.cache
+def has_graphs(file: Path) -> bool:
+    """Returns whether a test file has a function `graphs`; see the fixture `models`."""
+    return "\ndef graphs() -> " in file.read_text()
+
+
+@pytest.fixture(scope="session")
+def compiled_graphs(request: pytest.FixtureRequest) -> dict[tuple[str, str], Any]:
+    """Compiles the graphs of all selected test files together; returns them by file and name."""
+    from harness import compile_together
+
+    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    files = {
+        test.module.__name__: test.module
+        for test in tests
+        if has_graphs(test.path) and "models" in test.fixturenames and not test.get_closest_marker("skip")
+    }
+    graphs = {(file, name): graph for file, module in files.items() for name, graph in module.graphs().items()}
+    return dict(zip(graphs, compile_together(*graphs.values()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def models(request: pytest.FixtureRequest, compiled_graphs: dict[tuple[str, str], Any]) -> dict[str, Any]:
+    """The compiled graphs of a test file, by name.
+
+    The file's function `graphs` returns each graph with its weights, by name. A compile takes 10 to 30 s, and a further
+    graph in it 1 to 3 s, so all files have theirs compiled at once.
+    """
+    return {name: model for (file, name), model in compiled_graphs.items() if file == request.module.__name__}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -146,10 +146,19 @@ def graph_of(cases: Sequence[Case], device: DeviceRef = HOST) -> PackedGraph:
     return graph
 
 
-def run(cases: Sequence[Case], times: int = 2, device: DeviceRef = HOST) -> list[Array]:
+def graphs_of(cases: Sequence[Case]) -> dict[str, tuple[PackedGraph, Mapping[str, Any]]]:
+    """Returns a graph of the cases that are no single operation, for a file's `graphs`; without such cases, none."""
+    rest = [case for case in cases if not alone(graph_of([case]))]
+    return {"cases": (graph_of(rest), {})} if rest else {}
+
+
+def run(
+    cases: Sequence[Case], models: Mapping[str, max_conv.Model] | None = None, times: int = 2, device: DeviceRef = HOST
+) -> list[Array]:
     """Runs cases through the public functions, and checks that running again changes no bit.
 
-    A case that is one operation runs in the graph of its kind; all kinds are compiled together. So are the others.
+    A case that is one operation runs in the graph of its kind; all kinds are compiled together. The others run together:
+    in the model of `graphs_of`, or compiled here.
     """
     graphs = [graph_of([case], device) for case in cases]
     layers = [alone(graph) if device.is_cpu() else None for graph in graphs]
@@ -169,7 +178,7 @@ def run(cases: Sequence[Case], times: int = 2, device: DeviceRef = HOST) -> list
         if layer:
             answer(max_conv.compile(graph), [case])
     if rest := [case for case, layer in zip(cases, layers) if not layer]:
-        answer(max_conv.compile(graph_of(rest, device)), rest)
+        answer(models["cases"] if models else max_conv.compile(graph_of(rest, device)), rest)
     return [found[case.id] for case in cases]
 
 

@@ -17,7 +17,7 @@ from max.graph import BufferType, DeviceRef, Graph, TensorType, TensorValue, ops
 from max_conv.graphs import silero_vad
 
 import max_conv
-from harness import HOST, compile_together, is_one_sentence, normal
+from harness import HOST, is_one_sentence, normal
 from max_conv import Conv1D, ConvTranspose1D, ConvTranspose1d, WeightNormConv1D, conv1d, conv_transpose1d
 from max_conv.conv.graph import custom_op
 from max_conv.conv.layouts import permutation
@@ -675,19 +675,18 @@ def convolutions() -> Graph:
     return graph
 
 
-@pytest.fixture(scope="module")
-def models() -> list[max_conv.Model]:
-    return compile_together((convolutions(), {}), (recurrent_kernels(), {}))
+def graphs() -> dict[str, tuple[Graph, dict[str, Any]]]:
+    return {"convolutions": (convolutions(), {}), "recurrent": (recurrent_kernels(), {})}
 
 
-@pytest.fixture(scope="module")
-def model(models: list[max_conv.Model]) -> max_conv.Model:
-    return models[0]
+@pytest.fixture
+def model(models: dict[str, max_conv.Model]) -> max_conv.Model:
+    return models["convolutions"]
 
 
-@pytest.fixture(scope="module")
-def recurrent(models: list[max_conv.Model]) -> max_conv.Model:
-    return models[1]
+@pytest.fixture
+def recurrent(models: dict[str, max_conv.Model]) -> max_conv.Model:
+    return models["recurrent"]
 
 
 def run_raw(model: max_conv.Model, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from max.driver import accelerator_count
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType
+from max.graph import DeviceRef, Graph, TensorType
 
 import max_conv
-from harness import Case, check, normal, run
+from harness import Case, check, graphs_of, normal, run
 from max_conv.conv.layouts import permute
 from max_conv.conv.recurrent import lstm
 
@@ -84,16 +84,27 @@ def cases() -> Iterator[Case]:
         yield Case(f"transposed {dtype}", data, turned, shift, {"stride": 2}, transposed=True)
 
 
+CASES = list(cases())
+LSTM = {"x": (3, 20, 5), "w_ih": (5, 4 * 33), "w_hh": (33, 4 * 33), "bias": (4 * 33,), "h0": (3, 33), "c0": (3, 33)}
+
+
+def lstm_graph(device: DeviceRef) -> Graph:
+    return Graph("lstm", lstm, [TensorType(DType.float32, shape, device) for shape in LSTM.values()])
+
+
+def graphs() -> dict[str, Any]:
+    return graphs_of(CASES) | {"lstm": (lstm_graph(DeviceRef.CPU()), {})}
+
+
 @pytest.mark.parametrize("name", DEVICES)
-def test_runs(name: str) -> None:
-    every = list(cases())
-    for case, got in zip(every, run(every, device=DeviceRef.CPU() if name == "cpu" else DeviceRef.GPU())):
+def test_runs(name: str, models: dict[str, max_conv.Model]) -> None:
+    ours = run(CASES, models) if name == "cpu" else run(CASES, device=DeviceRef.GPU())
+    for case, got in zip(CASES, ours):
         check(case, got)
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_lstm_runs(name: str) -> None:
-    device = DeviceRef.CPU() if name == "cpu" else DeviceRef.GPU()
+def test_lstm_runs(name: str, models: dict[str, max_conv.Model]) -> None:
     theirs = torch.nn.LSTM(5, 33, batch_first=True)
     state = {key: value.detach() for key, value in theirs.state_dict().items()}
     x, memory = torch.randn(3, 20, 5), torch.zeros(3, 33)
@@ -106,8 +117,9 @@ def test_lstm_runs(name: str) -> None:
         memory,
         memory.clone(),
     ]
-    types = [TensorType(DType.float32, list(value.shape), device) for value in inputs]
-    got = max_conv.compile(lstm, types)(*inputs)
+    assert [tuple(value.shape) for value in inputs] == list(LSTM.values())
+    model = models["lstm"] if name == "cpu" else max_conv.compile(lstm_graph(DeviceRef.GPU()))
+    got = model(*inputs)
     with torch.no_grad():
         outputs, (hidden, cell) = theirs(x)
     for ours, want in zip(got, (outputs, hidden[0], cell[0])):

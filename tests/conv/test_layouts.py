@@ -1,11 +1,12 @@
 """Every layout of the data with every layout of the filter."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from harness import Array, Case, check, normal, run
+import max_conv
+from harness import Array, Case, check, graphs_of, normal, run
 from max_conv.conv.layouts import FilterLayout, Layout, permutation, permute
 
 LAYOUTS, FILTER_LAYOUTS = get_args(Layout), get_args(FilterLayout)
@@ -33,9 +34,13 @@ def cases() -> list[Case]:
 CASES = cases()
 
 
+def graphs() -> dict[str, Any]:
+    return graphs_of(CASES)
+
+
 @pytest.fixture(scope="module")
-def answers() -> dict[str, Array]:
-    return {case.id: got for case, got in zip(CASES, run(CASES))}
+def answers(models: dict[str, max_conv.Model]) -> dict[str, Array]:
+    return {case.id: got for case, got in zip(CASES, run(CASES, models))}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -39,9 +39,8 @@ def input_types(
     return [TensorType(dtype, shape, CPU) for shape in [*shapes, shapes[-1]]]
 
 
-@pytest.fixture(scope="module")
-def model() -> max_conv.Model:
-    """All networks in one graph, since compiling takes seconds."""
+def graphs() -> dict[str, tuple[Graph, dict[str, Any]]]:
+    """All networks in one graph."""
     types = [
         input_types(getattr(DType, str(dtype).removeprefix("torch.")), channels, units)
         for dtype, channels, units, _ in NETWORKS
@@ -49,7 +48,12 @@ def model() -> max_conv.Model:
     with Graph("networks", input_types=list(chain(*types))) as graph:
         values = [value.tensor for value in graph.inputs]
         graph.output(*(y for i in range(0, len(values), 6) for y in lstm(*values[i : i + 6])))
-    return max_conv.compile(graph)
+    return {"networks": (graph, {})}
+
+
+@pytest.fixture
+def model(models: dict[str, max_conv.Model]) -> max_conv.Model:
+    return models["networks"]
 
 
 def torch_lstm(

@@ -2,7 +2,7 @@
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
 
 import max_conv
-from harness import HOST, Array, Case, check, compile_together, compiled, execute, ids, normal, reference, run
+from harness import HOST, Array, Case, check, compiled, execute, ids, normal, reference, run
 
 F32 = DType.float32
 NCL = {"layout": "NCL", "filter_layout": "FCS"}
@@ -241,22 +241,17 @@ class WhisperConfig:
 THEIR_IMPORT, OUR_IMPORT = "from max.nn.conv import Conv1D\n", "from max_conv import Conv1D\n"
 
 
-@pytest.fixture(scope="module")
-def make_encoder() -> Callable[[str], Any]:
-    """Makes an encoder, with seeded weights, from MAX's source with the given import."""
+def make_encoder(import_line: str) -> Any:
+    """Returns an encoder, with seeded weights, from MAX's source with the given import."""
     root = importlib.util.find_spec("max.pipelines")
     assert root and root.submodule_search_locations
     source = Path(root.submodule_search_locations[0], "architectures/whisper/encoder.py").read_text()
     assert source.count(THEIR_IMPORT) == 1
-
-    def make(import_line: str) -> Any:
-        scope: dict[str, Any] = {"__name__": "encoder"}
-        exec(compile(source.replace(THEIR_IMPORT, import_line), "encoder.py", "exec"), scope)
-        encoder = scope["WhisperEncoder"](WhisperConfig, F32, HOST)
-        encoder.load_state_dict(random_state(encoder))
-        return encoder
-
-    return make
+    scope: dict[str, Any] = {"__name__": "encoder"}
+    exec(compile(source.replace(THEIR_IMPORT, import_line), "encoder.py", "exec"), scope)
+    encoder = scope["WhisperEncoder"](WhisperConfig, F32, HOST)
+    encoder.load_state_dict(random_state(encoder))
+    return encoder
 
 
 def stem_graph(encoder: Any, shape: Sequence[Any]) -> Graph:
@@ -273,7 +268,7 @@ def gelu(x: np.ndarray) -> np.ndarray:
     return torch.nn.functional.gelu(torch.from_numpy(x)).numpy()
 
 
-def test_whisper_stem(make_encoder: Callable[[str], Any], models: dict[str, max_conv.Model]) -> None:
+def test_whisper_stem(models: dict[str, max_conv.Model]) -> None:
     """MAX declares (batch, mel bins, length) and passes it to an NLC layer: the last axis must be the mel bins."""
     encoder = make_encoder(OUR_IMPORT)
     assert type(encoder.conv1) is type(encoder.conv2) is max_conv.Conv1D
@@ -288,13 +283,13 @@ def test_whisper_stem(make_encoder: Callable[[str], Any], models: dict[str, max_
 
 
 @pytest.mark.parametrize("shape", [["b", "mel", "length"], ["b", "length", 80], [2, 100, 80]], ids=str)
-def test_whisper_stem_has_the_type_of_the_original(shape: list[Any], make_encoder: Callable[[str], Any]) -> None:
+def test_whisper_stem_has_the_type_of_the_original(shape: list[Any]) -> None:
     ours, theirs = (stem_graph(make_encoder(line), shape) for line in (OUR_IMPORT, THEIR_IMPORT))
     assert ours.output_types == theirs.output_types
 
 
 @pytest.mark.parametrize("line", [THEIR_IMPORT, OUR_IMPORT], ids=["max.nn", "max_conv"])
-def test_whisper_encoder_builds_where_the_original_does(line: str, make_encoder: Callable[[str], Any]) -> None:
+def test_whisper_encoder_builds_where_the_original_does(line: str) -> None:
     """The whole encoder builds for lengths that are known; with the declared ones, neither import does."""
     encoder = make_encoder(line)
     graph = Graph("encoder", encoder, [TensorType(F32, ["batch", 100, 80], HOST)])
@@ -333,9 +328,8 @@ class Everywhere(max.nn.Module):
         return [twice, value.tensor, self.flat(flat), self.turned(x.transpose(1, 2)), self.turned(turned)]
 
 
-@pytest.fixture(scope="module")
-def models(make_encoder: Callable[[str], Any]) -> dict[str, max_conv.Model]:
-    """Graphs for a plain session: a tree with layers of MAX, and the begin of Whisper's encoder."""
+def graphs() -> dict[str, tuple[Any, Any]]:
+    """Plain graphs: a tree with layers of MAX, the begin of Whisper's encoder, and `Everywhere`."""
     tagger = Tagger(max_conv.Conv1D)
     tagger.load_state_dict(random_state(tagger))
     # Without its Linear, whose matrix product takes MAX half a minute to compile.
@@ -343,26 +337,24 @@ def models(make_encoder: Callable[[str], Any]) -> dict[str, max_conv.Model]:
     encoder = make_encoder(OUR_IMPORT)
     (declared,) = encoder.input_types()
     stem = stem_graph(encoder, declared.shape)
-    both = compile_together((features, tagger.state_dict()), (stem, encoder.state_dict()))
-    return dict(zip(("features", "stem"), both))
-
-
-@pytest.fixture(scope="module")
-def everywhere() -> tuple[Any, dict[str, np.ndarray]]:
     module = Everywhere()
     state = random_state(module)
     module.load_state_dict(state)
     sizes: list[list[int | str]] = [["batch", "length", 8], ["frames", 8], [8, "steps"]]
-    graph = Graph("everywhere", module, [TensorType(F32, size, HOST) for size in sizes])
+    everywhere = Graph("everywhere", module, [TensorType(F32, size, HOST) for size in sizes])
     assert not module.state_dict().keys() ^ state.keys()
-    return compiled(graph, module.state_dict()), state
+    return {
+        "features": (features, tagger.state_dict()),
+        "stem": (stem, encoder.state_dict()),
+        "everywhere": (everywhere, module.state_dict()),
+    }
 
 
 @pytest.mark.parametrize("batch, length", [(1, 4), (2, 37), (3, 64), (0, 20)])
-def test_everywhere(batch: int, length: int, everywhere: tuple[Any, dict[str, np.ndarray]]) -> None:
-    model, state = everywhere
+def test_everywhere(batch: int, length: int, models: dict[str, max_conv.Model]) -> None:
+    model, state = models["everywhere"], random_state(Everywhere())
     x, flat, turned = normal(batch, length, 8), normal(length + 3, 8), normal(8, length + 5)
-    got = execute(model, [x, flat, turned])
+    got = model(x, flat, turned)
     want = [
         convolved(convolved(x, state, "blocks.0", padding=1), state, "blocks.1", padding=1),
         reference(Case("function", x, normal(2, 8, 4, seed=9), kwargs={"padding": "causal"})),

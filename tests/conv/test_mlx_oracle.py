@@ -1,11 +1,13 @@
 """MLX as a second live oracle, on its own layouts: NLC data, (F, K, C / groups) filters."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
-from harness import Array, Case, check, check_reference, ids, normal, run
+import max_conv
+from harness import Array, Case, check, check_reference, graphs_of, ids, normal, run
 
 mx = pytest.importorskip("mlx.core", reason="MLX is installed by the test extra on Linux only")
 nn = pytest.importorskip("mlx.nn", reason="MLX is installed by the test extra on Linux only")
@@ -80,9 +82,13 @@ def transposed_cases() -> Iterator[Case]:
 CASES = [*op_cases(), *layer_cases(), *transposed_cases()]
 
 
+def graphs() -> dict[str, Any]:
+    return graphs_of(CASES)
+
+
 @pytest.fixture(scope="module")
-def results() -> dict[str, Array]:
-    return dict(zip(ids(CASES), run(CASES), strict=True))
+def results(models: dict[str, max_conv.Model]) -> dict[str, Array]:
+    return dict(zip(ids(CASES), run(CASES, models), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))

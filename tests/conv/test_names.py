@@ -9,7 +9,7 @@ from max.dtype import DType
 from max.graph import Graph, KernelLibrary, TensorType, ops
 
 import max_conv
-from harness import HOST, compile_together, is_one_sentence, normal
+from harness import HOST, is_one_sentence, normal
 from max_conv import Conv1D, ConvTranspose1D, PackedGraph, WeightNormConv1D
 from max_conv.conv.reference import conv1d_ref, conv_transpose1d_ref
 
@@ -66,8 +66,7 @@ def test_names_follow_the_first_call() -> None:
 DIRECTIONS = [normal(3, 16, 16, seed=seed) for seed in (1, 2)]
 
 
-@pytest.fixture(scope="module")
-def models() -> dict[str, max_conv.Model]:
+def graphs() -> dict[str, tuple[Graph, dict[str, Any]]]:
     """A graph of two layers with weight norm and without names, and a plain graph of two layers with names."""
     layers = [WeightNormConv1D(3, 16, 16, DType.float32, padding=1) for _ in "ab"]
     unnamed = PackedGraph("unnamed", lambda x: layers[1](layers[0](x)), input_types=X)
@@ -76,7 +75,7 @@ def models() -> dict[str, max_conv.Model]:
     named = [layer(seed=1, name="a"), layer(seed=2, name="b")]
     plain = Graph("plain", lambda x: named[1](named[0](x)), input_types=X)
     values = {name: value for conv in named for name, value in conv.state_dict().items()}
-    return dict(zip(("unnamed", "plain"), compile_together((unnamed, weights), (plain, values))))
+    return {"unnamed": (unnamed, weights), "plain": (plain, values)}
 
 
 def test_weight_norm_without_a_name(models: dict[str, max_conv.Model]) -> None:

@@ -9,7 +9,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
 
 import max_conv
-from harness import HOST, Case, check, compiled, execute, normal
+from harness import HOST, Case, check, normal
 from max_conv.conv.reference import conv_transpose1d_ref
 
 F32 = DType.float32
@@ -32,8 +32,8 @@ def test_arguments_and_weights_are_those_of_max(args: tuple, kwargs: dict[str, A
     assert theirs.output_padding == (0, ours.output_padding)
 
 
-def test_the_drop_in_in_a_plain_session() -> None:
-    """MAX's own layer has the same arguments, but does not compile for any size on the CPU (MAX 26.7.0)."""
+def drop_in() -> tuple[Graph, dict[str, np.ndarray], list[Case]]:
+    """Returns a plain graph of two layers, their weights, and the case of each layer."""
     native = max_conv.ConvTranspose1d(4, 6, 8, F32, 2, 1, has_bias=True, name="native")
     pytorch = max_conv.ConvTranspose1d(4, 6, 8, F32, 2, 1, permute=True, name="pytorch")
     weights = {"native.weight": normal(4, 8, 6), "native.bias": normal(8), "pytorch.weight": normal(6, 8, 4)}
@@ -52,11 +52,10 @@ def test_the_drop_in_in_a_plain_session() -> None:
     with Graph("layers", input_types=[TensorType(F32, list(case.x.shape), HOST) for case in cases]) as graph:
         x, y = (value.tensor for value in graph.inputs)
         graph.output(native(x), pytorch(y))
-    for case, got in zip(cases, execute(compiled(graph, weights), [case.x for case in cases]), strict=True):
-        check(case, got)
+    return graph, weights, cases
 
 
-def test_a_stack_of_layers() -> None:
+def stack() -> tuple[max_conv.PackedGraph, dict[str, np.ndarray]]:
     """Symbolic batch and length, groups, an activation after a layer, one layer without a batch, `output_size`."""
     up = max_conv.ConvTranspose1D(8, 24, 12, F32, stride=4, padding="causal", has_bias=True, name="up")
     grouped = max_conv.ConvTranspose1D(4, 12, 12, F32, stride=2, padding=1, num_groups=12, name="grouped")
@@ -67,11 +66,26 @@ def test_a_stack_of_layers() -> None:
         for name, weight in layer.raw_state_dict().items()
     }
 
-    def stack(x: TensorValue) -> tuple[TensorValue, TensorValue]:
+    def network(x: TensorValue) -> tuple[TensorValue, TensorValue]:
         y = grouped(ops.relu(up(x)))
         return y, sparse(ops.squeeze(y.transpose(1, 2)[:1], 0), output_size=194)
 
-    model = max_conv.compile(stack, {"x": TensorType(F32, ["n", "l", 24], HOST)}, weights=weights)
+    return max_conv.PackedGraph("stack", network, [TensorType(F32, ["n", "l", 24], HOST)]), weights
+
+
+def graphs() -> dict[str, Any]:
+    return {"drop-in": drop_in()[:2], "stack": stack()}
+
+
+def test_the_drop_in_in_a_plain_graph(models: dict[str, max_conv.Model]) -> None:
+    """MAX's own layer has the same arguments, but does not compile for any size on the CPU (MAX 26.7.0)."""
+    cases = drop_in()[2]
+    for case, got in zip(cases, models["drop-in"](*(case.x for case in cases)), strict=True):
+        check(case, got)
+
+
+def test_a_stack_of_layers(models: dict[str, max_conv.Model]) -> None:
+    model, (_, weights) = models["stack"], stack()
     x = normal(2, 8, 24)
     y, z = model(x)
     first = conv_transpose1d_ref(x, weights["up.weight"], weights["up.bias"], stride=4, padding=(0, 4))

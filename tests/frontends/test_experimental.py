@@ -1,9 +1,9 @@
 """The modules of `max.experimental.nn`: in MAX's own vocoder, alone, and with packed filters."""
 
+import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,28 +17,34 @@ from max.dtype import DType
 from max.experimental import functional as F
 from max.experimental.nn import Conv2d, Module
 from max.experimental.tensor import Tensor
-from max.graph import DeviceRef, TensorType
+from max.graph import DeviceRef, Graph, TensorType
 from torch.nn import functional
 
 import max_conv
-from harness import compile_together
 from max_conv.frontends import experimental
 
 MUSIC = Path(max.__path__[0], "pipelines", "architectures", "minimax_music3")
 RATIOS, HIDDEN, LATENT, FRAMES = (4, 2), 32, 8, 12
 
 
-@pytest.fixture(scope="module")
-def vocoder() -> Iterator[ModuleType]:
-    """The wheel's components/vocoder.py, whose `from ..layers.conv import ...` finds this package's layers."""
+@functools.cache
+def music_module() -> Module[..., Any]:
+    """Returns a small vocoder of the wheel's components/vocoder.py, whose `from ..layers.conv` finds this package's layers."""
     package = ModuleType("music_with_max_conv")
     package.__path__ = [str(MUSIC)]  # without its __init__.py, which needs max[serve]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, package.__name__, package)
         patch.setitem(sys.modules, f"{package.__name__}.layers.conv", experimental)
-        yield importlib.import_module(f"{package.__name__}.components.vocoder")
+        vocoder = importlib.import_module(f"{package.__name__}.components.vocoder")
+    config = sys.modules[f"{package.__name__}.model_config"]
     for name in [name for name in sys.modules if name.startswith(package.__name__)]:
         del sys.modules[name]
+    sizes = config.VocoderConfig(
+        latent_channels=LATENT, decoder_input_dim=16, decoder_hidden_dim=HIDDEN, upsampling_ratios=RATIOS
+    )
+    with F.lazy():  # as MAX's vocode.py does
+        module: Module[..., Any] = vocoder.Vocoder(sizes).to(CPU())
+    return module
 
 
 def music_weights(module: Module[..., Any]) -> dict[str, np.ndarray]:
@@ -102,52 +108,39 @@ LAYER_WEIGHTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def music_module(vocoder: ModuleType) -> Module[..., Any]:
-    config = sys.modules[f"{vocoder.__package__}".replace("components", "model_config")]
-    sizes = config.VocoderConfig(
-        latent_channels=LATENT, decoder_input_dim=16, decoder_hidden_dim=HIDDEN, upsampling_ratios=RATIOS
-    )
-    with F.lazy():  # as MAX's vocode.py does
-        module: Module[..., Any] = vocoder.Vocoder(sizes).to(CPU())
-    return module
+def graphs() -> dict[str, tuple[Graph, dict[str, np.ndarray]]]:
+    """The vocoder as MAX traces it, the vocoder with packed filters, and `Layers`."""
+    module: Any = music_module()
+    types, weights = module.input_types(FRAMES), music_weights(module)
+    return {
+        "plain vocoder": (module.trace(*types).graph, weights),
+        "packed vocoder": (experimental.trace(module, *types), weights),
+        "layers": (experimental.trace(LAYERS, *TYPES), LAYER_WEIGHTS),
+    }
 
 
-@pytest.fixture(scope="module")
-def models(music_module: Any) -> list[max_conv.Model]:
-    """The vocoder as MAX traces it, the vocoder with packed filters, and `Layers`: one compile."""
-    types, weights = music_module.input_types(FRAMES), music_weights(music_module)
-    return compile_together(
-        (music_module.trace(*types).graph, weights),
-        (experimental.trace(music_module, *types), weights),
-        (experimental.trace(LAYERS, *TYPES), LAYER_WEIGHTS),
-    )
-
-
-def test_the_vocoder_of_minimax_music_3_with_one_import_changed(
-    models: list[max_conv.Model], music_module: Module[..., Any]
-) -> None:
+def test_the_vocoder_of_minimax_music_3_with_one_import_changed(models: dict[str, max_conv.Model]) -> None:
     latents = np.random.default_rng(1).normal(size=(1, LATENT, FRAMES)).astype(np.float32)
-    want = music(music_weights(music_module), latents)
+    want = music(music_weights(music_module()), latents)
     assert want.shape == (1, 2, FRAMES * np.prod(RATIOS)) and 0.05 < np.abs(want).mean() < 0.5
-    for model in models[:2]:
-        assert np.abs(model(latents) - want).max() < 1e-5 * np.abs(want).max()
+    for name in ("plain vocoder", "packed vocoder"):
+        assert np.abs(models[name](latents) - want).max() < 1e-5 * np.abs(want).max()
 
 
-def test_filters_of_a_module_are_packed_once(music_module: Any) -> None:
-    weights = music_weights(music_module)
-    types = music_module.input_types(FRAMES)
-    graph = experimental.trace(music_module, *types)
+def test_filters_of_a_module_are_packed_once() -> None:
+    module: Any = music_module()
+    weights, types = music_weights(module), module.input_types(FRAMES)
+    graph = experimental.trace(module, *types)
     layers = [layer for (layer,) in graph.emitted]
     assert len(layers) == 17 and all(layer.form and layer.form.filter_layout != "SFC" for layer in layers)
     packed = [layer for layer in layers if layer.kernel != "lengthwise"]  # which reads any filter as it is
     assert len(packed) == 16 and {layer.form.filter_layout for layer in packed if layer.form} == {"packed"}
     passed = max_conv.registry(graph, weights).keys()
     assert not {name for name in weights if name.endswith(("weight_lo", "weight_hi", "conv1.weight"))} & passed
-    assert "packed" not in str(music_module.trace(*types)), "MAX's own graph has filters as they are"
+    assert "packed" not in str(module.trace(*types)), "MAX's own graph has filters as they are"
 
 
-def test_layers_in_a_module(models: list[max_conv.Model]) -> None:
+def test_layers_in_a_module(models: dict[str, max_conv.Model]) -> None:
     random = np.random.default_rng(3)
     x, y = (random.normal(size=size).astype(np.float32) for size in ((2, 6, 21), (2, 10, 8)))
     w = {name: torch.from_numpy(value).double() for name, value in LAYER_WEIGHTS.items()}
@@ -155,16 +148,17 @@ def test_layers_in_a_module(models: list[max_conv.Model]) -> None:
     down = functional.conv1d(padded, w["down.weight"], w["down.bias"], stride=2, dilation=2, groups=3)
     channels = torch.from_numpy(y).double().permute(0, 2, 1)
     up = functional.conv_transpose1d(channels, w["up.weight"].permute(2, 1, 0), None, 3, 1, 1, groups=2)
-    for got, want in zip(models[2](x, y), (down.numpy(), up.permute(0, 2, 1).numpy())):
+    for got, want in zip(models["layers"](x, y), (down.numpy(), up.permute(0, 2, 1).numpy())):
         assert got.shape == want.shape
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_a_checkpoint_of_max_loads(music_module: Any) -> None:
+def test_a_checkpoint_of_max_loads() -> None:
     """The names are parameters of the layers, so they load as part of any model."""
-    weights = music_weights(music_module)
+    vocoder: Any = music_module()
+    weights = music_weights(vocoder)
     with F.lazy():
-        module = type(music_module)(music_module.config)
+        module = type(vocoder)(vocoder.config)
     assert {"blocks.0.conv_t1.weight_lo", "blocks.0.conv_t1.weight_hi", "conv_in.weight"} <= weights.keys()
     module.load_state_dict(weights)
     for name, tensor in module.parameters:

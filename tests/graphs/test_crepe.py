@@ -80,7 +80,7 @@ def expected(torchcrepe: Any, module: Any, audio: np.ndarray) -> np.ndarray:
         return module(frames).numpy()
 
 
-def networks() -> dict[str, tuple[Any, Any]]:
+def graphs() -> dict[str, tuple[Any, Any]]:
     weights = crepe.load_weights()
     return {"tiny": (crepe.build(crepe.Config(), weights), weights)}
 

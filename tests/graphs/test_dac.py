@@ -135,7 +135,7 @@ def small() -> tuple[Any, dac.Config, dict[str, np.ndarray]]:
     return model, config, weights
 
 
-def networks() -> dict[str, tuple[Any, Any]]:
+def graphs() -> dict[str, tuple[Any, Any]]:
     _, config, weights = small()
     return {"small": (dac.build(config, weights), weights)}
 

@@ -134,7 +134,7 @@ def one_stage() -> tuple[Any, encodec.Config, dict[str, np.ndarray]]:
     return model, config, weights
 
 
-def networks() -> dict[str, tuple[Any, Any]]:
+def graphs() -> dict[str, tuple[Any, Any]]:
     _, config, weights = causal()
     return {"causal": (encodec.build(config, weights), weights)}
 

@@ -74,7 +74,7 @@ def small() -> Any:
     return original(SMALL)
 
 
-def networks() -> dict[str, tuple[Any, Any]]:
+def graphs() -> dict[str, tuple[Any, Any]]:
     config = hifigan.Config.from_dict(small().config.to_dict())
     weights = to_native(arrays(small()), hifigan.LAYERS, "hifigan")
     return {"small": (hifigan.build(config, weights), weights)}

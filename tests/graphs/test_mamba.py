@@ -40,7 +40,7 @@ def small() -> tuple[Any, mamba.Config]:
     return network, mamba.Config.from_dict(network.config.to_dict())
 
 
-def networks() -> dict[str, tuple[Any, Any]]:
+def graphs() -> dict[str, tuple[Any, Any]]:
     network, config = small()
     weights = to_native(arrays(network), mamba.LAYERS, "mamba")
     return {"small": (mamba.build(config, weights), weights)}

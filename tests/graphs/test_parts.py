@@ -14,7 +14,7 @@ import max_conv
 RATE, GAIN = 0.7, 0.3
 
 
-def networks() -> dict[str, tuple[Any, Any]]:
+def graphs() -> dict[str, tuple[Any, Any]]:
     shapes: tuple[list[int | str], ...] = ([1, "length", 1], [1], [1])
     types = [TensorType(DType.float32, shape, DeviceRef.CPU()) for shape in shapes]
     with max_conv.PackedGraph("parts", input_types=types) as graph:

@@ -89,7 +89,7 @@ def audio() -> np.ndarray:
     return read_audio(resolve(silero_vad.SAMPLE_AUDIO), 16000).mean(axis=0)[7 * 16000 : 10 * 16000]
 
 
-def networks() -> dict[str, tuple[Any, Any]]:
+def graphs() -> dict[str, tuple[Any, Any]]:
     weights = pesto.load_weights()
     return {"pesto": (pesto.build(pesto.Config(), weights), weights)}
 

@@ -37,7 +37,7 @@ def tensors() -> dict[str, np.ndarray]:
     return load_file(resolve(silero_vad.SAFETENSORS))
 
 
-def networks() -> dict[str, tuple[Any, Any]]:
+def graphs() -> dict[str, tuple[Any, Any]]:
     weights, other = silero_vad.load_weights(), silero_vad.load_weights(silero_vad.SAFETENSORS)
     return {
         "one": (silero_vad.build(CONFIG, weights), weights),

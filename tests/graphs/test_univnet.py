@@ -44,7 +44,7 @@ def small() -> Any:
     return network(UnivNetConfig(**SMALL))
 
 
-def networks() -> dict[str, tuple[Any, Any]]:
+def graphs() -> dict[str, tuple[Any, Any]]:
     weights = to_native(arrays(small()), univnet.LAYERS, "univnet")
     return {"small": (univnet.build(univnet.Config.from_dict(small().config.to_dict()), weights), weights)}
 

@@ -41,7 +41,7 @@ def original(small: bool) -> Any:
     return enliven(torch.nn.ModuleDict({"backbone": backbone, "head": head}))
 
 
-def networks() -> dict[str, tuple[Any, Any]]:
+def graphs() -> dict[str, tuple[Any, Any]]:
     weights = to_native(arrays(original(True)), vocos.LAYERS, "vocos")
     return {"small": (vocos.build(vocos.Config.from_dict(SMALL), weights), weights)}
 

@@ -86,7 +86,7 @@ def network_of(original: Any, build: Callable[..., Any] = wav2vec2.build) -> tup
     return build(wav2vec2.Config.from_dict(original.config.to_dict()), weights), weights
 
 
-def networks() -> dict[str, tuple[Any, Any]]:
+def graphs() -> dict[str, tuple[Any, Any]]:
     return {"features": network_of(narrow(), wav2vec2.build_features), "stable": network_of(stable())}
 
 

@@ -58,7 +58,7 @@ def small() -> Any:
     return original(TINY | SMALL)
 
 
-def networks() -> dict[str, tuple[Any, Any]]:
+def graphs() -> dict[str, tuple[Any, Any]]:
     config = whisper.Config.from_dict(WhisperConfig(**TINY | SMALL).to_dict())
     weights = to_native(arrays(small()), whisper.LAYERS, "whisper")
     return {"small": (whisper.build(config, weights), weights)}

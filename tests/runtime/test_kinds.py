@@ -10,7 +10,7 @@ from max.dtype import DType
 from max.graph import Graph, TensorType, ops
 
 import max_conv
-from harness import HOST, Case, bound, check, compile_together, normal, wide
+from harness import HOST, Case, bound, check, normal, wide
 from max_conv import Conv1D, ConvTranspose1D, PackedGraph, conv1d
 from max_conv.conv.reference import conv1d_ref, conv_transpose1d_ref
 from max_conv.frontends import torch as theirs
@@ -45,16 +45,23 @@ def data(layer: Any, batch: int = 2, length: int = 67) -> np.ndarray:
     return np.ascontiguousarray(x.swapaxes(1, 2)) if layer.permute else x
 
 
+def own(name: str) -> PackedGraph:
+    layer = made(name)
+    return PackedGraph("layer", layer, input_types=layer.input_types())
+
+
+def graphs() -> dict[str, tuple[PackedGraph, dict[str, Any]]]:
+    """Each layer, for its own sizes."""
+    return {name: (own(name), {}) for name in LAYERS}
+
+
 @pytest.fixture(scope="module")
-def both() -> dict[str, tuple[max_conv.Model, max_conv.Model]]:
+def both(models: dict[str, max_conv.Model]) -> dict[str, tuple[max_conv.Model, max_conv.Model]]:
     """Each layer through its kind, and compiled for its own sizes."""
-    layers = {name: made(name) for name in LAYERS}
-    graphs = [PackedGraph("layer", layer, input_types=layer.input_types()) for layer in layers.values()]
-    found = [kinds.alone(graph) for graph in graphs]
+    found = [kinds.alone(own(name)) for name in LAYERS]
     assert all(found)
     kinds.ready(*(layer.kind for layer in found if layer))
-    own = compile_together(*((graph, {}) for graph in graphs))
-    return {name: (max_conv.compile(layer), model) for (name, layer), model in zip(layers.items(), own)}
+    return {name: (max_conv.compile(made(name)), models[name]) for name in LAYERS}
 
 
 @pytest.mark.parametrize("length", [21, 67, 300])

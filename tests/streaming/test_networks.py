@@ -1,7 +1,6 @@
 """Networks of the gallery, live in chunks of any size and ragged, against their own answer to each whole signal."""
 
 import asyncio
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import floor
@@ -13,7 +12,6 @@ import pytest
 from max_conv.graphs import hifigan, tcn, wav2vec2
 
 import max_conv
-from harness import compile_together
 from max_conv.serving import open_network
 from max_conv.serving.live import LiveServed
 from max_conv.serving.metrics import Metrics
@@ -53,6 +51,7 @@ CASES = [
     Case(wav2vec2.build_features, FEATURES, shortest=100),
 ]
 NAMES = [case.name for case in CASES]
+FORMS = ("live", "ragged", "whole")
 
 
 def weights_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -69,17 +68,15 @@ def weights_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     return weights
 
 
-@functools.cache
-def models() -> dict[str, tuple[max_conv.Model, ...]]:
-    """Returns every network compiled live, ragged and whole."""
-    graphs = []
+def graphs() -> dict[str, tuple[max_conv.PackedGraph, dict[str, np.ndarray]]]:
+    """Returns every network live, ragged and whole."""
+    found: dict[str, tuple[max_conv.PackedGraph, dict[str, np.ndarray]]] = {}
     for case in CASES:
         weights = weights_of(case.config.shapes())
-        graphs.append((max_conv.streaming(case.build, case.config, weights), weights))
-        graphs.append((case.build(case.config, weights, ragged=True), weights))
-        graphs.append((case.build(case.config, weights), weights))
-    made = iter(compile_together(*graphs))
-    return {name: (next(made), next(made), next(made)) for name in NAMES}
+        found[f"{case.name}, live"] = max_conv.streaming(case.build, case.config, weights), weights
+        found[f"{case.name}, ragged"] = case.build(case.config, weights, ragged=True), weights
+        found[f"{case.name}, whole"] = case.build(case.config, weights), weights
+    return found
 
 
 def signal(case: Case, rng: np.random.Generator, length: int) -> list[np.ndarray]:
@@ -118,8 +115,8 @@ def near(got: np.ndarray, want: np.ndarray, message: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_a_network_in_chunks_is_the_network(case: Case) -> None:
-    live, _, whole = models()[case.name]
+def test_a_network_in_chunks_is_the_network(case: Case, models: dict[str, max_conv.Model]) -> None:
+    live, _, whole = (models[f"{case.name}, {form}"] for form in FORMS)
     rng = np.random.default_rng(3)
     stream = live.stream(2)
     # Signals that are given up leave no state.
@@ -134,16 +131,16 @@ def test_a_network_in_chunks_is_the_network(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_the_delay_is_the_least_possible(case: Case) -> None:
-    timing = models()[case.name][0].timing
+def test_the_delay_is_the_least_possible(case: Case, models: dict[str, max_conv.Model]) -> None:
+    timing = models[f"{case.name}, live"].timing
     assert isinstance(timing, Timing)
     assert timing.lookahead is not None
     assert timing.delay == floor(timing.lookahead * timing.per_tick / timing.tick)
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_a_ragged_batch_is_its_signals_one_by_one(case: Case) -> None:
-    _, ragged, whole = models()[case.name]
+def test_a_ragged_batch_is_its_signals_one_by_one(case: Case, models: dict[str, max_conv.Model]) -> None:
+    _, ragged, whole = (models[f"{case.name}, {form}"] for form in FORMS)
     rng = np.random.default_rng(4)
     lengths = [case.shortest + extra for extra in (0, 37, 60, 11)]
     signals = [signal(case, rng, length) for length in lengths]
@@ -187,9 +184,9 @@ class Counted:
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_callers_of_a_server_get_what_they_would_get_alone(case: Case) -> None:
+def test_callers_of_a_server_get_what_they_would_get_alone(case: Case, models: dict[str, max_conv.Model]) -> None:
     """Ragged to the bit, live within the bound; a signal of NaN among them touches nobody."""
-    live, ragged, whole = models()[case.name]
+    live, ragged, whole = (models[f"{case.name}, {form}"] for form in FORMS)
     rng = np.random.default_rng(6)
     signals = [signal(case, rng, case.shortest + extra) for extra in (0, 37, 60, 11, 60, 200)]
     signals[2] = [np.full_like(array, np.nan) for array in signals[2]]
@@ -205,11 +202,13 @@ def test_callers_of_a_server_get_what_they_would_get_alone(case: Case) -> None:
                 near(pieces, want, f"{case.name}, row {row}")
 
 
-def test_a_ragged_network_is_opened_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ragged_network_is_opened_and_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: dict[str, max_conv.Model]
+) -> None:
     """The network is compiled already, with others, so it is not compiled again here."""
     from safetensors.numpy import save_file
 
-    _, ragged, _ = models()["tcn"]
+    ragged = models["tcn, ragged"]
     graphs = []
 
     def compiled(graph: RaggedGraph, **_: Any) -> max_conv.Model:
