@@ -74,10 +74,15 @@ def turn_out[
             comptime for i in range(width):
                 square[i] = rows.unsafe_offset((l + i) * row_size + f).unsafe_load[width=width]()
             transpose(square)
-            if filters - f >= width and count - l >= width:
-                comptime for i in range(width):
-                    write[width](n, first + l, filter + f + i, square[i])
+            comptime if width > 16:
+                # Not unrolled: 32 vectors of 32 values would be a thousand stores where outputs are a stride apart.
+                for i in range(min(width, filters - f)):
+                    put[write, False](n, first + l, filter + f + i, square[i], count - l)
             else:
-                comptime for i in range(width):
-                    if f + i < filters:
-                        put[write, False](n, first + l, filter + f + i, square[i], count - l)
+                if filters - f >= width and count - l >= width:
+                    comptime for i in range(width):
+                        write[width](n, first + l, filter + f + i, square[i])
+                else:
+                    comptime for i in range(width):
+                        if f + i < filters:
+                            put[write, False](n, first + l, filter + f + i, square[i], count - l)
