@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Gives each file to one worker, and all files with `graphs` to the same one: they share a compile."""
+    """Gives each file to one worker, and all files of a folder that have `graphs` to the same one: they share a compile."""
     from xdist.scheduler import LoadFileScheduling
 
     scheduling = LoadFileScheduling(config, log)
@@ -47,7 +47,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     def scope_of(test: str) -> str:
         file = file_of(test)
-        return "graphs" if has_graphs(config.rootpath / file) else file
+        path = config.rootpath / file
+        return f"graphs of {path.parent}" if has_graphs(path) else file
 
     scheduling._split_scope = scope_of
     return scheduling
@@ -60,28 +61,36 @@ def has_graphs(file: Path) -> bool:
 
 
 @pytest.fixture(scope="session")
-def compiled_graphs(request: pytest.FixtureRequest) -> dict[tuple[str, str], Any]:
-    """Compiles the graphs of all selected test files together; returns them by file and name."""
+def compiled_graphs(request: pytest.FixtureRequest) -> Callable[[Path], dict[tuple[Path, str], Any]]:
+    """A function that compiles the graphs of all selected test files of a folder; it returns them by file and name."""
     from harness import compile_together
 
-    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    files = {
-        test.module.__name__: test.module
-        for test in tests
-        if has_graphs(test.path) and "models" in test.fixturenames and not test.get_closest_marker("skip")
-    }
-    graphs = {(file, name): graph for file, module in files.items() for name, graph in module.graphs().items()}
-    return dict(zip(graphs, compile_together(*graphs.values()), strict=True))
+    @functools.cache
+    def compile(folder: Path) -> dict[tuple[Path, str], Any]:
+        files = {
+            test.path: test.module
+            for test in request.session.items
+            if isinstance(test, pytest.Function)
+            and test.path.parent == folder
+            and has_graphs(test.path)
+            and "models" in test.fixturenames
+            and not test.get_closest_marker("skip")
+        }
+        graphs = {(file, name): graph for file, module in files.items() for name, graph in module.graphs().items()}
+        return dict(zip(graphs, compile_together(*graphs.values()), strict=True))
+
+    return compile
 
 
 @pytest.fixture(scope="module")
-def models(request: pytest.FixtureRequest, compiled_graphs: dict[tuple[str, str], Any]) -> dict[str, Any]:
+def models(request: pytest.FixtureRequest, compiled_graphs: Callable[..., Any]) -> dict[str, Any]:
     """The compiled graphs of a test file, by name.
 
-    The file's function `graphs` returns each graph with its weights, by name. A compile takes 10 to 30 s, and a further
-    graph in it 1 to 3 s, so all files have theirs compiled at once.
+    The file's function `graphs` returns each graph with its weights, by name. A compile takes 15 s and 0.3 s for each
+    operation in it, so all files of a folder have theirs compiled together.
     """
-    return {name: model for (file, name), model in compiled_graphs.items() if file == request.module.__name__}
+    models = compiled_graphs(request.path.parent)
+    return {name: model for (file, name), model in models.items() if file == request.path}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -329,7 +329,7 @@ class Everywhere(max.nn.Module):
 
 
 def graphs() -> dict[str, tuple[Any, Any]]:
-    """Plain graphs: a tree with layers of MAX, the begin of Whisper's encoder, and `Everywhere`."""
+    """Plain graphs: a tree with layers of MAX, and the begin of Whisper's encoder."""
     tagger = Tagger(max_conv.Conv1D)
     tagger.load_state_dict(random_state(tagger))
     # Without its Linear, whose matrix product takes MAX half a minute to compile.
@@ -337,24 +337,26 @@ def graphs() -> dict[str, tuple[Any, Any]]:
     encoder = make_encoder(OUR_IMPORT)
     (declared,) = encoder.input_types()
     stem = stem_graph(encoder, declared.shape)
+    return {"features": (features, tagger.state_dict()), "stem": (stem, encoder.state_dict())}
+
+
+@pytest.fixture(scope="module")
+def everywhere() -> tuple[Any, dict[str, np.ndarray]]:
+    """Compiled alone: its subgraphs would have to move with it."""
     module = Everywhere()
     state = random_state(module)
     module.load_state_dict(state)
     sizes: list[list[int | str]] = [["batch", "length", 8], ["frames", 8], [8, "steps"]]
-    everywhere = Graph("everywhere", module, [TensorType(F32, size, HOST) for size in sizes])
+    graph = Graph("everywhere", module, [TensorType(F32, size, HOST) for size in sizes])
     assert not module.state_dict().keys() ^ state.keys()
-    return {
-        "features": (features, tagger.state_dict()),
-        "stem": (stem, encoder.state_dict()),
-        "everywhere": (everywhere, module.state_dict()),
-    }
+    return compiled(graph, module.state_dict()), state
 
 
 @pytest.mark.parametrize("batch, length", [(1, 4), (2, 37), (3, 64), (0, 20)])
-def test_everywhere(batch: int, length: int, models: dict[str, max_conv.Model]) -> None:
-    model, state = models["everywhere"], random_state(Everywhere())
+def test_everywhere(batch: int, length: int, everywhere: tuple[Any, dict[str, np.ndarray]]) -> None:
+    model, state = everywhere
     x, flat, turned = normal(batch, length, 8), normal(length + 3, 8), normal(8, length + 5)
-    got = model(x, flat, turned)
+    got = execute(model, [x, flat, turned])
     want = [
         convolved(convolved(x, state, "blocks.0", padding=1), state, "blocks.1", padding=1),
         reference(Case("function", x, normal(2, 8, 4, seed=9), kwargs={"padding": "causal"})),

@@ -3,6 +3,7 @@
 On this processor itself, the property tests run them every day.
 """
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from max_conv.conv.library import kernel_key
 from max_conv.conv.processor import has_pairs
+from max_conv.conv.processor import processor as this_processor
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,22 +24,35 @@ TARGETS = {
 }
 
 
-def build(output: Path, *options: str) -> None:
+def build(cache: pytest.Cache, *options: str) -> Path:
+    """Returns the path of what `mojo build` makes of `targets.mojo`; pytest's cache keeps it for the next run."""
     from mojo.run import subprocess_run_mojo
 
     source = Path(__file__).parent / "targets.mojo"
-    command = ["build", "-I", str(ROOT / "max_conv" / "conv"), *options, str(source), "-o", str(output)]
-    done = subprocess_run_mojo(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    key = hashlib.sha256(" ".join([kernel_key(), this_processor(), source.read_text(), *options]).encode()).hexdigest()[
+        :16
+    ]
+    output = cache.mkdir("targets") / key
+    if not output.exists():
+        part = output.with_suffix(f".{os.getpid()}")
+        command = ["build", "-I", str(ROOT / "max_conv" / "conv"), *options, str(source), "-o", str(part)]
+        done = subprocess_run_mojo(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        part.rename(output)
+    return output
+
+
+@pytest.fixture
+def cache(request: pytest.FixtureRequest) -> pytest.Cache:
+    assert request.config.cache is not None
+    return request.config.cache
 
 
 @pytest.mark.parametrize("target", [pytest.param("avx2", marks=pytest.mark.nightly), "neon"])
-def test_kernels_compile(target: str, tmp_path: Path) -> None:
+def test_kernels_compile(target: str, cache: pytest.Cache) -> None:
     triple, processor = TARGETS[target]
-    output = tmp_path / f"{target}.s"
-    build(output, "--target-triple", triple, "--target-cpu", processor, "--emit", "asm")
-    vectors = {"avx2": "ymm", "neon": "fmla\tv"}[target]
-    assert vectors in output.read_text()
+    text = build(cache, "--target-triple", triple, "--target-cpu", processor, "--emit", "asm").read_text()
+    assert {"avx2": "ymm", "neon": "fmla\tv"}[target] in text
 
 
 KERNELS = {
@@ -56,15 +72,11 @@ PAIRED = {"paired NLC", "paired NCL"}
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason=f"AVX2 code does not run on {platform.machine()}")
 @pytest.mark.parametrize("processor", ["haswell", pytest.param(None, marks=pytest.mark.nightly)], ids=["avx2", "here"])
-def test_kernels_are_right(processor: str | None, tmp_path: Path) -> None:
+def test_kernels_are_right(processor: str | None, cache: pytest.Cache) -> None:
     """For each kernel, the program prints how many layers it has compared."""
     pairs = processor is None and has_pairs()
-    build(
-        tmp_path / "kernels",
-        *(["--target-cpu", processor] if processor else []),
-        *(["-D", "AVX512_BF16"] if pairs else []),
-    )
-    done = subprocess.run([tmp_path / "kernels"], capture_output=True, text=True, env=dict(os.environ))
+    options = [*(["--target-cpu", processor] if processor else []), *(["-D", "AVX512_BF16"] if pairs else [])]
+    done = subprocess.run([build(cache, *options)], capture_output=True, text=True, env=dict(os.environ))
     verdict, *lines = done.stdout.splitlines()
     assert done.returncode == 0 and verdict == "right", done.stdout + done.stderr
     counts = {name: int(count) for name, count in (line.split(" = ") for line in lines)}
