@@ -29,8 +29,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Starts the longest files first, so that no worker has one of them left at the end."""
-    items.sort(key=lambda item: "property" not in item.path.name and not has_graphs(item.path))
+    """Starts the longest files first, so that no worker has one of them left at the end.
+
+    The property tests come before all others, which use the kernels that they compile.
+    """
+
+    def place(item: pytest.Item) -> tuple[bool, ...]:
+        return "property" not in item.path.name, item.path.parent.name != "graphs", not has_graphs(item.path)
+
+    items.sort(key=place)
     if not config.getoption("--all"):
         for item in items:
             if item.get_closest_marker("nightly"):
