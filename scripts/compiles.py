@@ -5,6 +5,7 @@ of CPU seconds, which other load on the machine changes less than wall time.
 """
 
 import functools
+import importlib
 import json
 import os
 import subprocess
@@ -18,6 +19,22 @@ from typing import Any
 import click
 
 LAYERS = {"layer": (3, 64, 64), "another size": (3, 80, 384)}
+NETWORKS = {
+    "UnivNet": ("univnet",),
+    "DAC encoder": ("dac", "build_encoder"),
+    "DAC decoder": ("dac", "build_decoder"),
+    "EnCodec encoder": ("encodec", "build_encoder"),
+    "EnCodec decoder": ("encodec", "build_decoder"),
+    "Vocos": ("vocos",),
+    "CREPE tiny": ("crepe",),
+    "PESTO": ("pesto",),
+    "wav2vec2 base": ("wav2vec2",),
+    "Whisper tiny's encoder": ("whisper",),
+    "Mamba's block": ("mamba",),
+    "TCN": ("tcn",),
+    "Silero VAD": ("silero_vad",),
+}
+"""The gallery's other networks: module of `max_conv.graphs` and, unless it is `build`, function."""
 
 
 def relu() -> Callable[[], Any]:
@@ -44,14 +61,15 @@ def layer(name: str) -> Callable[[], Any]:
     return functools.partial(max_conv.compile, made)
 
 
-def hifigan() -> Callable[[], Any]:
+def network(module: str, build: str = "build") -> Callable[[], Any]:
     import numpy as np
-    from max_conv.graphs import hifigan
 
     import max_conv
 
-    weights = {name: np.zeros(shape, np.float32) for name, shape in hifigan.Config().shapes().items()}
-    graph = hifigan.build(hifigan.Config(), weights)
+    ours = importlib.import_module(f"max_conv.graphs.{module}")
+    config = ours.Config()
+    weights = {name: np.zeros(shape, np.float32) for name, shape in config.shapes().items()}
+    graph = getattr(ours, build)(config, weights)
     return functools.partial(max_conv.compile, graph, weights=weights)
 
 
@@ -60,8 +78,9 @@ ROWS: tuple[tuple[str, Callable[[], Callable[[], Any]]], ...] = (
     ("the first layer of a kind", lambda: layer("layer")),
     ("the same layer in a new process", lambda: layer("layer")),
     ("a layer of another size in a new process", lambda: layer("another size")),
-    ("HiFi-GAN V1", hifigan),
-    ("HiFi-GAN V1 in a new process", hifigan),
+    ("HiFi-GAN V1", lambda: network("hifigan")),
+    ("HiFi-GAN V1 in a new process", lambda: network("hifigan")),
+    *((name, functools.partial(network, *where)) for name, where in NETWORKS.items()),
 )
 
 

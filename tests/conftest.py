@@ -13,7 +13,7 @@ DAILY, DEFAULT = 5_000, 20_000
 """Random layers of a daily run, and of one with `--all`: up to there they are the same in every run."""
 NOWHERE = Path(__file__) / "tuned"
 """The folder of measured choices, which does not exist: layers get their usual kernels, even if this machine's user has measured others."""
-BUDGET = 45
+BUDGET = 38
 """Compiles of one run of all tests; more fail it. One takes 10 to 30 s; a further graph in one `Module` takes 1 to 3 s."""
 CACHED = 4.0
 """Seconds up to which MAX has read a graph from its own cache."""
