@@ -29,10 +29,8 @@ def build(cache: pytest.Cache, *options: str) -> Path:
     from mojo.run import subprocess_run_mojo
 
     source = Path(__file__).parent / "targets.mojo"
-    key = hashlib.sha256(" ".join([kernel_key(), this_processor(), source.read_text(), *options]).encode()).hexdigest()[
-        :16
-    ]
-    output = cache.mkdir("targets") / key
+    key = " ".join([kernel_key(), this_processor(), source.read_text(), *options])
+    output = cache.mkdir("targets") / hashlib.sha256(key.encode()).hexdigest()
     if not output.exists():
         part = output.with_suffix(f".{os.getpid()}")
         command = ["build", "-I", str(ROOT / "max_conv" / "conv"), *options, str(source), "-o", str(part)]
