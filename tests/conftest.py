@@ -14,7 +14,7 @@ DAILY, DEFAULT = 5_000, 20_000
 NOWHERE = Path(__file__) / "tuned"
 """The folder of measured choices, which does not exist: layers get their usual kernels, even if this machine's user has measured others."""
 BUDGET = 38
-"""Compiles of one run of all tests; more fail it. One takes 10 to 30 s; a further graph in one `Module` takes 1 to 3 s."""
+"""Compiles of one run of all tests; more fail it. The fixture `models` says what one takes."""
 CACHED = 4.0
 """Seconds up to which MAX has read a graph from its own cache."""
 

@@ -24,9 +24,6 @@ from max_conv.conv.recurrent import lstm
 
 COMPILE = Path(__file__).parent / "gpu_compile.py"
 NO_GPU = pytest.mark.skipif(accelerator_count() == 0, reason="no accelerator here: the GPU path was only compiled")
-DEVICES = [pytest.param("cpu"), pytest.param("gpu", marks=NO_GPU)]
-
-
 OTHERS = [pytest.param(*other, marks=pytest.mark.nightly) for other in (("cuda", "sm_100a"), ("hip", "gfx942"))]
 
 
@@ -96,15 +93,27 @@ def graphs() -> dict[str, Any]:
     return graphs_of(CASES) | {"lstm": (lstm_graph(DeviceRef.CPU()), {})}
 
 
-@pytest.mark.parametrize("name", DEVICES)
-def test_runs(name: str, models: dict[str, max_conv.Model]) -> None:
-    ours = run(CASES, models) if name == "cpu" else run(CASES, device=DeviceRef.GPU())
-    for case, got in zip(CASES, ours):
+def test_runs_on_the_cpu(models: dict[str, max_conv.Model]) -> None:
+    for case, got in zip(CASES, run(CASES, models)):
         check(case, got)
 
 
-@pytest.mark.parametrize("name", DEVICES)
-def test_lstm_runs(name: str, models: dict[str, max_conv.Model]) -> None:
+@NO_GPU
+def test_runs_on_the_gpu() -> None:
+    for case, got in zip(CASES, run(CASES, device=DeviceRef.GPU())):
+        check(case, got)
+
+
+def test_lstm_runs_on_the_cpu(models: dict[str, max_conv.Model]) -> None:
+    check_lstm(models["lstm"])
+
+
+@NO_GPU
+def test_lstm_runs_on_the_gpu() -> None:
+    check_lstm(max_conv.compile(lstm_graph(DeviceRef.GPU())))
+
+
+def check_lstm(model: max_conv.Model) -> None:
     theirs = torch.nn.LSTM(5, 33, batch_first=True)
     state = {key: value.detach() for key, value in theirs.state_dict().items()}
     x, memory = torch.randn(3, 20, 5), torch.zeros(3, 33)
@@ -118,7 +127,6 @@ def test_lstm_runs(name: str, models: dict[str, max_conv.Model]) -> None:
         memory.clone(),
     ]
     assert [tuple(value.shape) for value in inputs] == list(LSTM.values())
-    model = models["lstm"] if name == "cpu" else max_conv.compile(lstm_graph(DeviceRef.GPU()))
     got = model(*inputs)
     with torch.no_grad():
         outputs, (hidden, cell) = theirs(x)
